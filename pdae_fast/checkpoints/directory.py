@@ -1,0 +1,85 @@
+"""The project's own format: a directory with config.json and model.safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from .. import config as configs
+from ..config import PDAEConfig, PriorConfig
+from ..errors import UserError
+from ..files import atomic_write
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+BUNDLED = Path(__file__).resolve().parent.parent / "pretrained"
+
+
+@dataclass
+class Loaded:
+    """A model as read: its configuration, its tensors under this project's names, and where they came from."""
+
+    config: PDAEConfig | PriorConfig
+    state: dict[str, Tensor]
+    origin: str
+
+
+def available() -> list[str]:
+    """Names of the bundled models, for ``from_pretrained``."""
+    return sorted(path.parent.name for path in BUNDLED.glob(f"*/{CONFIG_NAME}"))
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a .safetensors file; UserError when it is missing, truncated or something else."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected model weights")
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path}: not a complete safetensors file ({error})") from None
+
+
+def check_finite(state: Mapping[str, Tensor], where: str) -> None:
+    """Raise UserError naming the first tensor that holds NaN or infinity."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise UserError(f"{where}: {name} holds {bad} NaN or infinite values; expected finite weights")
+
+
+def load_directory(directory: Path) -> Loaded:
+    """Read a directory written by :func:`save_directory`."""
+    if not (directory / CONFIG_NAME).is_file():
+        raise UserError(f"{directory}: no {CONFIG_NAME} in it; expected a directory written by save_pretrained")
+    config = configs.load(directory / CONFIG_NAME)
+    state = read_safetensors(directory / WEIGHTS_NAME)
+    check_finite(state, str(directory / WEIGHTS_NAME))
+    return Loaded(config, state, str(directory))
+
+
+def save_directory(
+    directory: str | Path,
+    config: PDAEConfig | PriorConfig,
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write config.json and model.safetensors, each beside its place and then renamed."""
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be created ({error.strerror})") from None
+    tensors = {
+        k: v.detach().to("cpu", dtype if v.is_floating_point() else v.dtype).contiguous() for k, v in state.items()
+    }
+    # The weights go first: a reader that finds the new config finds its weights too.
+    with atomic_write(directory / WEIGHTS_NAME) as file:
+        file.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    with atomic_write(directory / CONFIG_NAME, "w") as file:
+        file.write(configs.dumps(config))

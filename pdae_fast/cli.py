@@ -1,0 +1,128 @@
+"""What every command shares: options, one-line errors with exit status 2, reports."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .files import atomic_write
+
+DEFAULT_MODEL = "fashion32"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # argparse prints its whole usage first; users asked for one line
+        print(f"error: {message} (see --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parser(module: str, description: str) -> argparse.ArgumentParser:
+    return _Parser(
+        prog=f"python -m pdae_fast.{module}",
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+
+def add_foreign_options(p: argparse.ArgumentParser) -> None:
+    """Settings that a foreign checkpoint does not carry."""
+    group = p.add_argument_group("foreign checkpoints", "what the weights do not tell; ignored for our own models")
+    add = group.add_argument
+    add("--config", metavar="YAML", default=argparse.SUPPRESS, help="the configuration the checkpoint came with")
+    add("--encoder", metavar="FILE", default=argparse.SUPPRESS, help="a second file that holds the encoder")
+    add("--num-heads", type=int, default=argparse.SUPPRESS, help="attention heads (else 1)")
+    add("--head-channel", type=int, default=argparse.SUPPRESS, help="channels per attention head")
+    add(
+        "--use-new-attention-order",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="qkv rows are ordered q, k, v first, then heads",
+    )
+
+
+FOREIGN = ("config", "encoder", "num_heads", "head_channel", "use_new_attention_order")
+
+
+def foreign_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in FOREIGN if hasattr(args, name)}
+
+
+def add_run_options(p: argparse.ArgumentParser, out: str) -> None:
+    """The options that all commands which run a model have."""
+    p.add_argument("--model", default=DEFAULT_MODEL, help="bundled name, saved directory or foreign checkpoint")
+    p.add_argument("--input", nargs="+", metavar="PATH", help="images and folders (default: the bundled images)")
+    p.add_argument("--out", default=out, help="directory for the results")
+    p.add_argument("--steps", type=int, default=100, help="DDIM steps of a decoding")
+    p.add_argument("--encode-steps", type=int, help="DDIM steps that infer x_T (default: --steps)")
+    p.add_argument("--batch-size", type=int, help="images per network evaluation (default: chosen for the device)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    p.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    p.add_argument("--quiet", action="store_true", help="no progress bar, no table")
+    add_foreign_options(p)
+
+
+def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
+    """Call ``main`` and turn a user's mistake into one line and status 2, an interruption into status 130."""
+
+    def terminate(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        main(argv)
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; files written so far are complete", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return 0
+
+
+def versions() -> dict[str, str]:
+    import numpy
+    import torch
+
+    from . import __version__
+
+    return {
+        "pdae_fast": __version__,
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def finite(value: Any) -> Any:
+    """``value`` with every NaN or infinity replaced by None, which is what JSON can hold."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    with atomic_write(path, "w") as file:
+        file.write(json.dumps(finite(values), indent=2, allow_nan=False) + "\n")
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Plain text columns: the first flush left, the others flush right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in [header, *rows]
+    ]
+    return "\n".join(line.rstrip() for line in lines)

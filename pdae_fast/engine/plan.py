@@ -1,0 +1,116 @@
+"""The plan that runs the reference modules as they are: every faster plan is compared with this one."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from ..config import UNetConfig
+from ..errors import UserError
+from ..models import PDAE, Prior
+from .device import available_memory
+
+
+class Plan:
+    """Runs ``model`` eagerly on ``device`` in ``dtype``; x and all results are float32 on that device.
+
+    ``evaluations`` counts network evaluations in images: one for every image that passes a trunk, an eps-decoder, a
+    G-decoder or the encoder.
+    """
+
+    name = "eager"
+
+    def __init__(self, model: PDAE | Prior, device: torch.device, dtype: torch.dtype) -> None:
+        own = next(model.parameters())
+        if own.device != device or own.dtype != dtype:
+            model = copy.deepcopy(model).to(device, dtype)
+        self.model, self.device, self.dtype = model.eval(), device, dtype
+        self.evaluations: Counter[str] = Counter()
+
+    @property
+    def unet(self):
+        return self.model.decoder if isinstance(self.model, PDAE) else self.model.unet
+
+    @torch.inference_mode()
+    def encode(self, x0: Tensor) -> Tensor:
+        """x0 [B, C, H, W] -> z float32 [B, latent_dim]."""
+        self.evaluations["encoder"] += len(x0)
+        return self.model.encode(x0.to(self.device)).float()
+
+    def field(self, z: Tensor | None = None, weights: Tensor | None = None):
+        """The field that samplers integrate, conditioned on ``z``.
+
+        z None: eps_hat alone. z [B, D]: G of every image's own z. z [K, B, D] with weights [K, B]: the mixture
+        sum_k weights[k] G(x, z[k]), for which trunk and eps-decoder still run once.
+        """
+        if z is not None:
+            z = z.to(self.device)
+            if z.ndim == 3:
+                weights = weights.to(self.device)[:, :, None, None, None]
+
+        @torch.inference_mode()
+        def evaluate(x: Tensor, t: int, use_gradient: bool) -> tuple[Tensor, Tensor | None]:
+            B = len(x)
+            features = self.unet.trunk(x, torch.full((B,), t, dtype=torch.int64, device=self.device))
+            eps = self.unet.decode_eps(features).float()
+            self.evaluations.update(trunk=B, eps=B)
+            if z is None or not use_gradient:
+                return eps, None
+            if z.ndim == 2:
+                self.evaluations["gradient"] += B
+                return eps, self.unet.decode_gradient(features, z).float()
+            K = len(z)
+            self.evaluations["gradient"] += K * B
+            repeated = type(features)(
+                features.h.repeat(K, 1, 1, 1),
+                tuple(skip.repeat(K, 1, 1, 1) for skip in features.skips),
+                features.emb.repeat(K, 1),
+            )
+            gradients = self.unet.decode_gradient(repeated, z.flatten(0, 1)).float()
+            return eps, (weights * gradients.unflatten(0, (K, B))).sum(0)
+
+        return evaluate
+
+    def latent_field(self):
+        """The latent DPM as a field on z."""
+        denoiser = self.model.latent_denoiser
+
+        def evaluate(z: Tensor, t: int, use_gradient: bool) -> tuple[Tensor, None]:
+            with torch.inference_mode():
+                t_batch = torch.full((len(z),), t, dtype=torch.int64, device=self.device)
+                self.evaluations["latent"] += len(z)
+                return denoiser(z, t_batch).float(), None
+
+        return evaluate
+
+    def batch_size(self) -> int:
+        """Images per batch that fit the device comfortably and keep it busy."""
+        per_image = activation_bytes(self.model.config.image_size, self.model.config.unet, self.dtype)
+        fitting = int(available_memory(self.device) * 0.5 // per_image)
+        if fitting < 1:
+            raise UserError(
+                f"one {self.model.config.image_size}-pixel image needs about {per_image >> 20} MiB on "
+                f"{self.device}, more than is free; use another --device or a smaller model"
+            )
+        # Beyond these sizes throughput no longer grows, while the wait for the first result does.
+        preferred = 256 if self.device.type == "cuda" else 16
+        return max(1, min(fitting, preferred))
+
+
+def activation_bytes(image_size: int, unet: UNetConfig, dtype: torch.dtype) -> int:
+    """A generous estimate of what one image needs while both decoders run: skips, one block's maps, float32 copies."""
+    elements = 0
+    for level, multiplier in enumerate(unet.channel_multiplier):
+        pixels = (image_size >> level) ** 2
+        blocks = unet.num_residual_blocks_of_a_block + 1
+        elements += multiplier * unet.base_channel * pixels * (blocks + 2)
+    widest = max(m * (image_size >> i) ** 2 for i, m in enumerate(unet.channel_multiplier)) * unet.base_channel
+    return (elements + 8 * widest) * max(4, torch.empty((), dtype=dtype).element_size())
+
+
+def build_plan(model: PDAE | Prior, device: torch.device, dtype: torch.dtype) -> Plan:
+    """The plan for ``model`` on ``device``: its weights are shared where possible and never changed."""
+    return Plan(model, device, dtype)

@@ -1,0 +1,146 @@
+"""The whole autoencoder, and the prior alone, as users hold them: load, run, save."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import checkpoints
+from ..config import PDAEConfig, PriorConfig
+from ..errors import UserError
+from .encoder import Encoder
+from .latent import LatentMLP
+from .unet import PDAEDecoder, UNet
+
+_Model = TypeVar("_Model", bound="_Pretrained")
+
+
+class _Pretrained(nn.Module):
+    """What every loadable model shares; subclasses take their config as the only argument."""
+
+    config: Any
+
+    @classmethod
+    def from_pretrained(cls: type[_Model], source: str | Path, **options: Any) -> _Model:
+        """Load a bundled name, a directory written by :meth:`save_pretrained`, or a foreign checkpoint file.
+
+        A foreign file says nothing about some settings; give them as ``num_heads=``, ``head_channel=``,
+        ``use_new_attention_order=``, ``config=`` (the official YAML) and ``encoder=`` (a second file). See
+        :func:`pdae_fast.checkpoints.load` for all of them. Returns the model in eval mode, float32, on the CPU.
+
+        Raises UserError with one line that says what the file is and what was expected.
+        """
+        loaded = checkpoints.load(source, **options)
+        return cls.from_state(cls._adopt(loaded), loaded.state, str(source))
+
+    @classmethod
+    def from_state(cls: type[_Model], config: Any, state: dict[str, Tensor], where: str) -> _Model:
+        """Build the model and fill it with ``state`` (names of this module); UserError unless they fit exactly."""
+        with torch.device("meta"):
+            model = cls(config)
+        expected = model.state_dict()
+        missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+        if missing or unexpected:
+            which = [f"{kind} {len(names)} ({names[0]})" for kind, names in (("missing", missing), ("unexpected", unexpected)) if names]
+            raise UserError(f"{where}: the weights do not fit the configuration: tensors {' and '.join(which)}")
+        for name, tensor in expected.items():
+            if state[name].shape != tensor.shape:
+                raise UserError(
+                    f"{where}: {name} has shape {list(state[name].shape)}; "
+                    f"the configuration expects {list(tensor.shape)}"
+                )
+        model.load_state_dict({k: v.float().clone() for k, v in state.items()}, assign=True)
+        return model.eval()
+
+    @classmethod
+    def _adopt(cls, loaded: checkpoints.Loaded) -> Any:
+        raise NotImplementedError
+
+    def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write config.json and model.safetensors; ``dtype`` float16 halves the file (weights are read as float32)."""
+        checkpoints.save_directory(directory, self.config, self.state_dict(), dtype)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        size = self.config.image_size
+        return self.config.unet.input_channel, size, size
+
+
+class Prior(_Pretrained):
+    """A pre-trained diffusion model alone: eps_theta(x_t, t) on images of ``config.image_size``."""
+
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.unet = UNet(config.unet)
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """x_t [B, C, H, W], t int64 [B] -> eps_hat [B, C, H, W]."""
+        return self.unet(x_t, t)
+
+    @classmethod
+    def _adopt(cls, loaded: checkpoints.Loaded) -> PriorConfig:
+        if isinstance(loaded.config, PriorConfig):
+            return loaded.config
+        # A PDAE contains its frozen prior: keep just that.
+        trained = tuple(f"decoder.{name}." for name in PDAEDecoder.TRAINED)
+        loaded.state = {
+            "unet." + k.removeprefix("decoder."): v
+            for k, v in loaded.state.items()
+            if k.startswith("decoder.") and not k.startswith(trained)
+        }
+        return loaded.config.prior
+
+
+class PDAE(_Pretrained):
+    """E_phi, the frozen eps_theta, G_psi, and what may sit on top of z (latent DPM, classifier, statistics)."""
+
+    def __init__(self, config: PDAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(
+            config.image_size, config.unet.input_channel, config.latent_dim, config.encoder_channel
+        )
+        self.decoder = PDAEDecoder(config.unet, config.latent_dim)
+        self.latent_denoiser = LatentMLP(config.latent) if config.latent else None
+        self.classifier = nn.Linear(config.latent_dim, len(config.attributes)) if config.attributes else None
+        if config.latent_statistics:
+            self.register_buffer("latent_mean", torch.zeros(config.latent_dim))
+            self.register_buffer("latent_std", torch.ones(config.latent_dim))
+
+    @classmethod
+    def from_prior(cls, prior: Prior, **settings: Any) -> PDAE:
+        """A fresh PDAE around a pre-trained prior: G = 0 and a random encoder; ``settings`` as in PDAEConfig."""
+        config = PDAEConfig(
+            image_size=prior.config.image_size, unet=prior.config.unet, schedule=prior.config.schedule, **settings
+        )
+        model = cls(config)
+        model.decoder.load_state_dict(prior.unet.state_dict(), strict=False)
+        return model
+
+    def prior(self) -> Prior:
+        """The frozen prior inside this model, as a model of its own (weights are copied)."""
+        prior = Prior(self.config.prior)
+        own = self.decoder.state_dict()
+        prior.unet.load_state_dict({k: own[k] for k in prior.unet.state_dict()})
+        return prior.eval()
+
+    def encode(self, x0: Tensor) -> Tensor:
+        """x0 [B, C, H, W] in [-1, 1] -> z [B, latent_dim]."""
+        return self.encoder(x0)
+
+    def forward(self, x_t: Tensor, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """x_t [B, C, H, W], t int64 [B], z [B, latent_dim] -> (eps_hat, G), from one trunk pass."""
+        return self.decoder(x_t, t, z)
+
+    @classmethod
+    def _adopt(cls, loaded: checkpoints.Loaded) -> PDAEConfig:
+        if not isinstance(loaded.config, PDAEConfig):
+            raise UserError(
+                f"{loaded.origin} is a prior (a diffusion model without G and encoder); expected a PDAE autoencoder. "
+                "Train one on it with `python -m pdae_fast.train pdae --init-from`"
+            )
+        return loaded.config

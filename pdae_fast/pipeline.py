@@ -1,0 +1,277 @@
+"""What users call: images in, codes and images out, on any device, in batches that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from . import sampling
+from .engine import build_plan, resolve_device, resolve_dtype
+from .errors import UserError
+from .models import PDAE, Prior
+from .schedule import build_schedule
+
+
+class Pipeline:
+    """Runs a model: ``encode``, ``invert``, ``decode``, ``reconstruct``, ``interpolate``, ``manipulate``, ``sample``.
+
+    Args:
+        model: a PDAE, or a Prior (then there is no z, and only ``invert``, ``decode`` and ``sample`` make sense).
+        steps: DDIM steps of a decoding (and of an inversion, unless given there).
+        device: "auto" (CUDA when there is one), "cpu", "cuda", "cuda:1" ...
+        dtype: of the networks: "auto", "float32", "bfloat16" or "float16". State and updates are always float32.
+        batch_size: images per network evaluation; chosen for the device when None. Results do not depend on it
+            beyond rounding.
+        progress: called as progress(n) whenever n images have advanced by one network evaluation.
+
+    Images are float32 [B, C, H, W] in [-1, 1]; results come back float32 on the CPU. ``pipe.evaluations`` counts
+    network evaluations (in images) since it was made. Raises UserError for anything a user can get wrong.
+    """
+
+    def __init__(
+        self,
+        model: PDAE | Prior,
+        steps: int = 100,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        batch_size: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        if not isinstance(model, (PDAE, Prior)):
+            raise UserError(f"Pipeline needs a PDAE or a Prior, not {type(model).__name__}")
+        if batch_size is not None and batch_size < 1:
+            raise UserError(f"batch size must be at least 1, not {batch_size}")
+        self.model, self.steps, self.progress = model, steps, progress
+        self.schedule = build_schedule(model.config.schedule)
+        self.schedule.timesteps(steps)
+        self.device = resolve_device(device)
+        self.dtype = resolve_dtype(dtype, self.device)
+        self.plan = build_plan(model, self.device, self.dtype)
+        self.batch_size = batch_size or self.plan.batch_size()
+
+    @property
+    def evaluations(self) -> dict[str, int]:
+        """Network evaluations so far, in images: encoder, trunk, eps, gradient, latent."""
+        return dict(self.plan.evaluations)
+
+    # -- checks and batching ---------------------------------------------------------------------------------------
+
+    def _images(self, x: Tensor, what: str) -> Tensor:
+        shape = self.model.image_shape
+        if not isinstance(x, Tensor) or x.ndim != 4 or tuple(x.shape[1:]) != shape:
+            found = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise UserError(f"{what} has shape {found}; this model expects [B, {', '.join(map(str, shape))}]")
+        if not x.is_floating_point():
+            raise UserError(f"{what} has dtype {x.dtype}; expected floating point values in [-1, 1]")
+        if not bool(torch.isfinite(x).all()):
+            raise UserError(f"{what} holds NaN or infinite values")
+        return x.detach().float()
+
+    def _pdae(self, what: str) -> PDAE:
+        if not isinstance(self.model, PDAE):
+            raise UserError(f"{what} needs a PDAE autoencoder; this pipeline holds a prior alone")
+        return self.model
+
+    def _codes(self, z: Tensor | None, count: int | None = None) -> Tensor | None:
+        if z is None:
+            return None
+        D = self._pdae("z").config.latent_dim
+        if not isinstance(z, Tensor) or z.ndim != 2 or z.shape[1] != D or (count is not None and len(z) != count):
+            found = list(z.shape) if isinstance(z, Tensor) else type(z).__name__
+            raise UserError(f"z has shape {found}; expected [{'B' if count is None else count}, {D}]")
+        return z.detach().float()
+
+    def _chunks(self, count: int) -> Iterator[slice]:
+        for start in range(0, count, self.batch_size):
+            yield slice(start, min(start + self.batch_size, count))
+
+    def _tick(self, count: int) -> Callable[[], None] | None:
+        return None if self.progress is None else lambda: self.progress(count)
+
+    def _collect(self, parts: list[Tensor], shape: Sequence[int]) -> Tensor:
+        return torch.cat(parts) if parts else torch.empty(0, *shape)
+
+    # -- the autoencoder -------------------------------------------------------------------------------------------
+
+    def encode(self, x0: Tensor) -> Tensor:
+        """x0 [B, C, H, W] -> z [B, latent_dim]."""
+        model, x0 = self._pdae("encode"), self._images(x0, "x0")
+        parts = [self.plan.encode(x0[part]).cpu() for part in self._chunks(len(x0))]
+        return self._collect(parts, (model.config.latent_dim,))
+
+    def invert(self, x0: Tensor, z: Tensor | None = None, steps: int | None = None) -> Tensor:
+        """Inferred x_T [B, C, H, W] of x0 [B, C, H, W] given its z [B, latent_dim] (None: by the prior alone)."""
+        x0, steps = self._images(x0, "x0"), self.steps if steps is None else steps
+        z = self._codes(z, len(x0))
+        parts = []
+        for part in self._chunks(len(x0)):
+            x = x0[part].to(self.device)
+            field = self.plan.field(None if z is None else z[part])
+            parts.append(sampling.ddim_invert(field, x, self.schedule, steps, progress=self._tick(len(x))).cpu())
+        return self._collect(parts, self.model.image_shape)
+
+    def decode(
+        self,
+        z: Tensor | None = None,
+        x_T: Tensor | None = None,
+        stop_percent: float = 0.0,
+        *,
+        steps: int | None = None,
+        seed: int = 0,
+        first: int = 0,
+        generator: torch.Generator | None = None,
+        count: int | None = None,
+    ) -> Tensor:
+        """Images [B, C, H, W] (not clamped) decoded from z [B, latent_dim] and x_T [B, C, H, W].
+
+        Without x_T it is drawn: image k of the call is image ``first + k`` of ``seed`` (see sampling.ImageNoise), or
+        the next draw of ``generator``. Without z the prior alone decodes, and G is not run; then ``x_T`` or ``count``
+        says how many images. ``stop_percent``: G is left out for the last part of the trajectory.
+        """
+        z = self._codes(z)
+        known = {len(v) for v in (z, x_T) if v is not None} | ({count} if count is not None else set())
+        if len(known) != 1:
+            raise UserError(f"z, x_T and count disagree on the number of images: {sorted(known) or 'none given'}")
+        (count,) = known
+        x_T = self._noise(count, seed, first, generator) if x_T is None else self._images(x_T, "x_T")
+        steps = self.steps if steps is None else steps
+        parts = []
+        for part in self._chunks(count):
+            x = x_T[part].to(self.device)
+            field = self.plan.field(None if z is None else z[part])
+            parts.append(
+                sampling.ddim(
+                    field, x, self.schedule, steps, stop_percent=stop_percent, progress=self._tick(len(x))
+                ).cpu()
+            )
+        return self._collect(parts, self.model.image_shape)
+
+    def _noise(self, count: int, seed: int, first: int, generator: torch.Generator | None) -> Tensor:
+        shape = self.model.image_shape
+        if generator is None:
+            return sampling.ImageNoise(seed, range(first, first + count), shape)()
+        # One image at a time, so that two calls of n images draw what one call of 2n draws.
+        draws = [torch.randn(shape, generator=generator, device=generator.device).cpu() for _ in range(count)]
+        return self._collect([d[None] for d in draws], shape)
+
+    def reconstruct(self, x0: Tensor, encode_steps: int | None = None) -> Tensor:
+        """x0 -> z and inferred x_T -> x0 again [B, C, H, W]; ``encode_steps`` defaults to ``steps``."""
+        z = self.encode(x0)
+        return self.decode(z, self.invert(x0, z, encode_steps))
+
+    # -- what z is for ---------------------------------------------------------------------------------------------
+
+    def interpolate(
+        self,
+        x_a: Tensor,
+        x_b: Tensor,
+        weights: Sequence[float] | Tensor,
+        kind: str = "latent",
+        encode_steps: int | None = None,
+    ) -> Tensor:
+        """Images [n, C, H, W] between two images [1, C, H, W] (or [C, H, W]) at ``weights`` (0 is x_a, 1 is x_b).
+
+        "latent": decode lerp(z_a, z_b). "trajectory": at every step mix lerp(G(x, z_a), G(x, z_b)); the trunk and
+        eps_hat serve both. Either starts from slerp of the two inferred x_T.
+        """
+        if kind not in ("latent", "trajectory"):
+            raise UserError(f"interpolation kind {kind!r} is not known; expected latent or trajectory")
+        x_a, x_b = (x[None] if x.ndim == 3 else x for x in (x_a, x_b))
+        if len(x_a) != 1 or len(x_b) != 1:
+            raise UserError(f"interpolate takes two single images, not {len(x_a)} and {len(x_b)}")
+        x0 = torch.cat([self._images(x_a, "x_a"), self._images(x_b, "x_b")])
+        z = self.encode(x0)
+        x_T = self.invert(x0, z, encode_steps)
+        w = torch.as_tensor(weights, dtype=torch.float32).flatten()
+        start = sampling.slerp(x_T[:1], x_T[1:], w)
+        if kind == "latent":
+            return self.decode(sampling.lerp(z[:1], z[1:], w), start)
+        return self.decode_mixture(z[:, None].expand(2, len(w), -1), torch.stack([1 - w, w]), start)
+
+    def decode_mixture(self, z: Tensor, weights: Tensor, x_T: Tensor, stop_percent: float = 0.0) -> Tensor:
+        """Decode x_T [B, C, H, W] with G = sum_k weights[k] G(x, z[k]); z [K, B, latent_dim], weights [K, B]."""
+        x_T, D = self._images(x_T, "x_T"), self._pdae("decode_mixture").config.latent_dim
+        if z.ndim != 3 or tuple(z.shape[1:]) != (len(x_T), D) or weights.shape != z.shape[:2]:
+            raise UserError(
+                f"z has shape {list(z.shape)} and weights {list(weights.shape)}; "
+                f"expected [K, {len(x_T)}, {D}] and [K, {len(x_T)}]"
+            )
+        parts = []
+        for part in self._chunks(len(x_T)):
+            x = x_T[part].to(self.device)
+            field = self.plan.field(z[:, part].float(), weights[:, part].float())
+            parts.append(
+                sampling.ddim(
+                    field, x, self.schedule, self.steps, stop_percent=stop_percent, progress=self._tick(len(x))
+                ).cpu()
+            )
+        return self._collect(parts, self.model.image_shape)
+
+    def _statistics(self, what: str) -> tuple[Tensor, Tensor]:
+        model = self._pdae(what)
+        if not model.config.latent_statistics:
+            raise UserError(f"{what} needs the mean and standard deviation of the latents; this model has none")
+        return model.latent_mean.cpu(), model.latent_std.cpu()
+
+    def manipulate(
+        self, x0: Tensor, attribute: str | int, scale: float, encode_steps: int | None = None
+    ) -> Tensor:
+        """Images [B, C, H, W] of x0 with ``attribute`` moved by ``scale`` along the classifier's direction.
+
+        z_norm + scale sqrt(latent_dim) w / ||w||, decoded from the *inferred* x_T, which keeps the rest.
+        """
+        model = self._pdae("manipulate")
+        names = model.config.attributes
+        if model.classifier is None:
+            raise UserError("manipulate needs an attribute classifier; this model has none")
+        row = attribute if isinstance(attribute, int) else (names.index(attribute) if attribute in names else -1)
+        if not 0 <= row < len(names):
+            raise UserError(f"attribute {attribute!r} is not known; expected one of {', '.join(names)}")
+        mean, std = self._statistics("manipulate")
+        z = self.encode(x0)
+        w = model.classifier.weight[row].detach().cpu()
+        direction = model.config.latent_dim**0.5 * w / w.norm()
+        edited = ((z - mean) / std + scale * direction) * std + mean
+        return self.decode(edited, self.invert(x0, z, encode_steps))
+
+    def sample(
+        self,
+        count: int,
+        *,
+        stop_percent: float = 0.3,
+        latent_steps: int | None = None,
+        latent_clamp: bool = True,
+        seed: int = 0,
+    ) -> Tensor:
+        """``count`` new images [count, C, H, W]: z from the latent DPM, then decoded from random x_T.
+
+        ``latent_clamp`` clamps z_T and every estimate of z_0 to +-1 as the released code does. A prior samples alone.
+        """
+        if count < 1:
+            raise UserError(f"the number of images must be at least 1, not {count}")
+        if isinstance(self.model, Prior):
+            return self.decode(count=count, seed=seed)
+        return self.decode(self.sample_latents(count, latent_steps, latent_clamp, seed), None, stop_percent, seed=seed)
+
+    def sample_latents(
+        self, count: int, steps: int | None = None, clamp: bool = True, seed: int = 0
+    ) -> Tensor:
+        """z [count, latent_dim] from the latent DPM, de-normalised."""
+        model = self._pdae("sample")
+        if model.latent_denoiser is None:
+            raise UserError("sample needs a latent DPM; this model has none")
+        mean, std = self._statistics("sample")
+        D = model.config.latent_dim
+        # A stream of its own: z_T must not repeat the draws of x_T.
+        z_T = sampling.ImageNoise(seed + 2**32, range(count), (D,), self.device)()
+        schedule = build_schedule(model.config.latent.schedule)
+        z = sampling.ddim(
+            self.plan.latent_field(),
+            z_T.clamp(-1, 1) if clamp else z_T,
+            schedule,
+            self.steps if steps is None else steps,
+            clamp=1.0 if clamp else None,
+        )
+        return z.cpu() * std + mean

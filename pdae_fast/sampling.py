@@ -1,0 +1,162 @@
+"""Samplers as pure functions over a field: a thing that returns (eps_hat, G).
+
+A field is called as ``field(x, t, use_gradient)`` with x float32 [B, ...], an integer t and a flag; it returns
+eps_hat and G of x's shape, and None for G when it was not asked for (or there is none). What conditions it (z, a
+mixture of several z, nothing) is the field's business. State and arithmetic are float32; coefficients are computed
+in float64. Symbols and algorithm numbers are those of PDAE (arXiv 2212.12990).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import UserError
+from .schedule import Schedule
+
+Progress = Callable[[], None]
+
+
+class Field(Protocol):
+    def __call__(self, x: Tensor, t: int, use_gradient: bool) -> tuple[Tensor, Tensor | None]: ...
+
+
+def ddim_step(
+    x: Tensor,
+    eps: Tensor,
+    gradient: Tensor | None,
+    alpha_bar: float,
+    alpha_bar_next: float,
+    clamp: float | None = 1.0,
+) -> Tensor:
+    """One deterministic DDIM step from alpha_bar to alpha_bar_next, downward or upward (Algorithm 3).
+
+    eps' = eps - sqrt(1 - alpha_bar) G; x0_hat = clamp(x / sqrt(alpha_bar) - sqrt(1 / alpha_bar - 1) eps'); the noise
+    that leads from that x0_hat to x then carries on. ``clamp`` None leaves x0_hat as it is.
+    """
+    shifted = eps if gradient is None else eps - (1 - alpha_bar) ** 0.5 * gradient
+    scaled, ratio = x / alpha_bar**0.5, (1 / alpha_bar - 1) ** 0.5
+    x0 = scaled - ratio * shifted
+    if clamp is not None:
+        x0 = x0.clamp(-clamp, clamp)
+    direction = (scaled - x0) / ratio
+    return alpha_bar_next**0.5 * x0 + (1 - alpha_bar_next) ** 0.5 * direction
+
+
+def ddim(
+    field: Field,
+    x_T: Tensor,
+    schedule: Schedule,
+    steps: int,
+    *,
+    stop_percent: float = 0.0,
+    clamp: float | None = 1.0,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Decode: x_T -> x at t = 0, unclamped, by ``steps`` DDIM steps (Algorithm 3).
+
+    G is used only while the remaining step index is at least int(stop_percent * steps): 0 uses it always, 1 never.
+    """
+    if not 0 <= stop_percent <= 1:
+        raise UserError(f"stop_percent must be between 0 and 1, not {stop_percent}")
+    points, alpha_bar = schedule.timesteps(steps), schedule.alpha_bar
+    x, stop = x_T.float(), int(stop_percent * steps)
+    for i in range(len(points) - 2, -1, -1):
+        t = int(points[i + 1])
+        eps, gradient = field(x, t, i >= stop)
+        x = ddim_step(x, eps, gradient, float(alpha_bar[t]), float(alpha_bar[points[i]]), clamp)
+        if progress:
+            progress()
+    return x
+
+
+def ddim_invert(
+    field: Field,
+    x0: Tensor,
+    schedule: Schedule,
+    steps: int,
+    *,
+    clamp: float | None = 1.0,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Infer x_T: the DDIM step run upward, the clean image taken to be at t = 0 (section 3.2 of the paper)."""
+    points, alpha_bar = schedule.timesteps(steps), schedule.alpha_bar
+    x = x0.float()
+    for now, following in zip(points[:-1], points[1:], strict=True):
+        eps, gradient = field(x, int(now), True)
+        x = ddim_step(x, eps, gradient, float(alpha_bar[now]), float(alpha_bar[following]), clamp)
+        if progress:
+            progress()
+    return x
+
+
+def ddpm(
+    field: Field,
+    x_T: Tensor,
+    schedule: Schedule,
+    noise: Callable[[], Tensor],
+    *,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Ancestral sampling over all T steps (Algorithm 2): mean from eps + c_t G, plus sigma_t noise; no clamp.
+
+    ``noise()`` returns a fresh standard normal of x_T's shape; it is called T - 1 times.
+    """
+    x = x_T.float()
+    for t in range(schedule.T - 1, -1, -1):
+        eps, gradient = field(x, t, True)
+        if gradient is not None:
+            eps = eps + float(schedule.shift_coef[t]) * gradient
+        beta, alpha, alpha_bar = (float(a[t]) for a in (schedule.beta, schedule.alpha, schedule.alpha_bar))
+        x = (x - beta / (1 - alpha_bar) ** 0.5 * eps) / alpha**0.5
+        if t > 0:
+            x = x + float(np.exp(0.5 * schedule.posterior_log_variance_clipped[t])) * noise()
+        if progress:
+            progress()
+    return x
+
+
+def lerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """(1 - w) a + w b; a and b broadcast against each other, weight [B]."""
+    w = weight.view(-1, *[1] * (max(a.ndim, b.ndim) - 1))
+    return (1 - w) * a + w * b
+
+
+def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """Spherical interpolation over all dimensions but the first; a and b [1 or B, ...], weight [B].
+
+    Falls back to :func:`lerp` where the two are (nearly) parallel.
+    """
+    flat_a, flat_b = a.flatten(1).double(), b.flatten(1).double()
+    cosine = torch.nn.functional.cosine_similarity(flat_a, flat_b, dim=1).clamp(-1, 1)
+    theta = torch.acos(cosine)
+    sine = torch.sin(theta)
+    w = weight.double()
+    parallel = sine < 1e-4
+    safe = torch.where(parallel, torch.ones_like(sine), sine)
+    weight_a = torch.where(parallel, 1 - w, torch.sin((1 - w) * theta) / safe)
+    weight_b = torch.where(parallel, w, torch.sin(w * theta) / safe)
+    shape = (-1, *[1] * (a.ndim - 1))
+    return (weight_a.view(shape) * a.double() + weight_b.view(shape) * b.double()).to(a.dtype)
+
+
+class ImageNoise:
+    """Standard normal noise with one generator per image, so that results do not depend on how a batch is split.
+
+    Image number ``indices[k]`` of seed ``seed`` gets the same draws whatever else is in its batch, on every device
+    (drawn on the CPU). Calling the object returns float32 [len(indices), *shape].
+    """
+
+    def __init__(self, seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.shape, self.device = tuple(shape), device
+        states = [np.random.SeedSequence((seed, int(i))).generate_state(1, np.uint64)[0] for i in indices]
+        self.generators = [torch.Generator().manual_seed(int(state) >> 1) for state in states]
+
+    def __call__(self) -> Tensor:
+        if not self.generators:
+            return torch.empty(0, *self.shape, device=self.device)
+        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)

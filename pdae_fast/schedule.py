@@ -1,0 +1,85 @@
+"""The diffusion process: constants built in float64, and the step spacing of the published sampler."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from .config import ScheduleConfig
+from .errors import UserError
+
+
+def _betas(config: ScheduleConfig) -> np.ndarray:
+    T = config.timesteps
+    if config.kind == "linear":
+        scale = 1000 / T
+        return np.linspace(scale * 1e-4, min(scale * 0.02, 0.999), T, dtype=np.float64)
+    if config.kind == "constant":
+        return np.full(T, 0.008, dtype=np.float64)
+
+    def alpha_bar(u: float) -> float:  # cosine schedule, arXiv 2102.09672 eq. 17
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    return np.array([min(1 - alpha_bar((i + 1) / T) / alpha_bar(i / T), 0.999) for i in range(T)], dtype=np.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """Constants of q(x_t | x_0), indexed by t = 0 ... T-1, all float64 [T]; alpha_bar at t = -1 is 1.
+
+    ``shift_coef`` is c_t = -sqrt(alpha_t) (1 - alpha_bar_{t-1}) / sqrt(1 - alpha_bar_t), which turns G into a shift of
+    eps in the training objective and in ancestral sampling (Algorithms 1 and 2). ``loss_weight`` is
+    lambda_t = SNR_t^0.1 / (1 + SNR_t).
+    """
+
+    beta: np.ndarray
+    alpha: np.ndarray
+    alpha_bar: np.ndarray
+    alpha_bar_prev: np.ndarray
+    posterior_variance: np.ndarray
+    posterior_log_variance_clipped: np.ndarray
+    posterior_mean_x0: np.ndarray
+    posterior_mean_xt: np.ndarray
+    shift_coef: np.ndarray
+    loss_weight: np.ndarray
+
+    @property
+    def T(self) -> int:
+        return len(self.beta)
+
+    def timesteps(self, steps: int) -> np.ndarray:
+        """Time points of an S-step DDIM trajectory, ascending, int64 [<= S+1]: unique(int(linspace(0, T-1, S+1)))."""
+        if not 1 <= steps <= self.T:
+            raise UserError(f"steps must be between 1 and {self.T}, not {steps}")
+        return np.unique(np.linspace(0, self.T - 1, steps + 1).astype(np.int64))
+
+
+@functools.lru_cache(maxsize=8)
+def build_schedule(config: ScheduleConfig) -> Schedule:
+    """All constants of ``config``, in float64."""
+    beta = _betas(config)
+    alpha = 1 - beta
+    alpha_bar = np.cumprod(alpha)
+    alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
+    one_minus = 1 - alpha_bar
+    posterior_variance = beta * (1 - alpha_bar_prev) / one_minus
+    snr = alpha_bar / one_minus
+    arrays = {
+        "beta": beta,
+        "alpha": alpha,
+        "alpha_bar": alpha_bar,
+        "alpha_bar_prev": alpha_bar_prev,
+        "posterior_variance": posterior_variance,
+        # The variance is 0 at t = 0, where no noise is added anyway.
+        "posterior_log_variance_clipped": np.log(np.append(posterior_variance[1], posterior_variance[1:])),
+        "posterior_mean_x0": beta * np.sqrt(alpha_bar_prev) / one_minus,
+        "posterior_mean_xt": (1 - alpha_bar_prev) * np.sqrt(alpha) / one_minus,
+        "shift_coef": -np.sqrt(alpha) * (1 - alpha_bar_prev) / np.sqrt(one_minus),
+        "loss_weight": snr**0.1 / (1 + snr),
+    }
+    for array in arrays.values():
+        array.setflags(write=False)
+    return Schedule(**arrays)

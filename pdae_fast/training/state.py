@@ -1,0 +1,33 @@
+"""A run's checkpoint: one file, written whole or not at all, read without executing anything from it."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+from ..files import atomic_write
+
+CHECKPOINT_NAME = "checkpoint.pt"
+FORMAT = "pdae_fast-run-1"
+
+
+def save(path: Path, contents: dict[str, Any]) -> None:
+    with atomic_write(path) as file:
+        torch.save({"format": FORMAT, **contents}, file)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a run's checkpoint; UserError when there is none, or when it is something else."""
+    if not path.is_file():
+        raise UserError(f"{path}: nothing to resume; expected the checkpoint of an earlier run (drop --resume to start)")
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
+    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
+        raise UserError(f"{path}: not the checkpoint of a training run of pdae_fast")
+    return contents

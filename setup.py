@@ -1,0 +1,53 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def version() -> str:
+    for line in (ROOT / "pdae_fast" / "__init__.py").read_text(encoding="utf-8").splitlines():
+        if line.startswith("__version__"):
+            return line.split('"')[1]
+    raise RuntimeError("pdae_fast/__init__.py states no __version__")
+
+
+def mapped(folder: str) -> list[str]:
+    """The packages under a top-level folder that is installed inside pdae_fast."""
+    inner = find_packages(str(ROOT / folder))
+    return [f"pdae_fast.{folder}", *(f"pdae_fast.{folder}.{name}" for name in inner)]
+
+
+extras = {
+    # Installs on Linux with an NVIDIA GPU; a CUDA build of torch brings it along already.
+    "gpu": ["triton>=3.6"],
+    "xformers": ["xformers>=0.0.35"],
+    "onnx": ["onnx", "onnxscript", "onnxruntime"],
+    # onnxruntime-gpu shares a folder with onnxruntime and breaks it: one or the other, never both.
+    "onnx-gpu": ["onnx", "onnxscript", "onnxruntime-gpu"],
+    "tensorrt": ["tensorrt"],
+    "tensorrt-rtx": ["tensorrt-rtx-cu13"],
+    "train": ["tensorboard"],
+    "convert": ["pyyaml"],
+    "metrics": ["torchmetrics>=1.9"],
+    "data": ["dicebear-core", "dicebear-styles", "resvg-py", "lmdb"],
+    "dev": ["pytest>=8", "pytest-benchmark>=5", "ruff>=0.15", "pyyaml", "triton>=3.6; platform_system == 'Linux'"],
+}
+
+setup(
+    name="pdae_fast",
+    version=version(),
+    description="A fast engine for PDAE: turn a pre-trained diffusion model into an autoencoder",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["pdae_fast", "pdae_fast.*"]) + mapped("kernels"),
+    # `kernels` and `export` live at the top of the tree; at the top of an environment the first would collide with
+    # a well-known package of that name.
+    package_dir={"pdae_fast": "pdae_fast", "pdae_fast.kernels": "kernels"},
+    package_data={"pdae_fast": ["py.typed", "pretrained/**/*"]},
+    # The upper bound keeps a CPU-only machine from resolving to a newer CUDA build with gigabytes of libraries.
+    install_requires=["torch>=2.11,<2.14", "numpy>=1.26", "pillow>=10", "safetensors>=0.4", "tqdm>=4.60"],
+    extras_require=extras,
+)

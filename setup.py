@@ -48,6 +48,6 @@ setup(
     package_dir={"pdae_fast": "pdae_fast", "pdae_fast.kernels": "kernels"},
     package_data={"pdae_fast": ["py.typed", "pretrained/**/*"]},
     # The upper bound keeps a CPU-only machine from resolving to a newer CUDA build with gigabytes of libraries.
-    install_requires=["torch>=2.11,<2.14", "numpy>=1.26", "pillow>=10", "safetensors>=0.4", "tqdm>=4.60"],
+    install_requires=["torch>=2.11,<2.14", "numpy>=1.26", "pillow>=10.1", "safetensors>=0.4", "tqdm>=4.60"],
     extras_require=extras,
 )

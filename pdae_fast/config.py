@@ -39,7 +39,8 @@ class ScheduleConfig:
             f"schedule kind {self.kind!r} is not known; expected linear, cosine or constant",
         )
         _require(
-            _as_int(self.timesteps) and self.timesteps >= 2, f"timesteps must be an integer >= 2, not {self.timesteps!r}"
+            _as_int(self.timesteps) and self.timesteps >= 2,
+            f"timesteps must be an integer >= 2, not {self.timesteps!r}",
         )
 
 
@@ -78,11 +79,11 @@ class UNetConfig:
         )
         _require(
             all(_as_int(r) and r >= 1 for r in self.attention_resolutions),
-            f"attention_resolutions must be positive integers (down-sampling rates), not {self.attention_resolutions!r}",
+            f"attention_resolutions must be positive integers (rates), not {self.attention_resolutions!r}",
         )
         _require(
             self.base_channel % NORM_GROUPS == 0,
-            f"base_channel must be a multiple of {NORM_GROUPS} (GroupNorm has {NORM_GROUPS} groups), not {self.base_channel}",
+            f"base_channel must be a multiple of {NORM_GROUPS} (the groups of a norm), not {self.base_channel}",
         )
         _require(
             _as_int(self.head_channel) and (self.head_channel == -1 or self.head_channel >= 1),
@@ -135,8 +136,12 @@ class LatentConfig:
 
     def __post_init__(self) -> None:
         for name in ("latent_dim", "hidden"):
-            _require(_as_int(getattr(self, name)) and getattr(self, name) >= 1, f"latent {name} must be a positive integer")
-        _require(_as_int(self.layers) and self.layers >= 2, f"the latent MLP needs at least 2 layers, not {self.layers!r}")
+            _require(
+                _as_int(getattr(self, name)) and getattr(self, name) >= 1, f"latent {name} must be a positive integer"
+            )
+        _require(
+            _as_int(self.layers) and self.layers >= 2, f"the latent MLP needs at least 2 layers, not {self.layers!r}"
+        )
 
 
 def _check_image_size(size: Any, unet: UNetConfig) -> None:
@@ -185,14 +190,17 @@ class PDAEConfig:
             size >= 32 and size & (size - 1) == 0,
             f"the encoder needs an image_size that is a power of two from 32 up, not {size}",
         )
-        _require(_as_int(self.latent_dim) and self.latent_dim >= 1, f"latent_dim must be a positive integer, not {self.latent_dim!r}")
+        _require(
+            _as_int(self.latent_dim) and self.latent_dim >= 1,
+            f"latent_dim must be a positive integer, not {self.latent_dim!r}",
+        )
         _require(
             _as_int(self.encoder_channel) and self.encoder_channel >= 1 and self.encoder_channel % NORM_GROUPS == 0,
             f"encoder_channel must be a multiple of {NORM_GROUPS}, not {self.encoder_channel!r}",
         )
         _require(
             self.latent is None or self.latent.latent_dim == self.latent_dim,
-            f"the latent DPM is {self.latent.latent_dim if self.latent else 0}-dimensional but z has {self.latent_dim} dimensions",
+            f"the latent DPM is {self.latent and self.latent.latent_dim}-dimensional but latent_dim is {self.latent_dim}",
         )
 
     @property
@@ -216,7 +224,9 @@ def _build(cls: type, values: Any, where: str) -> Any:
     unknown = sorted(set(values) - known)
     _require(not unknown, f"{where}: unknown field {', '.join(unknown)}; expected some of {', '.join(sorted(known))}")
     arguments = {
-        k: _build(_NESTED[k], v, f"{where}.{k}") if k in _NESTED and v is not None else (tuple(v) if isinstance(v, list) else v)
+        k: _build(_NESTED[k], v, f"{where}.{k}")
+        if k in _NESTED and v is not None
+        else (tuple(v) if isinstance(v, list) else v)
         for k, v in values.items()
     }
     try:
@@ -254,7 +264,9 @@ def load(path: str | Path) -> PDAEConfig | PriorConfig:
 
 def _paper(size: int, base: int, multiplier: tuple[int, ...], heads: int) -> PDAEConfig:
     # Attention sits where the feature map is 16x16 in all five networks.
-    unet = UNetConfig(base_channel=base, channel_multiplier=multiplier, attention_resolutions=(size // 16,), num_heads=heads)
+    unet = UNetConfig(
+        base_channel=base, channel_multiplier=multiplier, attention_resolutions=(size // 16,), num_heads=heads
+    )
     return PDAEConfig(image_size=size, unet=unet)
 
 

@@ -70,7 +70,9 @@ def main(argv: list[str] | None = None) -> None:
         model = PDAE.from_pretrained(name)
         channels, size, _ = model.image_shape
         count = sum(p.numel() for p in model.parameters())
-        print(f"  {name}: {size}x{size}, {channels} channel(s), z {model.config.latent_dim}, {count / 1e6:.1f} M parameters")
+        print(
+            f"  {name}: {size}x{size}, {channels} channel(s), z {model.config.latent_dim}, {count / 1e6:.1f} M parameters"
+        )
     if not available():
         print("  none")
 

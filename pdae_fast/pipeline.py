@@ -215,9 +215,7 @@ class Pipeline:
             raise UserError(f"{what} needs the mean and standard deviation of the latents; this model has none")
         return model.latent_mean.cpu(), model.latent_std.cpu()
 
-    def manipulate(
-        self, x0: Tensor, attribute: str | int, scale: float, encode_steps: int | None = None
-    ) -> Tensor:
+    def manipulate(self, x0: Tensor, attribute: str | int, scale: float, encode_steps: int | None = None) -> Tensor:
         """Images [B, C, H, W] of x0 with ``attribute`` moved by ``scale`` along the classifier's direction.
 
         z_norm + scale sqrt(latent_dim) w / ||w||, decoded from the *inferred* x_T, which keeps the rest.
@@ -255,9 +253,7 @@ class Pipeline:
             return self.decode(count=count, seed=seed)
         return self.decode(self.sample_latents(count, latent_steps, latent_clamp, seed), None, stop_percent, seed=seed)
 
-    def sample_latents(
-        self, count: int, steps: int | None = None, clamp: bool = True, seed: int = 0
-    ) -> Tensor:
+    def sample_latents(self, count: int, steps: int | None = None, clamp: bool = True, seed: int = 0) -> Tensor:
         """z [count, latent_dim] from the latent DPM, de-normalised."""
         model = self._pdae("sample")
         if model.latent_denoiser is None:

@@ -96,7 +96,9 @@ def reconstruct(
 def main(argv: list[str] | None = None) -> None:
     p = cli.parser("reconstruct", "Encode images to (z, x_T) and decode them again; report how close they come.")
     cli.add_run_options(p, out="reconstruction")
-    p.add_argument("--modes", nargs="+", choices=list(MODES), default=["inferred", "random"], help="what to decode from")
+    p.add_argument(
+        "--modes", nargs="+", choices=list(MODES), default=["inferred", "random"], help="what to decode from"
+    )
     p.add_argument("--on-error", choices=("skip", "fail"), default="skip", help="what a broken image does")
     p.add_argument("--background", default="255,255,255", help="R,G,B that shows behind transparent images")
     p.add_argument("--limit", type=int, help="use only the first N images")
@@ -107,9 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     encode_steps = args.steps if args.encode_steps is None else args.encode_steps
     pipe.schedule.timesteps(encode_steps)
     channels, size, _ = model.image_shape
-    dataset = open_dataset(
-        args.input or [SAMPLES], size, channels, split="test", background=_colour(args.background)
-    )
+    dataset = open_dataset(args.input or [SAMPLES], size, channels, split="test", background=_colour(args.background))
     if args.limit is not None:
         if args.limit < 1:
             raise UserError(f"--limit must be at least 1, not {args.limit}")
@@ -173,7 +173,9 @@ def _summary(report: dict[str, Any], out: Path) -> str:
         f"down, {report['plan']} plan, {report['dtype']}, {report['device']}",
     ]
     if report["broken"]:
-        lines.append(f"{len(report['broken'])} broken images skipped: " + ", ".join(b["name"] for b in report["broken"][:5]))
+        lines.append(
+            f"{len(report['broken'])} broken images skipped: " + ", ".join(b["name"] for b in report["broken"][:5])
+        )
     lines.append(f"wrote {out / 'grid.png'}, {out / 'images'} and {out / 'metrics.json'}")
     return "\n".join(lines)
 

@@ -151,7 +151,9 @@ class ImageNoise:
     (drawn on the CPU). Calling the object returns float32 [len(indices), *shape].
     """
 
-    def __init__(self, seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu"
+    ) -> None:
         self.shape, self.device = tuple(shape), device
         states = [np.random.SeedSequence((seed, int(i))).generate_state(1, np.uint64)[0] for i in indices]
         self.generators = [torch.Generator().manual_seed(int(state) >> 1) for state in states]

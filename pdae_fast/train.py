@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 from pathlib import Path
@@ -47,7 +48,9 @@ def build_model(args) -> Prior | PDAE:
             return Prior.from_pretrained(args.init_from, **cli.foreign_options(args))
         return Prior(_architecture(args).prior)
     if not args.init_from:
-        raise UserError("train pdae needs a pre-trained prior: give --init-from NAME, DIR or FILE (or train prior first)")
+        raise UserError(
+            "train pdae needs a pre-trained prior: give --init-from NAME, DIR or FILE (or train prior first)"
+        )
     prior = Prior.from_pretrained(args.init_from, **cli.foreign_options(args))
     config = _architecture(args)
     return PDAE.from_prior(prior, latent_dim=config.latent_dim, encoder_channel=config.encoder_channel)
@@ -94,16 +97,18 @@ def _arguments(argv: list[str] | None):
     p.add_argument("task", choices=TASKS)
     p.add_argument("--data", required=True, help="folder of images, fashion-mnist[:DIR], or a folder of IDX files")
     p.add_argument("--out", required=True, help="directory of the run")
-    p.add_argument("--architecture", default="fashion32", metavar="PRESET|JSON", help=f"{', '.join(presets)}, or a config.json")
-    p.add_argument("--init-from", metavar="MODEL", help="prior to start from: bundled name, directory, foreign checkpoint")
+    p.add_argument(
+        "--architecture", default="fashion32", metavar="PRESET|JSON", help=f"{', '.join(presets)}, or a config.json"
+    )
+    p.add_argument(
+        "--init-from", metavar="MODEL", help="prior to start from: bundled name, directory, foreign checkpoint"
+    )
     # Everything that TrainSettings holds is an option of the same name, with the same default.
     for field in dataclasses.fields(TrainSettings):
         if field.name in ("task", "data"):
             continue
         flag = f"--{field.name.replace('_', '-')}"
         if isinstance(field.default, bool):
-            import argparse
-
             p.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default)
         else:
             p.add_argument(flag, type=type(field.default), default=field.default, help=" ")
@@ -143,7 +148,9 @@ def main(argv: list[str] | None = None) -> None:
         log_every=args.log_every,
         save_every=args.save_every,
         sample_every=args.sample_every,
-        preview=_Preview(torch.stack([dataset[i].image for i in range(min(PREVIEW_IMAGES, len(dataset)))]), device, args.seed)
+        preview=_Preview(
+            torch.stack([dataset[i].image for i in range(min(PREVIEW_IMAGES, len(dataset)))]), device, args.seed
+        )
         if args.sample_every
         else None,
         scalars=_scalars(out) if args.tensorboard else None,

@@ -132,7 +132,7 @@ def test_read_only_folder(tmp_path):
 
 def test_an_error_about_another_file_is_passed_on(tmp_path):
     with pytest.raises(FileNotFoundError, match="other"), atomic_write(tmp_path / "a"):
-        open(tmp_path / "other")
+        (tmp_path / "other").read_bytes()
     assert os.listdir(tmp_path) == []
 
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from golden import NETWORKS, fill, latent_mlp, pdae, relative, vectors
 
+from golden_rule import NETWORKS, fill, latent_mlp, pdae, relative, vectors
 from pdae_fast import Pipeline, ScheduleConfig, sampling
 from pdae_fast.models import Encoder
 from pdae_fast.schedule import build_schedule
@@ -25,10 +25,10 @@ def case(request):
 
 def test_parameter_names_and_shapes(case):
     _, metadata, model, _ = case
-    import golden
+    import golden_rule
 
     for part in ("decoder", "encoder"):
-        path = golden.FOLDER / f"{metadata['name']}.{part}_keys.json"
+        path = golden_rule.FOLDER / f"{metadata['name']}.{part}_keys.json"
         if path.exists():
             expected = {key: tuple(shape) for key, shape in json.loads(path.read_text()).items()}
             assert {key: tuple(v.shape) for key, v in getattr(model, part).state_dict().items()} == expected

@@ -47,8 +47,7 @@ def ssim_map_scipy(a, b):
 def test_ssim_against_scipy(shape):
     a, b = pair(shape)
     expected = [
-        np.mean([ssim_map_scipy(unit(a[i, c]), unit(b[i, c])) for c in range(shape[1])])
-        for i in range(shape[0])
+        np.mean([ssim_map_scipy(unit(a[i, c]), unit(b[i, c])) for c in range(shape[1])]) for i in range(shape[0])
     ]
     np.testing.assert_allclose(ssim(a, b).numpy(), expected, rtol=0, atol=1e-12)
 

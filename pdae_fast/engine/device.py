@@ -10,7 +10,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """"auto" is the first CUDA device, else the CPU. UserError when the device asked for is not usable."""
+    """ "auto" is the first CUDA device, else the CPU. UserError when the device asked for is not usable."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -29,10 +29,10 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """"auto" is float32: the reference. UserError for a dtype that ``device`` cannot compute in."""
+    """ "auto" is float32: the reference. UserError for a dtype that ``device`` cannot compute in."""
     if dtype == "auto":
         return torch.float32
-    resolved = DTYPES.get(dtype, None) if isinstance(dtype, str) else dtype
+    resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if resolved not in DTYPES.values():
         raise UserError(f"dtype {dtype!r} is not known; expected auto, {', '.join(DTYPES)}")
     if resolved is torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():

@@ -40,9 +40,7 @@ class LatentMLP(nn.Module):
         self.config = config
         D, H, N = config.latent_dim, config.hidden, config.layers
         self.time_embed = nn.Sequential(nn.Linear(TIME_WIDTH, D), nn.SiLU(), nn.Linear(D, D))
-        self.layers = nn.ModuleList(
-            [_Layer(D if i == 0 else H + D, H, D) for i in range(N - 1)] + [_Last(H + D, D)]
-        )
+        self.layers = nn.ModuleList([_Layer(D if i == 0 else H + D, H, D) for i in range(N - 1)] + [_Last(H + D, D)])
 
     def forward(self, z_t: Tensor, t: Tensor) -> Tensor:
         dtype = self.time_embed[0].weight.dtype

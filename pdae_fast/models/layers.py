@@ -50,9 +50,7 @@ class ResBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.resample = resample
-        self.in_layers = nn.Sequential(
-            group_norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
-        )
+        self.in_layers = nn.Sequential(group_norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(time_channel, 2 * out_channels))
         self.emb_z_layers = nn.Sequential(nn.SiLU(), nn.Linear(time_channel, 2 * out_channels)) if with_z else None
         self.out_layers = nn.Sequential(

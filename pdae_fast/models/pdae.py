@@ -44,7 +44,11 @@ class _Pretrained(nn.Module):
         expected = model.state_dict()
         missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
         if missing or unexpected:
-            which = [f"{kind} {len(names)} ({names[0]})" for kind, names in (("missing", missing), ("unexpected", unexpected)) if names]
+            which = [
+                f"{kind} {len(names)} ({names[0]})"
+                for kind, names in (("missing", missing), ("unexpected", unexpected))
+                if names
+            ]
             raise UserError(f"{where}: the weights do not fit the configuration: tensors {' and '.join(which)}")
         for name, tensor in expected.items():
             if state[name].shape != tensor.shape:
@@ -101,9 +105,7 @@ class PDAE(_Pretrained):
     def __init__(self, config: PDAEConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(
-            config.image_size, config.unet.input_channel, config.latent_dim, config.encoder_channel
-        )
+        self.encoder = Encoder(config.image_size, config.unet.input_channel, config.latent_dim, config.encoder_channel)
         self.decoder = PDAEDecoder(config.unet, config.latent_dim)
         self.latent_denoiser = LatentMLP(config.latent) if config.latent else None
         self.classifier = nn.Linear(config.latent_dim, len(config.attributes)) if config.attributes else None

@@ -62,9 +62,7 @@ def _build_output(config: UNetConfig, skips: list[int], with_z: bool) -> nn.Modu
             if 2**level in config.attention_resolutions:
                 layers.append(attention(config, width))
             if level > 0 and i == config.num_residual_blocks_of_a_block:
-                layers.append(
-                    ResBlock(width, width, config.time_width, config.dropout, resample="up", with_z=with_z)
-                )
+                layers.append(ResBlock(width, width, config.time_width, config.dropout, resample="up", with_z=with_z))
             blocks.append(Stage(*layers))
     return blocks
 

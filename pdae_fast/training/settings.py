@@ -34,7 +34,6 @@ class TrainSettings:
     amp: str = "off"
     seed: int = 0
 
-
     def __post_init__(self) -> None:
         def require(condition: bool, message: str) -> None:
             if not condition:
@@ -44,7 +43,10 @@ class TrainSettings:
         for name in ("steps", "batch_size", "accumulate"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         require(self.lr > 0 and math.isfinite(self.lr), f"lr must be a positive number, not {self.lr}")
-        require(self.lr_schedule in ("constant", "cosine"), f"lr_schedule must be constant or cosine, not {self.lr_schedule!r}")
+        require(
+            self.lr_schedule in ("constant", "cosine"),
+            f"lr_schedule must be constant or cosine, not {self.lr_schedule!r}",
+        )
         require(self.warmup >= 0, f"warmup must not be negative, not {self.warmup}")
         require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), not {self.ema_decay}")
         require(self.amp in ("off", "bfloat16"), f"amp must be off or bfloat16, not {self.amp!r}")

@@ -23,7 +23,9 @@ def save(path: Path, contents: dict[str, Any]) -> None:
 def load(path: Path) -> dict[str, Any]:
     """Read a run's checkpoint; UserError when there is none, or when it is something else."""
     if not path.is_file():
-        raise UserError(f"{path}: nothing to resume; expected the checkpoint of an earlier run (drop --resume to start)")
+        raise UserError(
+            f"{path}: nothing to resume; expected the checkpoint of an earlier run (drop --resume to start)"
+        )
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:

@@ -1,6 +1,6 @@
 import pytest
+from idx_files import write_set
 from PIL import Image
-from test_idx import write_set
 
 from pdae_fast.data import FashionMNIST, ImageFiles, open_dataset
 from pdae_fast.data import idx as idx_module

@@ -1,4 +1,6 @@
+import _thread
 import itertools
+import signal
 import threading
 import time
 
@@ -148,7 +150,6 @@ def test_closing_does_not_load_what_was_queued():
 
 def test_an_interrupt_while_waiting_for_an_image_ends_the_threads():
     """Ctrl-C arrives in the main thread, inside the generator."""
-    import _thread
 
     class Interrupting(Numbers):
         def __getitem__(self, i):
@@ -157,9 +158,14 @@ def test_an_interrupt_while_waiting_for_an_image_ends_the_threads():
                 time.sleep(0.05)
             return super().__getitem__(i)
 
-    with pytest.raises(KeyboardInterrupt):
-        for _ in stream(Interrupting(1000), 4):
-            pass
+    # A job that a shell started in the background inherits a handler that ignores Ctrl-C.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            for _ in stream(Interrupting(1000), 4):
+                pass
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert not loaders()
 
 

@@ -1,0 +1,252 @@
+"""Commands as a user runs them: what they leave behind, and what a mistake prints."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from helpers import TINY, TINY_FULL, image_folder, tiny_pdae, tiny_prior
+from pdae_fast import cli, config, info, metrics, reconstruct, train
+from pdae_fast.data import load_image
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_pdae(TINY_FULL).save_pretrained(path)
+    return path
+
+
+def run(main, *argv):
+    return cli.run(main, [str(a) for a in argv])
+
+
+def test_reconstruct_leaves_grid_images_and_metrics(tmp_path, model_dir, capsys):
+    folder = image_folder(tmp_path / "in", 5)
+    out = tmp_path / "out"
+    assert run(reconstruct.main, "--model", model_dir, "--input", folder, "--out", out, "--steps", 4, "--batch-size", 2,
+               "--encode-steps", 6, "--device", "cpu", "--modes", "inferred", "random", "prior") == 0  # fmt: skip
+    report = json.loads((out / "metrics.json").read_text())
+    assert report["images"] == 5 and report["steps"] == 4 and report["encode_steps"] == 6 and report["broken"] == []
+    assert report["modes"]["inferred"]["network_evaluations_per_image"] == {
+        "encoder": 1,
+        "trunk": 10,
+        "eps": 10,
+        "gradient": 10,
+    }
+    assert report["modes"]["prior"]["network_evaluations_per_image"]["gradient"] == 0
+    assert {"device", "dtype", "versions", "plan", "seed"} <= report.keys()
+    for mode, values in report["modes"].items():
+        assert values["seconds"] > 0 and values["images_per_second"] == pytest.approx(5 / values["seconds"])
+        per_image = [entry[mode] for entry in report["per_image"]]
+        for name in ("ssim", "psnr", "mse"):
+            assert values["mean"][name] == pytest.approx(np.mean([v[name] for v in per_image]))
+        for entry in report["per_image"]:
+            with Image.open(out / "images" / mode / f"{entry['name']}.png") as picture:
+                assert picture.size == (32, 32)
+    # The numbers are those of the images: written ones are clamped and rounded, so they agree roughly.
+    entry = report["per_image"][0]
+    x0 = load_image(folder / "00.png", 32, 1)[None]
+    x = load_image(out / "images" / "inferred" / f"{entry['name']}.png", 32, 1)[None]
+    assert float(metrics.mse(x0, x)) == pytest.approx(entry["inferred"]["mse"], rel=0.2, abs=1e-3)
+    with Image.open(out / "grid.png") as grid:
+        assert grid.size[1] >= 4 * 64
+    printed = capsys.readouterr().out
+    assert "inferred x_T" in printed and "SSIM" in printed and "grid.png" in printed
+
+
+def test_batches_do_not_change_the_report(tmp_path, model_dir):
+    folder = image_folder(tmp_path / "in", 5)
+    reports = []
+    for size in (1, 5):
+        out = tmp_path / f"out{size}"
+        assert run(reconstruct.main, "--model", model_dir, "--input", folder, "--out", out, "--steps", 3,
+                   "--batch-size", size, "--quiet", "--device", "cpu") == 0  # fmt: skip
+        reports.append(json.loads((out / "metrics.json").read_text())["per_image"])
+    for a, b in zip(*reports, strict=True):
+        assert a["name"] == b["name"]
+        for mode in ("inferred", "random"):
+            assert a[mode] == pytest.approx(b[mode], rel=1e-3)
+
+
+def test_broken_images_are_skipped_counted_or_fatal(tmp_path, model_dir, capsys):
+    folder = image_folder(tmp_path / "in", 3)
+    (folder / "01.png").write_bytes((folder / "01.png").read_bytes()[:60])
+    arguments = ("--model", model_dir, "--input", folder, "--steps", 2, "--device", "cpu")
+    assert run(reconstruct.main, *arguments, "--out", tmp_path / "skip") == 0
+    report = json.loads((tmp_path / "skip" / "metrics.json").read_text())
+    assert report["images"] == 2 and [b["name"] for b in report["broken"]] == ["01"]
+    assert "1 broken images skipped: 01" in capsys.readouterr().out
+    assert run(reconstruct.main, *arguments, "--out", tmp_path / "fail", "--on-error", "fail") == 2
+    assert "01.png" in capsys.readouterr().err
+    assert not (tmp_path / "fail" / "metrics.json").exists()
+
+
+def test_limit_and_quiet(tmp_path, model_dir, capsys):
+    folder = image_folder(tmp_path / "in", 3)
+    assert run(reconstruct.main, "--model", model_dir, "--input", folder, "--out", tmp_path / "o", "--steps", 2,
+               "--limit", 2, "--quiet", "--device", "cpu") == 0  # fmt: skip
+    assert json.loads((tmp_path / "o" / "metrics.json").read_text())["images"] == 2
+    printed = capsys.readouterr()
+    assert printed.out == printed.err == ""
+
+
+MISTAKES = [
+    (["--steps", "0"], "steps must be between 1 and 1000"),
+    (["--encode-steps", "1001"], "steps must be between 1 and 1000"),
+    (["--steps", "many"], "invalid int value: 'many'"),
+    (["--model", "nothing-here"], "neither a bundled model"),
+    (["--input", "/no/such/folder"], "no such input: /no/such/folder"),
+    (["--input", "{empty}"], "no image"),
+    (["--device", "cuda:7"], "cuda:7"),
+    (["--dtype", "int4"], "dtype 'int4'"),
+    (["--batch-size", "0"], "batch size must be at least 1"),
+    (["--limit", "0"], "--limit must be at least 1"),
+    (["--background", "red"], "R,G,B"),
+    (["--modes", "magic"], "invalid choice: 'magic'"),
+    (["--out", "{file}/sub"], "cannot create the folder"),
+    (["--nonsense"], "unrecognized arguments"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES, ids=[" ".join(a) for a, _ in MISTAKES])
+def test_mistakes_print_one_line_and_exit_2(tmp_path, model_dir, capsys, arguments, words):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    arguments = [a.format(empty=tmp_path / "empty", file=tmp_path / "file") for a in arguments]
+    base = [
+        "--model",
+        model_dir,
+        "--out",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+        "--input",
+        image_folder(tmp_path / "in", 1),
+    ]
+    try:
+        status = run(reconstruct.main, *base, *arguments)
+    except SystemExit as stop:
+        status = stop.code
+    printed = capsys.readouterr()
+    assert status == 2 and printed.out == ""
+    assert words in printed.err and len(printed.err.splitlines()) == 1 and printed.err.startswith("error: ")
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_a_prior_is_named_as_such(tmp_path, capsys):
+    tiny_prior().save_pretrained(tmp_path / "prior")
+    assert run(reconstruct.main, "--model", tmp_path / "prior") == 2
+    assert "is a prior" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_interruption_leaves_no_half_written_file(tmp_path, model_dir):
+    folder = image_folder(tmp_path / "in", 40)
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pdae_fast.reconstruct", "--model", str(model_dir), "--input", str(folder), "--out", str(out),
+         "--steps", "20", "--batch-size", "1", "--device", "cpu", "--quiet"],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    import signal
+    import time
+
+    for _ in range(1200):
+        if (out / "images" / "random").exists() and list((out / "images" / "random").glob("*.png")):
+            break
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in stderr and "Traceback" not in stderr
+    written = [p for p in out.rglob("*") if p.is_file()]
+    assert written and all(p.suffix == ".png" for p in written)  # no temporary files, no report
+    for path in written:
+        with Image.open(path) as picture:
+            picture.load()
+
+
+def test_train_both_stages_from_the_command_line(tmp_path, capsys):
+    data = image_folder(tmp_path / "in", 6)
+    (tmp_path / "tiny.json").write_text(config.dumps(TINY))
+    shared = [
+        "--data",
+        data,
+        "--architecture",
+        tmp_path / "tiny.json",
+        "--steps",
+        2,
+        "--batch-size",
+        2,
+        "--device",
+        "cpu",
+    ]
+    prior, pdae = tmp_path / "prior", tmp_path / "pdae"
+    assert run(train.main, "prior", *shared, "--out", prior, "--sample-every", 2) == 0
+    assert run(train.main, "pdae", *shared, "--out", pdae, "--init-from", prior, "--sample-every", 2) == 0
+    for out in (prior, pdae):
+        assert {p.name for p in out.iterdir()} == {
+            "config.json", "model.safetensors", "checkpoint.pt", "train.json", "log.jsonl", "samples",
+        }  # fmt: skip
+        with Image.open(out / "samples" / "0000002.png") as picture:
+            picture.load()
+        assert json.loads((out / "train.json").read_text())["batch_size"] == 2
+    assert (
+        run(
+            reconstruct.main, "--model", pdae, "--input", data, "--steps", 2, "--out", tmp_path / "o", "--device", "cpu"
+        )
+        == 0
+    )
+    capsys.readouterr()
+    # A second start must not overwrite the first run.
+    assert run(train.main, "prior", *shared, "--out", prior) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert run(train.main, "pdae", *shared, "--out", tmp_path / "new") == 2
+    assert "--init-from" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--lr", "-1"], "lr must be a positive number"),
+        (["--batch-size", "0"], "batch_size must be at least 1"),
+        (["--amp", "float8"], "amp must be off or bfloat16"),
+        (["--architecture", "resnet"], "neither a preset"),
+        (["--data", "/none"], "no such input"),
+        (["--save-every", "0"], "--save-every must be at least 1"),
+        (["--resume"], "nothing to resume"),
+    ],
+)
+def test_training_mistakes(tmp_path, capsys, arguments, words):
+    (tmp_path / "tiny.json").write_text(config.dumps(TINY))
+    base = [
+        "prior",
+        "--data",
+        image_folder(tmp_path / "in", 2),
+        "--out",
+        tmp_path / "out",
+        "--architecture",
+        tmp_path / "tiny.json",
+    ]
+    assert run(train.main, *base, *arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error and len(error.splitlines()) == 1
+
+
+def test_info(capsys):
+    assert run(info.main) == 0
+    printed = capsys.readouterr().out
+    assert torch.__version__ in printed and "triton" in printed and "bundled models" in printed
+    if not torch.cuda.is_available():
+        assert "cuda  no:" in printed
+
+
+def test_json_has_no_infinities(tmp_path):
+    cli.write_json(tmp_path / "x.json", {"a": float("inf"), "b": [float("nan"), 1.5], "c": {"d": (1, float("-inf"))}})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": [None, 1.5], "c": {"d": [1, None]}}

@@ -65,6 +65,7 @@ def add_run_options(p: argparse.ArgumentParser, out: str) -> None:
     p.add_argument("--batch-size", type=int, help="images per network evaluation (default: chosen for the device)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    p.add_argument("--plan", default="auto", help="how the networks run: auto, fused or eager")
     p.add_argument("--seed", type=int, default=0, help="seed of everything random")
     p.add_argument("--quiet", action="store_true", help="no progress bar, no table")
     add_foreign_options(p)

@@ -200,7 +200,7 @@ class PDAEConfig:
         )
         _require(
             self.latent is None or self.latent.latent_dim == self.latent_dim,
-            f"the latent DPM is {self.latent and self.latent.latent_dim}-dimensional but latent_dim is {self.latent_dim}",
+            f"the latent DPM is {self.latent and self.latent.latent_dim}-dimensional but z is {self.latent_dim}",
         )
 
     @property

@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         channels, size, _ = model.image_shape
         count = sum(p.numel() for p in model.parameters())
         print(
-            f"  {name}: {size}x{size}, {channels} channel(s), z {model.config.latent_dim}, {count / 1e6:.1f} M parameters"
+            f"  {name}: {channels}x{size}x{size}, z {model.config.latent_dim}, {count / 1e6:.1f} M parameters"
         )
     if not available():
         print("  none")

@@ -24,6 +24,7 @@ class Pipeline:
         dtype: of the networks: "auto", "float32", "bfloat16" or "float16". State and updates are always float32.
         batch_size: images per network evaluation; chosen for the device when None. Results do not depend on it
             beyond rounding.
+        plan: "auto", "fused" (the engine's rewrites) or "eager" (the modules as they are).
         progress: called as progress(n) whenever n images have advanced by one network evaluation.
 
     Images are float32 [B, C, H, W] in [-1, 1]; results come back float32 on the CPU. ``pipe.evaluations`` counts
@@ -38,6 +39,7 @@ class Pipeline:
         dtype: str | torch.dtype = "auto",
         batch_size: int | None = None,
         progress: Callable[[int], None] | None = None,
+        plan: str = "auto",
     ) -> None:
         if not isinstance(model, (PDAE, Prior)):
             raise UserError(f"Pipeline needs a PDAE or a Prior, not {type(model).__name__}")
@@ -48,7 +50,7 @@ class Pipeline:
         self.schedule.timesteps(steps)
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
-        self.plan = build_plan(model, self.device, self.dtype)
+        self.plan = build_plan(model, self.device, self.dtype, plan)
         self.batch_size = batch_size or self.plan.batch_size()
 
     @property
@@ -106,6 +108,7 @@ class Pipeline:
         x0, steps = self._images(x0, "x0"), self.steps if steps is None else steps
         z = self._codes(z, len(x0))
         parts = []
+        self.plan.prepare(self.schedule.timesteps(steps))
         for part in self._chunks(len(x0)):
             x = x0[part].to(self.device)
             field = self.plan.field(None if z is None else z[part])
@@ -138,6 +141,7 @@ class Pipeline:
         x_T = self._noise(count, seed, first, generator) if x_T is None else self._images(x_T, "x_T")
         steps = self.steps if steps is None else steps
         parts = []
+        self.plan.prepare(self.schedule.timesteps(steps))
         for part in self._chunks(count):
             x = x_T[part].to(self.device)
             field = self.plan.field(None if z is None else z[part])
@@ -199,6 +203,7 @@ class Pipeline:
                 f"expected [K, {len(x_T)}, {D}] and [K, {len(x_T)}]"
             )
         parts = []
+        self.plan.prepare(self.schedule.timesteps(self.steps))
         for part in self._chunks(len(x_T)):
             x = x_T[part].to(self.device)
             field = self.plan.field(z[:, part].float(), weights[:, part].float())

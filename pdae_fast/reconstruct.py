@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     args = p.parse_args(argv)
     model = PDAE.from_pretrained(args.model, **cli.foreign_options(args))
     out, modes = Path(args.out), list(dict.fromkeys(args.modes))
-    pipe = Pipeline(model, args.steps, args.device, args.dtype, args.batch_size)
+    pipe = Pipeline(model, args.steps, args.device, args.dtype, args.batch_size, plan=args.plan)
     encode_steps = args.steps if args.encode_steps is None else args.encode_steps
     pipe.schedule.timesteps(encode_steps)
     channels, size, _ = model.image_shape

@@ -149,8 +149,8 @@ def test_interruption_leaves_no_half_written_file(tmp_path, model_dir):
     folder = image_folder(tmp_path / "in", 40)
     out = tmp_path / "out"
     process = subprocess.Popen(
-        [sys.executable, "-m", "pdae_fast.reconstruct", "--model", str(model_dir), "--input", str(folder), "--out", str(out),
-         "--steps", "20", "--batch-size", "1", "--device", "cpu", "--quiet"],
+        [sys.executable, "-m", "pdae_fast.reconstruct", "--model", str(model_dir), "--input", str(folder),
+         "--out", str(out), "--steps", "20", "--batch-size", "1", "--device", "cpu", "--quiet"],
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     import signal

@@ -15,11 +15,12 @@ from pdae_fast.training.objective import pdae_loss, q_sample
 FORWARD, LOOP = 1e-5, 1e-4
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+@pytest.fixture(scope="module", params=[(n, p) for n in NETWORKS for p in ("eager", "fused")], ids="-".join)
 def case(request):
-    tensors, metadata = vectors(request.param)
-    model = pdae(request.param)
-    pipe = Pipeline(model, steps=int(metadata["steps"]), device="cpu", dtype="float32")
+    name, plan = request.param
+    tensors, metadata = vectors(name)
+    model = pdae(name)
+    pipe = Pipeline(model, steps=int(metadata["steps"]), device="cpu", dtype="float32", plan=plan)
     return tensors, metadata, model, pipe
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from ..config import UNetConfig
 from ..errors import UserError
 from ..models import PDAE, Prior
 from .device import available_memory
+
+Field = Callable[[Tensor, int, bool], tuple[Tensor, Tensor | None]]
 
 
 class Plan:
@@ -40,7 +43,10 @@ class Plan:
         self.evaluations["encoder"] += len(x0)
         return self.model.encode(x0.to(self.device)).float()
 
-    def field(self, z: Tensor | None = None, weights: Tensor | None = None):
+    def prepare(self, times: Iterable[int]) -> None:
+        """Announce the time points of a schedule; plans with tables compute them at once."""
+
+    def field(self, z: Tensor | None = None, weights: Tensor | None = None) -> Field:
         """The field that samplers integrate, conditioned on ``z``.
 
         z None: eps_hat alone. z [B, D]: G of every image's own z. z [K, B, D] with weights [K, B]: the mixture
@@ -74,7 +80,7 @@ class Plan:
 
         return evaluate
 
-    def latent_field(self):
+    def latent_field(self) -> Field:
         """The latent DPM as a field on z."""
         denoiser = self.model.latent_denoiser
 
@@ -109,8 +115,3 @@ def activation_bytes(image_size: int, unet: UNetConfig, dtype: torch.dtype) -> i
         elements += multiplier * unet.base_channel * pixels * (blocks + 2)
     widest = max(m * (image_size >> i) ** 2 for i, m in enumerate(unet.channel_multiplier)) * unet.base_channel
     return (elements + 8 * widest) * max(4, torch.empty((), dtype=dtype).element_size())
-
-
-def build_plan(model: PDAE | Prior, device: torch.device, dtype: torch.dtype) -> Plan:
-    """The plan for ``model`` on ``device``: its weights are shared where possible and never changed."""
-    return Plan(model, device, dtype)

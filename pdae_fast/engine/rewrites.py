@@ -1,0 +1,108 @@
+"""Exact rewrites of the network, each a small function tested against the model it replaces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..models.layers import AttentionBlock, ResBlock, timestep_embedding
+from ..models.unet import UNet
+
+Convolution = Callable[..., Tensor]
+
+
+def resblocks(module: nn.Module) -> list[ResBlock]:
+    return [block for block in module.modules() if isinstance(block, ResBlock)]
+
+
+class AffineTable:
+    """All adaptive norms of a list of ResBlocks as one wide affine: column ranges of [*, sum C].
+
+    AdaGN computes (1 + z_s) (GN(h) (1 + s_t) + b_t) + z_b with GN(h) = w h_norm + b: for fixed t and z that is one
+    multiplication and one addition per (image, channel). Everything is float32.
+    """
+
+    def __init__(self, blocks: list[ResBlock]) -> None:
+        widths = [block.out_layers[0].num_channels for block in blocks]
+        ends = torch.tensor(widths).cumsum(0).tolist() if widths else []
+        self.columns = [slice(end - width, end) for width, end in zip(widths, ends, strict=True)]
+        self.weight = torch.cat([b.out_layers[0].weight.detach().float() for b in blocks])
+        self.bias = torch.cat([b.out_layers[0].bias.detach().float() for b in blocks])
+        self.time = self._stack([b.emb_layers[1] for b in blocks])
+        with_z = blocks[0].emb_z_layers is not None
+        self.z = self._stack([b.emb_z_layers[1] for b in blocks]) if with_z else None
+
+    @staticmethod
+    def _stack(linears: list[nn.Linear]) -> tuple[Tensor, Tensor]:
+        """All scale rows, then all shift rows: weight [2 sum C, D], bias [2 sum C]."""
+        parts = [(layer.weight.detach().float().chunk(2), layer.bias.detach().float().chunk(2)) for layer in linears]
+        weight = torch.cat([w[half] for half in (0, 1) for w, _ in parts])
+        bias = torch.cat([b[half] for half in (0, 1) for _, b in parts])
+        return weight, bias
+
+    def at_times(self, emb: Tensor) -> tuple[Tensor, Tensor]:
+        """emb [S, D] -> multiplier and addend [S, sum C] on the normalised h: one GEMM for a whole schedule."""
+        scale, shift = F.linear(F.silu(emb), *self.time).chunk(2, dim=1)
+        return self.weight * (1 + scale), self.bias * (1 + scale) + shift
+
+    def of_codes(self, emb_z: Tensor) -> tuple[Tensor, Tensor]:
+        """emb_z [B, D] -> (1 + z_s) and z_b [B, sum C]: once per image."""
+        scale, shift = F.linear(F.silu(emb_z), *self.z).chunk(2, dim=1)
+        return 1 + scale, shift
+
+
+def time_embeddings(unet: UNet, times: Tensor) -> Tensor:
+    """float32 [S, time_width] for int64 times [S]."""
+    first, _, second = unet.time_embed
+    h = F.linear(timestep_embedding(times, unet.config.base_channel), first.weight.float(), first.bias.float())
+    return F.linear(F.silu(h), second.weight.float(), second.bias.float())
+
+
+def phase_weights(weight: Tensor) -> Tensor:
+    """3x3 weights [O, I, 3, 3] -> those of the four 2x2 convolutions that nearest-2x followed by it amounts to.
+
+    Result [2, 2, O, I, 2, 2], the first two indices the row and column parity of the output pixel. An even output row
+    reads input rows y-1 and y with taps w0 and w1 + w2; an odd one rows y and y+1 with w0 + w1 and w2. 16 products a
+    pixel pair instead of 36.
+    """
+    w = weight.double()
+    rows = [
+        torch.stack([w[:, :, 0], w[:, :, 1] + w[:, :, 2]], 2),
+        torch.stack([w[:, :, 0] + w[:, :, 1], w[:, :, 2]], 2),
+    ]
+    both = [
+        [torch.stack([r[..., 0], r[..., 1] + r[..., 2]], 3), torch.stack([r[..., 0] + r[..., 1], r[..., 2]], 3)]
+        for r in rows
+    ]
+    return torch.stack([torch.stack(pair) for pair in both]).to(weight.dtype)
+
+
+def upsample_conv(x: Tensor, convolutions: list[list[Convolution]]) -> Tensor:
+    """conv3x3(nearest2x(x)) by phases; ``convolutions[py][px]`` is a 2x2 convolution with padding 1 on all sides."""
+    B, _, H, W = x.shape
+    out = None
+    for py in (0, 1):
+        for px in (0, 1):
+            y = convolutions[py][px](x)  # [B, O, H + 1, W + 1]: the first row and column belong to the even phase
+            if out is None:
+                out = y.new_empty((B, y.shape[1], 2 * H, 2 * W)).to(memory_format=torch.channels_last)
+            out[:, :, py::2, px::2] = y[:, :, py : H + py, px : W + px]
+    return out
+
+
+def attention_tokens(block: AttentionBlock, x: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    """The attention block on channels-last maps, whose [B, H*W, C] tokens need no transpose; ``norm`` is its GN."""
+    B, C, H, W = x.shape
+    tokens = norm(x).permute(0, 2, 3, 1).reshape(B, H * W, C)
+    rows = F.linear(tokens, block.qkv.weight[:, :, 0], block.qkv.bias)
+    d = C // block.heads
+    if block.new_order:
+        q, k, v = rows.view(B, H * W, 3, block.heads, d).unbind(2)
+    else:
+        q, k, v = rows.view(B, H * W, block.heads, 3, d).unbind(3)
+    h = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    h = F.linear(h.transpose(1, 2).reshape(B, H * W, C), block.proj_out.weight[:, :, 0], block.proj_out.bias)
+    return x + h.view(B, H, W, C).permute(0, 3, 1, 2)

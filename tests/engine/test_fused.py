@@ -1,0 +1,156 @@
+"""Every rewrite against the modules it replaces, and the whole plan against the eager one."""
+
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from golden_rule import fill, relative
+from helpers import images, tiny_pdae, tiny_prior
+from pdae_fast import PDAEConfig, Pipeline, UNetConfig, UserError
+from pdae_fast.engine import build_plan, rewrites
+from pdae_fast.engine.convolution import PackedConvolution, PlainConvolution, can_pack
+from pdae_fast.engine.fused import FusedPlan, Rewrites, normalise
+from pdae_fast.engine.plan import Plan
+from pdae_fast.models.layers import AttentionBlock, ResBlock
+
+CPU = torch.device("cpu")
+NETWORKS = {
+    "attention": {"channel_multiplier": (1, 2), "attention_resolutions": (2,), "num_heads": 4},
+    "new-order": {
+        "channel_multiplier": (1, 2),
+        "attention_resolutions": (1, 2),
+        "head_channel": 16,
+        "use_new_attention_order": True,
+    },
+    "three-levels": {"channel_multiplier": (1, 2, 3), "num_residual_blocks_of_a_block": 2, "attention_resolutions": ()},
+    "learned-sigma": {"channel_multiplier": (1, 1), "learn_sigma": True, "time_channel": 48},
+    "one-level-colour": {"channel_multiplier": (1,), "input_channel": 3},
+}
+
+
+def network(changes):
+    unet = UNetConfig(**{"input_channel": 1, "base_channel": 32, "num_residual_blocks_of_a_block": 1, **changes})
+    return tiny_pdae(PDAEConfig(image_size=32, latent_dim=8, encoder_channel=32, unet=unet))
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("options", [Rewrites(p, u) for p in (True, False) for u in (True, False)], ids=str)
+@pytest.mark.parametrize("changes", NETWORKS.values(), ids=NETWORKS)
+def test_the_plan_computes_the_model(changes, options):
+    model = network(changes)
+    x, z = noise(3, *model.image_shape), noise(3, 8, seed=1)
+    plan, eager = FusedPlan(model, CPU, torch.float32, options), Plan(model, CPU, torch.float32)
+    for t in (0, 17, 999):
+        found, expected = plan.field(z)(x, t, True), eager.field(z)(x, t, True)
+        assert all(relative(a, b) < 1e-5 for a, b in zip(found, expected, strict=True))
+    eps, gradient = plan.field(z)(x, 17, False)
+    assert gradient is None and relative(eps, eager.field()(x, 17, True)[0]) < 1e-5
+    assert plan.evaluations == {"trunk": 12, "eps": 12, "gradient": 9}
+
+
+@pytest.mark.parametrize("B", [1, 2])
+def test_mixtures_share_the_trunk(B):
+    model = network(NETWORKS["attention"])
+    x, z = noise(B, *model.image_shape), noise(3, B, 8, seed=1)
+    weights = torch.rand(3, B, generator=torch.Generator().manual_seed(2))
+    plan, eager = FusedPlan(model, CPU, torch.float32), Plan(model, CPU, torch.float32)
+    found, expected = (p.field(z, weights)(x, 400, True) for p in (plan, eager))
+    assert all(relative(a, b) < 1e-5 for a, b in zip(found, expected, strict=True))
+    assert plan.evaluations == eager.evaluations == {"trunk": B, "eps": B, "gradient": 3 * B}
+
+
+def test_a_prior_alone():
+    prior = tiny_prior()
+    x = noise(2, 1, 32, 32)
+    found, expected = (p(prior, CPU, torch.float32).field()(x, 9, True)[0] for p in (FusedPlan, Plan))
+    assert relative(found, expected) < 1e-5
+
+
+def test_bfloat16_is_no_worse_than_the_model_in_bfloat16():
+    model = network(NETWORKS["three-levels"])
+    x, z = noise(2, *model.image_shape), noise(2, 8, seed=1)
+    exact = Plan(model, CPU, torch.float32).field(z)(x, 300, True)
+    eager, plan = (p(model, CPU, torch.bfloat16).field(z)(x, 300, True) for p in (Plan, FusedPlan))
+    for e, a, b in zip(exact, eager, plan, strict=True):
+        assert b.dtype == torch.float32 and relative(b, e) < 1.1 * relative(a, e)
+
+
+def test_loops_agree_over_many_steps():
+    model, x0 = tiny_pdae(), images(2)
+    fused, eager = (Pipeline(model, steps=50, device="cpu", plan=p) for p in ("fused", "eager"))
+    z = eager.encode(x0)
+    assert relative(fused.invert(x0, z), eager.invert(x0, z)) < 1e-4
+
+
+def test_the_model_is_left_alone():
+    model = tiny_pdae()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    Pipeline(model, steps=2, device="cpu", dtype="bfloat16").reconstruct(images(1))
+    assert all(torch.equal(v, before[k]) and v.dtype == torch.float32 for k, v in model.state_dict().items())
+
+
+def test_affine_table_is_adagn():
+    blocks = [fill(ResBlock(32, c, 24, with_z=True)) for c in (32, 64)]
+    table = rewrites.AffineTable(blocks)
+    emb, emb_z, h = noise(1, 24), noise(2, 24, seed=1), {c: noise(2, c, 3, 3, seed=c) for c in (32, 64)}
+    multiplier, addend = table.at_times(emb)
+    scale, shift = table.of_codes(emb_z)
+    for block, columns, c in zip(blocks, table.columns, (32, 64), strict=True):
+        s_t, b_t = block.emb_layers(emb)[:, :, None, None].chunk(2, 1)
+        s_z, b_z = block.emb_z_layers(emb_z)[:, :, None, None].chunk(2, 1)
+        expected = (1 + s_z) * (block.out_layers[0](h[c]) * (1 + s_t) + b_t) + b_z
+        both = (scale * multiplier, scale * addend + shift)
+        found = normalise(h[c], (both[0][:, columns], both[1][:, columns]))
+        torch.testing.assert_close(found, F.silu(expected), atol=1e-5, rtol=1e-5)
+        # Time alone: one affine for all images.
+        time_only = normalise(h[c], (multiplier[0, columns], addend[0, columns]))
+        torch.testing.assert_close(time_only, F.silu(block.out_layers[0](h[c]) * (1 + s_t) + b_t), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("H", "W"), [(4, 4), (1, 5), (3, 2)])
+def test_phase_convolutions_equal_upsampling_first(H, W):
+    weight, bias, x = noise(6, 5, 3, 3), noise(6, seed=1), noise(2, 5, H, W, seed=2)
+    phases = rewrites.phase_weights(weight)
+    convolutions = [[PlainConvolution(phases[py, px], bias, padding=1) for px in (0, 1)] for py in (0, 1)]
+    expected = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=1)
+    torch.testing.assert_close(rewrites.upsample_conv(x, convolutions), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("new_order", [False, True])
+def test_attention_on_tokens(new_order):
+    block, x = fill(AttentionBlock(64, 4, new_order)), noise(2, 64, 3, 5)
+    with torch.no_grad():
+        found = rewrites.attention_tokens(block, x.contiguous(memory_format=torch.channels_last), block.norm)
+        torch.testing.assert_close(found, block(x), atol=1e-5, rtol=1e-5)
+
+
+def test_time_embeddings_for_a_whole_schedule():
+    unet, times = tiny_prior().unet, torch.tensor([0, 5, 999])
+    with torch.no_grad():
+        torch.testing.assert_close(rewrites.time_embeddings(unet, times), unet.trunk(noise(3, 1, 32, 32), times).emb)
+
+
+@pytest.mark.skipif(not can_pack(CPU, torch.float32), reason="oneDNN's packed convolutions are not available")
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (1, 1, 0), (2, 1, 1), (3, 2, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_convolutions(kernel, stride, padding, dtype):
+    weight, bias = noise(48, 32, kernel, kernel).to(dtype), noise(48, seed=1).to(dtype)
+    conv = PackedConvolution(weight, bias, stride, padding)
+    for B, side in ((1, 8), (3, 8), (2, 5)):  # the layout is chosen for the first and must serve the others
+        x = noise(B, 32, side, side).to(dtype).contiguous(memory_format=torch.channels_last)
+        expected = F.conv2d(x.float(), weight.float(), bias.float(), stride, padding)
+        residual = noise(*expected.shape, seed=4).to(dtype).contiguous(memory_format=torch.channels_last)
+        with torch.inference_mode():
+            assert relative(conv(x), expected) < (1e-6 if dtype == torch.float32 else 5e-3)
+            kept = residual.clone()
+            assert relative(conv(x, residual), expected + residual) < (1e-6 if dtype == torch.float32 else 5e-3)
+            assert torch.equal(residual, kept)  # a skip connection's map is read again by the other decoder
+
+
+def test_unknown_plan():
+    with pytest.raises(UserError, match="expected auto, eager or fused"):
+        build_plan(tiny_prior(), CPU, torch.float32, "magic")

@@ -34,7 +34,9 @@ def parser(module: str, description: str) -> argparse.ArgumentParser:
 
 def add_foreign_options(p: argparse.ArgumentParser) -> None:
     """Settings that a foreign checkpoint does not carry."""
-    group = p.add_argument_group("foreign checkpoints", "what the weights do not tell; ignored for our own models")
+    group = p.add_argument_group(
+        "foreign checkpoints", "what the weights do not tell; for a saved model they must agree with its config.json"
+    )
     add = group.add_argument
     add("--config", metavar="YAML", default=argparse.SUPPRESS, help="the configuration the checkpoint came with")
     add("--encoder", metavar="FILE", default=argparse.SUPPRESS, help="a second file that holds the encoder")

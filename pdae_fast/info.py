@@ -70,9 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         model = PDAE.from_pretrained(name)
         channels, size, _ = model.image_shape
         count = sum(p.numel() for p in model.parameters())
-        print(
-            f"  {name}: {channels}x{size}x{size}, z {model.config.latent_dim}, {count / 1e6:.1f} M parameters"
-        )
+        print(f"  {name}: {channels}x{size}x{size}, z {model.config.latent_dim}, {count / 1e6:.1f} M parameters")
     if not available():
         print("  none")
 

@@ -127,6 +127,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"none of the {len(broken)} images could be read; the first: {': '.join(broken[0])}")
     report = {
         "model": str(args.model),
+        "assumed": list(model.notes),
         "images": len(names),
         "broken": [{"name": name, "reason": reason} for name, reason in broken],
         "steps": args.steps,
@@ -176,6 +177,7 @@ def _summary(report: dict[str, Any], out: Path) -> str:
         lines.append(
             f"{len(report['broken'])} broken images skipped: " + ", ".join(b["name"] for b in report["broken"][:5])
         )
+    lines += [f"assumed about the model: {note}" for note in report["assumed"]]
     lines.append(f"wrote {out / 'grid.png'}, {out / 'images'} and {out / 'metrics.json'}")
     return "\n".join(lines)
 

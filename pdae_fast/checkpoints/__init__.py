@@ -4,6 +4,18 @@ Works on configurations and dictionaries of tensors, below the models, so that t
 """
 
 from .directory import Loaded, available, load_directory, save_directory
-from .load import load
+from .kinds import Kind, identify
+from .load import Options, load
+from .official import save_official
 
-__all__ = ["Loaded", "available", "load", "load_directory", "save_directory"]
+__all__ = [
+    "Kind",
+    "Loaded",
+    "Options",
+    "available",
+    "identify",
+    "load",
+    "load_directory",
+    "save_directory",
+    "save_official",
+]

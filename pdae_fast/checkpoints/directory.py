@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors
@@ -23,11 +23,18 @@ BUNDLED = Path(__file__).resolve().parent.parent / "pretrained"
 
 @dataclass
 class Loaded:
-    """A model as read: its configuration, its tensors under this project's names, and where they came from."""
+    """A model as read: its configuration, its tensors under this project's names, and where they came from.
+
+    ``kind`` says in words what the source is, ``weights`` which of its weights these are, and ``notes`` what neither
+    the file nor the user said and was assumed.
+    """
 
     config: PDAEConfig | PriorConfig
     state: dict[str, Tensor]
     origin: str
+    kind: str = "a saved directory"
+    weights: str = "as stored"
+    notes: list[str] = field(default_factory=list)
 
 
 def available() -> list[str]:

@@ -57,9 +57,7 @@ class FashionMNIST:
             raise UserError(f"{path}: expected bytes [N, H, W], not {_describe(self.images)}")
         height, width = self.images.shape[1:]
         if size < max(height, width):
-            raise UserError(
-                f"size must be at least {max(height, width)} for the images in {root}, not {size}"
-            )
+            raise UserError(f"size must be at least {max(height, width)} for the images in {root}, not {size}")
         self.labels = None
         labels_path = find_idx(root, split, "labels")
         if labels_path is not None:

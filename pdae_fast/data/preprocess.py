@@ -41,9 +41,7 @@ _DEEP_INTEGER = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _FLOAT_SLACK = 1e-3  # float images that were resized overshoot [0, 1] a little
 
 
-def load_image(
-    path: str | os.PathLike, size: int, channels: int = 3, background: Sequence[int] = WHITE
-) -> Tensor:
+def load_image(path: str | os.PathLike, size: int, channels: int = 3, background: Sequence[int] = WHITE) -> Tensor:
     """Read an image file as float32 [channels, size, size] in [-1, 1]; the module's text says how.
 
     channels: 1 or 3. background: the RGB colour, 0 ... 255, that shows through transparent pixels.

@@ -22,6 +22,8 @@ class _Pretrained(nn.Module):
     """What every loadable model shares; subclasses take their config as the only argument."""
 
     config: Any
+    # What neither a foreign file nor its user said and was assumed, such as the number of attention heads.
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def from_pretrained(cls: type[_Model], source: str | Path, **options: Any) -> _Model:
@@ -29,12 +31,15 @@ class _Pretrained(nn.Module):
 
         A foreign file says nothing about some settings; give them as ``num_heads=``, ``head_channel=``,
         ``use_new_attention_order=``, ``config=`` (the official YAML) and ``encoder=`` (a second file). See
-        :func:`pdae_fast.checkpoints.load` for all of them. Returns the model in eval mode, float32, on the CPU.
+        :class:`pdae_fast.checkpoints.load.Options` for all of them. Returns the model in eval mode, float32, on the
+        CPU; ``model.notes`` lists what was assumed, such as one attention head where nothing says how many.
 
         Raises UserError with one line that says what the file is and what was expected.
         """
         loaded = checkpoints.load(source, **options)
-        return cls.from_state(cls._adopt(loaded), loaded.state, str(source))
+        model = cls.from_state(cls._adopt(loaded), loaded.state, str(source))
+        model.notes = tuple(loaded.notes)
+        return model
 
     @classmethod
     def from_state(cls: type[_Model], config: Any, state: dict[str, Tensor], where: str) -> _Model:

@@ -1,0 +1,241 @@
+"""From a foreign file's entries to a configuration and tensors under this project's names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import PDAEConfig, PriorConfig, ScheduleConfig, UNetConfig
+from ..errors import UserError
+from . import infer
+from .directory import Loaded, check_finite
+from .kinds import Kind, as_state, identify, refusal, unwrap
+from .read import read_file
+from .settings import Settings
+
+PRIORS = (Kind.PRIOR, Kind.DIFFAE, Kind.UNET)
+AUTOENCODERS = (Kind.AUTOENCODER, Kind.LATENT, Kind.CLASSIFIER, Kind.DECODER)
+# The network that a file of one network alone holds.
+_SINGLE = {Kind.UNET: "denoise_fn", Kind.DECODER: "decoder", Kind.ENCODER: "encoder"}
+
+
+@dataclass
+class ForeignFile:
+    """An opened and identified file. ``entries``: network name -> (its name in the file, state dict)."""
+
+    where: str
+    kind: Kind
+    contents: Mapping[str, Any]
+    entries: dict[str, tuple[str, Any]]
+    weights: str = "ema"
+    used: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: str | Path, weights: str = "ema") -> ForeignFile:
+        """Read and identify ``path``; ``weights`` is "ema" (preferred where present) or "raw"."""
+        path = Path(path).expanduser()
+        if path.is_dir():
+            raise UserError(f"{path}: a directory; expected a checkpoint file")
+        contents = unwrap(read_file(path))
+        kind = identify(contents)
+        entries = {name: (name, value) for name, value in contents.items() if isinstance(name, str)}
+        if kind is Kind.DIFFAE:
+            state = contents["state_dict"]
+            for prefix, entry in (("model", "denoise_fn"), ("ema_model", "ema_denoise_fn")):
+                part = {k.removeprefix(f"{prefix}."): v for k, v in state.items() if k.startswith(f"{prefix}.")}
+                entries[entry] = (prefix, part)
+        elif kind in _SINGLE and _SINGLE[kind] not in contents and f"ema_{_SINGLE[kind]}" not in contents:
+            entries = {_SINGLE[kind]: ("", contents)}
+        return cls(str(path), kind, contents, entries, weights)
+
+    def has(self, network: str) -> bool:
+        return bool(self._pick(network))
+
+    def network(self, network: str) -> dict[str, Tensor]:
+        """The float32 tensors of ``network``; UserError when missing, malformed, or not finite."""
+        picked = self._pick(network)
+        if not picked:
+            raise UserError(f"{self.where}: no {network} in it; it is {self.kind.value}")
+        label, value = picked
+        if self.weights == "raw" and label.startswith("ema_"):
+            raise UserError(f"{self.where}: holds only the EMA weights of {network}; expected raw ones (weights=raw)")
+        self.used[network] = "EMA" if label.startswith("ema_") else "raw" if self._paired(network) else "as stored"
+        state = as_state(value, label, self.where)
+        check_finite({f"{label}.{k}" if label else k: v for k, v in state.items()}, self.where)
+        return {name: tensor.float() for name, tensor in state.items()}
+
+    def _pick(self, network: str) -> tuple[str, Any] | None:
+        order = (network, f"ema_{network}") if self.weights == "raw" else (f"ema_{network}", network)
+        found = [self.entries[name] for name in order if name in self.entries]
+        # An empty state_dict stands for "not saved"; anything else that is wrong is reported when it is read.
+        return next((entry for entry in found if not (isinstance(entry[1], Mapping) and not entry[1])), None)
+
+    def _paired(self, network: str) -> bool:
+        trained = {Kind.AUTOENCODER: ("encoder", "decoder"), Kind.PRIOR: ("denoise_fn",), Kind.DIFFAE: ("denoise_fn",)}
+        trained |= {Kind.LATENT: ("latent_denoise_fn",), Kind.CLASSIFIER: ("classifier",)}
+        return network in trained.get(self.kind, ())
+
+    def describe_weights(self) -> str:
+        """ "EMA", "raw", "as stored", or which network has which."""
+        if len(set(self.used.values())) <= 1:
+            return next(iter(self.used.values()), "as stored")
+        return ", ".join(f"{network} {which}" for network, which in self.used.items())
+
+
+def build(file: ForeignFile, settings: Settings, encoder: ForeignFile | None = None) -> Loaded:
+    """The prior or PDAE in ``file``; ``encoder`` is a second file whose encoder is used instead.
+
+    Raises UserError when the file is of another kind, incomplete, or contradicts ``settings``.
+    """
+    notes: list[str] = []
+    if file.kind in PRIORS:
+        if encoder is not None:
+            raise UserError(f"{file.where}: {file.kind.value}, which has no encoder; encoder= goes with a PDAE decoder")
+        config, state = _prior(file, settings, notes)
+    elif file.kind in AUTOENCODERS:
+        config, state = _pdae(file, settings, encoder, notes)
+    else:
+        raise refusal(file.kind, file.contents, file.where)
+    raw = [network for network, which in file.used.items() if which == "raw"]
+    if raw and file.weights == "ema":
+        notes.append(f"no EMA weights of {' and '.join(raw)}: the raw ones are used")
+    return Loaded(config, state, file.where, file.kind.value, file.describe_weights(), notes)
+
+
+def _prior(file: ForeignFile, settings: Settings, notes: list[str]) -> tuple[PriorConfig, dict[str, Tensor]]:
+    state = file.network("denoise_fn")
+    fields = infer.unet_fields(state, file.where)
+    if file.kind is Kind.DIFFAE:
+        _resolve_feature_sizes(settings, fields, _drawn_size(file, fields), file.where)
+    size = settings.get("image_size") or _drawn_size(file, fields)
+    unet = _unet_config(fields, settings, file.where, notes)
+    if size is None:
+        size, reason = infer.prior_image_size(unet.attention_resolutions, unet.levels)
+        notes.append(f"image size {size} ({reason}; a U-Net's weights do not say: --image-size, image_size=)")
+    with _located(file.where):
+        config = PriorConfig(image_size=size, unet=unet, schedule=_schedule(settings, notes))
+    return config, {f"unet.{name}": tensor for name, tensor in state.items()}
+
+
+def _pdae(
+    file: ForeignFile, settings: Settings, encoder_file: ForeignFile | None, notes: list[str]
+) -> tuple[PDAEConfig, dict[str, Tensor]]:
+    where = file.where
+    if not file.has("decoder"):
+        flag = "--latent" if file.kind is Kind.LATENT else "--classifier"
+        raise UserError(
+            f"{where}: {file.kind.value} without the autoencoder it belongs to; "
+            f"convert the autoencoder with {flag} {where}"
+        )
+    if encoder_file is None and not file.has("encoder"):
+        raise UserError(f"{where}: a PDAE decoder without an encoder; expected one in it, or --encoder FILE (encoder=)")
+    decoder = file.network("decoder")
+    source = encoder_file or file
+    encoder = source.network("encoder")
+    fields, shape = infer.unet_fields(decoder, where), infer.encoder_shape(encoder, source.where)
+    if shape.input_channel != fields["input_channel"]:
+        raise UserError(
+            f"{where}: the decoder works on {fields['input_channel']} channels; "
+            f"the encoder of {source.where} expects {shape.input_channel}"
+        )
+    label = infer.need(decoder, "label_emb.weight", 2, where)
+    if label.shape[1] != shape.latent_dim:
+        raise UserError(
+            f"{where}: label_emb.weight has shape {list(label.shape)}; the encoder of {source.where} gives z of "
+            f"{shape.latent_dim} dimensions, so expected {[label.shape[0], shape.latent_dim]}"
+        )
+    for name in ("image_size", "latent_dim", "encoder_channel"):
+        settings.check(name, getattr(shape, name), where, "the encoder's weights")
+    unet = _unet_config(fields, settings, where, notes)
+    with _located(where):
+        config = PDAEConfig(
+            image_size=shape.image_size,
+            latent_dim=shape.latent_dim,
+            encoder_channel=shape.encoder_channel,
+            unet=unet,
+            schedule=_schedule(settings, notes),
+        )
+    state = {f"encoder.{name}": tensor for name, tensor in encoder.items()}
+    return config, state | {f"decoder.{name}": tensor for name, tensor in decoder.items()}
+
+
+def _unet_config(fields: dict[str, Any], settings: Settings, where: str, notes: list[str]) -> UNetConfig:
+    rates = settings.given.get("attention_resolutions")
+    if rates is not None:
+        # A rate below the deepest level asks for nothing.
+        reached = tuple(rate for rate in rates.value if rate < 2 ** len(fields["channel_multiplier"]))
+        settings.given["attention_resolutions"] = dataclasses.replace(rates, value=reached)
+    for name, value in fields.items():
+        if name == "time_channel":
+            value = value or 4 * fields["base_channel"]
+        settings.check(name, value, where)
+    free = ("num_heads", "head_channel", "use_new_attention_order", "dropout")
+    with _located(where):
+        unet = UNetConfig(**fields, **{name: settings.get(name) for name in free if name in settings})
+    if not {"num_heads", "head_channel"} & settings.given.keys():
+        notes.append("1 attention head per layer (the weights do not say: --num-heads, --head-channel, --config)")
+    elif "use_new_attention_order" not in settings and any(unet.heads(c) > 1 for c in unet.attention_channels()):
+        notes.append("the legacy attention layout (the weights do not say: --use-new-attention-order, --config)")
+    return unet
+
+
+def _schedule(settings: Settings, notes: list[str]) -> ScheduleConfig:
+    config = ScheduleConfig(settings.get("schedule", "linear"), settings.get("timesteps", 1000))
+    if "schedule" not in settings:
+        notes.append(f"a {config.kind} noise schedule of {config.timesteps} steps (--schedule, --timesteps, --config)")
+    return config
+
+
+def _drawn_size(file: ForeignFile, fields: dict[str, Any]) -> int | None:
+    """The image size from Diff-AE's buffer of fixed noise [N, C, S, S], if there is one."""
+    noise = (file.contents.get("state_dict") or {}).get("x_T") if file.kind is Kind.DIFFAE else None
+    if isinstance(noise, Tensor) and noise.ndim == 4 and noise.shape[1] == fields["input_channel"]:
+        return noise.shape[3] if noise.shape[2] == noise.shape[3] else None
+    return None
+
+
+def _resolve_feature_sizes(settings: Settings, fields: dict[str, Any], drawn: int | None, where: str) -> None:
+    """Diff-AE's attention list holds feature-map sizes: turn it into rates, or the image size it implies."""
+    rates = set(fields["attention_resolutions"])
+    reachable = {2**level for level in range(len(fields["channel_multiplier"]))}
+    # A PDAE-style configuration of a Diff-AE prior has rates already: those are compared later.
+    if set(settings.get("attention_resolutions", rates)) != rates:
+        settings.given["feature_sizes"] = settings.given.pop("attention_resolutions")
+    given = settings.given.pop("feature_sizes", None)
+    if given is None:
+        return
+
+    def as_rates(image_size: int) -> set[int]:
+        return {image_size // s for s in given.value if s > 0 and image_size % s == 0} & reachable
+
+    size = settings.get("image_size") or drawn
+    sizes = [size] if size else sorted({s * r for s in given.value for r in rates})
+    fitting = [s for s in sizes if as_rates(s) == rates]
+    if not fitting and (sizes or rates):
+        raise UserError(
+            f"{where}: {given.origin} says attention at feature-map sizes {sorted(given.value)}"
+            + (f" of {size}x{size} images" if size else "")
+            + f" but the weights say attention_resolutions (down-sampling rates) {sorted(rates)}"
+        )
+    if fitting and "image_size" not in settings:
+        settings.given["image_size"] = dataclasses.replace(given, value=fitting[0])
+
+
+@contextmanager
+def _located(where: str) -> Iterator[None]:
+    """Put the file's name before the message of a UserError raised inside."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)

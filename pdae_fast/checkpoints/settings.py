@@ -1,0 +1,245 @@
+"""What users say about a file: keyword options, and the published YAML (or JSON) configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config import UNetConfig
+from ..errors import UserError
+
+_INTEGERS = (
+    "input_channel",
+    "base_channel",
+    "num_residual_blocks_of_a_block",
+    "num_heads",
+    "head_channel",
+    "time_channel",
+    "image_size",
+    "latent_dim",
+    "encoder_channel",
+    "timesteps",
+    "hidden",
+    "layers",
+)
+_LISTS = ("channel_multiplier", "attention_resolutions", "feature_sizes")
+_UNET_KEYS = {field.name: field.name for field in dataclasses.fields(UNetConfig)}
+_ANYWHERE_KEYS = {
+    "image_size": "image_size",
+    "image_channel": "input_channel",
+    "latent_dim": "latent_dim",
+    "encoder_channel": "encoder_channel",
+    "timesteps": "timesteps",
+    "betas_type": "schedule",
+    "linear_beta_start": "linear_beta_start",
+    "linear_beta_end": "linear_beta_end",
+    "attributes": "attributes",
+}
+_LATENT_KEYS = {"model_channel": "hidden", "num_layers": "layers"}
+# Diff-AE's own settings, as its checkpoints carry them; net_attn holds feature-map sizes, not rates.
+_DIFFAE_KEYS = {
+    "img_size": "image_size",
+    "net_ch": "base_channel",
+    "net_ch_mult": "channel_multiplier",
+    "net_num_res_blocks": "num_residual_blocks_of_a_block",
+    "net_attn": "feature_sizes",
+    "net_beatgans_attn_head": "num_heads",
+    "dropout": "dropout",
+    "T": "timesteps",
+    "beta_scheduler": "schedule",
+}
+_LINEAR_BETAS = {"linear_beta_start": 1e-4, "linear_beta_end": 0.02}
+
+
+@dataclass(frozen=True)
+class Given:
+    """One value and where it was said, for messages."""
+
+    value: Any
+    origin: str
+
+
+@dataclass
+class Settings:
+    """Values by their name in this project's configurations; later sources fill what earlier ones left open."""
+
+    given: dict[str, Given] = field(default_factory=dict)
+    sources: list[str] = field(default_factory=list)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.given
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.given[name].value if name in self.given else default
+
+    def add(self, found: Mapping[str, Given]) -> None:
+        """Fill in ``found``. Saying either num_heads or head_channel settles both."""
+        settled = {"num_heads", "head_channel"} if {"num_heads", "head_channel"} & self.given.keys() else set()
+        for name, given in found.items():
+            if name not in settled:
+                self.given.setdefault(name, given)
+
+    def check(self, name: str, actual: Any, where: str, what: str = "the weights") -> None:
+        """Raise UserError when ``name`` was given and differs from what ``what`` say."""
+        if name not in self.given:
+            return
+        given = self.given[name]
+        same = set(given.value) == set(actual) if name == "attention_resolutions" else given.value == actual
+        if not same:
+            raise UserError(f"{where}: {given.origin} says {name} {_show(given.value)} but {what} say {_show(actual)}")
+
+
+def from_options(options: Mapping[str, Any]) -> dict[str, Given]:
+    """Keyword options (None means not given) as settings."""
+    return {
+        name: Given(_checked(name, value, "the option"), "the option")
+        for name, value in options.items()
+        if value is not None
+    }
+
+
+def from_config(config: str | Path | Mapping[str, Any]) -> dict[str, Given]:
+    """Settings from the published YAML or JSON configuration, or the mapping that such a file holds.
+
+    Sections may nest and have any name; keys that describe no part of the model are ignored. Raises UserError when
+    the file cannot be read, contradicts itself, or describes nothing known here.
+    """
+    origin, tree = ("config=", config) if isinstance(config, Mapping) else (str(config), _parse(Path(config)))
+    found: dict[str, Given] = {}
+    for path, name, value in _walk(tree, ()):
+        place = f"{origin} ({'.'.join(path)})" if path else origin
+        if name in _LINEAR_BETAS:
+            _check_beta(name, value, place)
+            continue
+        given = Given(_checked(name, value, place), place)
+        if name in found and found[name].value != given.value:
+            raise UserError(
+                f"{origin}: {name} is {_show(found[name].value)} in one section and {_show(given.value)} in another "
+                f"({'.'.join(path) or 'top level'}); expected one value"
+            )
+        found.setdefault(name, given)
+    if not found:
+        raise UserError(
+            f"{origin}: no section describes a model; expected keys such as base_channel, channel_multiplier, "
+            "num_heads, image_size"
+        )
+    return found
+
+
+def from_diffae(parameters: Any) -> dict[str, Given]:
+    """Settings of a Diff-AE checkpoint from its hyper_parameters, if it has any."""
+    place = "its hyper_parameters"
+    # Diff-AE has no setting for the attention layout: it is always legacy.
+    layout = {"use_new_attention_order": Given(False, "Diff-AE")}
+    if not isinstance(parameters, Mapping):
+        return layout
+    return layout | {
+        name: Given(_checked(name, parameters[key], place), place)
+        for key, name in _DIFFAE_KEYS.items()
+        if parameters.get(key) is not None
+    }
+
+
+def _walk(node: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str, Any]]:
+    """Every (section, name in this project, value) of a configuration tree."""
+    for key, name in _keys_of(node, path).items():
+        if node.get(key) is not None and (name != "attributes" or node[key]):
+            yield path, name, node[key]
+    for key, value in node.items():
+        # A YAML alias can make a section contain itself.
+        if isinstance(value, Mapping) and len(path) < 16:
+            yield from _walk(value, (*path, str(key)))
+
+
+def _keys_of(node: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, str]:
+    # A latent DPM has an input_channel, a dropout and a schedule too: they are not the image model's.
+    if any(part.startswith("latent") for part in path):
+        return _LATENT_KEYS
+    keys = dict(_ANYWHERE_KEYS)
+    if not any(part.startswith("encoder") for part in path) and {
+        "base_channel",
+        "channel_multiplier",
+        "num_heads",
+        "head_channel",
+        "use_new_attention_order",
+    } & set(node):
+        keys |= _UNET_KEYS
+    if {"net_ch", "net_ch_mult", "img_size", "net_attn"} & set(node):
+        keys |= _DIFFAE_KEYS
+    if path[-1:] == ("schedule",):
+        keys["kind"] = "schedule"
+    return keys
+
+
+def _parse(path: Path) -> Mapping[str, Any]:
+    try:
+        text = path.expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a YAML or JSON configuration") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file; expected a YAML or JSON configuration") from None
+    try:
+        tree = json.loads(text)
+    except ValueError as error:
+        if path.suffix.lower() == ".json":
+            raise UserError(f"{path}: not JSON ({error})") from None
+        tree = _parse_yaml(text, path)
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{path}: holds one {type(tree).__name__}; expected the sections of a configuration")
+    return tree
+
+
+def _parse_yaml(text: str, path: Path) -> Any:
+    try:
+        import yaml
+    except ImportError:
+        raise UserError(
+            f'{path}: reading YAML needs pyyaml: pip install "pdae_fast[convert]" (JSON is read without it)'
+        ) from None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())[:120]})") from None
+
+
+def _checked(name: str, value: Any, place: str) -> Any:
+    """``value`` in the type that ``name`` has in the configurations."""
+    if name in _INTEGERS:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise UserError(f"{place}: {name} is {value!r}; expected an integer")
+    elif name in _LISTS:
+        if not isinstance(value, list | tuple) or not all(type(v) is int for v in value):
+            raise UserError(f"{place}: {name} is {value!r}; expected a list of integers")
+        value = tuple(value)
+    elif name in ("use_new_attention_order", "learn_sigma"):
+        if not isinstance(value, bool):
+            raise UserError(f"{place}: {name} is {value!r}; expected true or false")
+    elif name == "dropout":
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"{place}: {name} is {value!r}; expected a number")
+        value = float(value)
+    elif name == "schedule":
+        if not isinstance(value, str):
+            raise UserError(f"{place}: the betas type is {value!r}; expected linear or cosine")
+    elif name == "attributes":
+        if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
+            raise UserError(f"{place}: attributes are {value!r}; expected a list of names")
+        value = tuple(value)
+    return value
+
+
+def _check_beta(name: str, value: Any, place: str) -> None:
+    try:
+        same = abs(float(value) - _LINEAR_BETAS[name]) < 1e-9
+    except (TypeError, ValueError):
+        same = False
+    if not same:
+        raise UserError(f"{place}: {name} is {value!r}; only {_LINEAR_BETAS[name]} is supported")
+
+
+def _show(value: Any) -> str:
+    return str(list(value)) if isinstance(value, tuple) else str(value)

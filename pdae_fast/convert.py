@@ -1,0 +1,156 @@
+"""Convert a foreign checkpoint into this project's directory, or a model back into the published PDAE layout.
+
+python -m pdae_fast.convert FILE --config official.yml --out DIR
+python -m pdae_fast.convert AUTOENCODER --latent FILE --classifier FILE --statistics FILE --out DIR
+python -m pdae_fast.convert DIR --to official --out model.pt
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from . import checkpoints, cli, config
+from .checkpoints import Loaded
+from .checkpoints.directory import CONFIG_NAME
+from .checkpoints.official import limits, official_paths, save_official
+from .config import PDAEConfig
+from .errors import UserError
+from .files import make_folder
+from .models import PDAE, Prior
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+# Options of this command, beside the shared ones, that go to checkpoints.load as they are.
+_READING = (
+    "latent",
+    "classifier",
+    "statistics",
+    "attributes",
+    "image_size",
+    "dropout",
+    "schedule",
+    "timesteps",
+    "weights",
+)
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = cli.parser("convert", "Convert a checkpoint of PDAE, Diff-AE or guided-diffusion, or export one back.")
+    p.add_argument("source", metavar="FILE", help="checkpoint file, saved directory, or name of a bundled model")
+    p.add_argument("--out", required=True, metavar="PATH", help="directory to write; a .pt file with --to official")
+    p.add_argument("--to", choices=("pdae_fast", "official"), default="pdae_fast", help="layout to write")
+    p.add_argument("--dtype", choices=tuple(_DTYPES), default="float32", help="of the weights that are written")
+    p.add_argument("--overwrite", action="store_true", help="write over files or into a folder that is there")
+    p.add_argument("--quiet", action="store_true", help="print nothing")
+    cli.add_foreign_options(p)
+    group = p.add_argument_group("reading", "what else the files do not say, or say elsewhere")
+
+    def add(name: str, **settings: object) -> None:
+        group.add_argument(name, default=argparse.SUPPRESS, **settings)
+
+    add("--latent", metavar="FILE", help="latent DPM to make part of the PDAE")
+    add("--classifier", metavar="FILE", help="attribute classifier to make part of the PDAE")
+    add("--statistics", metavar="FILE", help="mean and std of the latents, to make part of the PDAE")
+    add("--attributes", metavar="FILE|NAMES", help="names of the classifier's rows: a file, or a,b,c")
+    add("--image-size", type=int, help="side of a prior's images (else from --config, else deduced)")
+    add("--dropout", type=float, help="dropout for further training (else from --config, else 0.1)")
+    add("--schedule", choices=("linear", "cosine"), help="noise schedule (else from --config, else linear)")
+    add("--timesteps", type=int, help="length of the noise schedule (else from --config, else 1000)")
+    add("--weights", choices=("ema", "raw"), help="which weights to read where a file has both (else ema)")
+    return p
+
+
+def _convert(argv: list[str] | None) -> None:
+    args = _parser().parse_args(argv)
+    out = Path(args.out).expanduser()
+    if args.to == "pdae_fast":
+        _check_directory(out, args.overwrite)
+    options = cli.foreign_options(args) | {name: getattr(args, name) for name in _READING if hasattr(args, name)}
+    loaded = checkpoints.load(args.source, **options)
+    model = _build(loaded)
+    dtype = _DTYPES[args.dtype]
+    if args.to == "official":
+        _check_files(out, args, loaded)
+        make_folder(out.parent)
+        written = list(save_official(out, model.config, model.state_dict(), dtype).values())
+    else:
+        model.save_pretrained(out, dtype)
+        written = [out]
+    if not args.quiet:
+        print(_summary(args, loaded, model, written))
+
+
+def _build(loaded: Loaded) -> PDAE | Prior:
+    """The model itself, so that every tensor has met the shape which the configuration expects."""
+    cls = PDAE if isinstance(loaded.config, PDAEConfig) else Prior
+    return cls.from_state(loaded.config, loaded.state, loaded.origin)
+
+
+def _check_directory(out: Path, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: a file; expected a directory to write into (--to official writes a file)")
+    if overwrite or not out.is_dir() or not any(out.iterdir()):
+        return
+    try:
+        config.load(out / CONFIG_NAME)
+    except UserError:
+        raise UserError(
+            f"{out}: not empty and not a saved model; expected a new directory (or --overwrite to write into it)"
+        ) from None
+
+
+def _check_files(out: Path, args: argparse.Namespace, loaded: Loaded) -> None:
+    if out.suffix not in (".pt", ".pth", ".ckpt"):
+        raise UserError(f"{out}: expected the name of a .pt file to write with --to official")
+    source = Path(args.source).expanduser()
+    for path in official_paths(out, loaded.config).values():
+        if path.exists() and source.exists() and path.samefile(source):
+            raise UserError(f"{path}: the source itself; expected another file to write")
+        if path.exists() and not args.overwrite:
+            raise UserError(f"{path}: exists; expected a new file (or --overwrite)")
+
+
+def _summary(args: argparse.Namespace, loaded: Loaded, model: PDAE | Prior, written: list[Path]) -> str:
+    unet, size = loaded.config.unet, loaded.config.image_size
+    heads = (
+        f"{unet.num_heads} head{'s' * (unet.num_heads > 1)}"
+        if unet.head_channel == -1
+        else f"heads of {unet.head_channel} channels"
+    )
+    sigma = ", learned sigma" if unet.learn_sigma else ""
+    rates = ", ".join(map(str, unet.attention_resolutions)) or "none"
+    lines = [
+        f"{args.source}: {loaded.kind}, weights: {loaded.weights}",
+        f"  images      {unet.input_channel} x {size} x {size}",
+        f"  U-Net       base {unet.base_channel}, multipliers {', '.join(map(str, unet.channel_multiplier))}, "
+        f"{unet.num_residual_blocks_of_a_block} residual blocks a level{sigma}",
+        f"  attention   at rates {rates} and in the middle, {heads}, "
+        f"{'new' if unet.use_new_attention_order else 'legacy'} layout",
+        f"  schedule    {loaded.config.schedule.kind}, {loaded.config.schedule.timesteps} steps",
+    ]
+    if isinstance(loaded.config, PDAEConfig):
+        c = loaded.config
+        parts = [
+            f"latent DPM of {c.latent.layers} layers, {c.latent.hidden} wide" if c.latent else "",
+            f"classifier of {len(c.attributes)} attributes" if c.attributes else "",
+            "latent statistics" if c.latent_statistics else "",
+        ]
+        lines.append(
+            f"  z           {c.latent_dim} dimensions; " + (", ".join(filter(None, parts)) or "nothing on top")
+        )
+    lines.append(f"  parameters  {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M")
+    lines += [f"  assumed     {note}" for note in loaded.notes]
+    if args.to == "official":
+        lines += [f"  note        the published code cannot build it: {limit}" for limit in limits(loaded.config)]
+    return "\n".join([*lines, *(f"wrote {path}" for path in written)])
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(_convert, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

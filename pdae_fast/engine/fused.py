@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import NORM_GROUPS
 from ..models import PDAE, Prior
 from ..models.layers import AttentionBlock, ResBlock, Stage
 from ..models.unet import PDAEDecoder
@@ -35,8 +34,8 @@ def normalise(x: Tensor, affine: Affine) -> Tensor:
     """SiLU(GN(x) * multiplier + addend); in one pass over x when all images share the affine."""
     multiplier, addend = affine
     if multiplier.ndim == 1:
-        return F.silu(F.group_norm(x, NORM_GROUPS, multiplier, addend), inplace=True)
-    normal = F.group_norm(x, NORM_GROUPS)
+        return F.silu(rewrites.group_norm(x, multiplier, addend), inplace=True)
+    normal = rewrites.group_norm(x)
     scaled = torch.addcmul(addend.to(x.dtype)[:, :, None, None], normal, multiplier.to(x.dtype)[:, :, None, None])
     return F.silu(scaled, inplace=True)
 
@@ -77,7 +76,7 @@ class _Attention:
     def __init__(self, block: AttentionBlock) -> None:
         self.block = block
         weight, bias = block.norm.weight.detach().float(), block.norm.bias.detach().float()
-        self.norm = lambda x: F.group_norm(x, NORM_GROUPS, weight, bias)
+        self.norm = lambda x: rewrites.group_norm(x, weight, bias)
 
     def __call__(self, x: Tensor, affine: None) -> Tensor:
         return rewrites.attention_tokens(self.block, x, self.norm)

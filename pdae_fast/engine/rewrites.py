@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..config import NORM_GROUPS
 from ..models.layers import AttentionBlock, ResBlock, timestep_embedding
 from ..models.unet import UNet
 
@@ -59,6 +60,18 @@ def time_embeddings(unet: UNet, times: Tensor) -> Tensor:
     first, _, second = unet.time_embed
     h = F.linear(timestep_embedding(times, unet.config.base_channel), first.weight.float(), first.bias.float())
     return F.linear(F.silu(h), second.weight.float(), second.bias.float())
+
+
+def group_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """GN(x) * weight + bias in x's dtype and layout.
+
+    PyTorch's channels-last bfloat16 kernel for the CPU falls back to scalar code on maps below 1024 pixels whose groups
+    are no multiple of 16 channels wide (0.24 ms instead of 0.02 for 128x16x16, one thread); its float32 kernel does not.
+    """
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        if x.shape[2] * x.shape[3] < 1024 and x.shape[1] // NORM_GROUPS % 16:
+            return F.group_norm(x.float(), NORM_GROUPS, weight, bias).to(torch.bfloat16)
+    return F.group_norm(x, NORM_GROUPS, weight, bias)
 
 
 def phase_weights(weight: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Every rewrite against the modules it replaces, and the whole plan against the eager one."""
 
-
 import pytest
 import torch
 from torch.nn import functional as F

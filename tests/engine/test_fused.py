@@ -127,6 +127,17 @@ def test_attention_on_tokens(new_order):
         torch.testing.assert_close(found, block(x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("C", "side"), [(32, 5), (96, 8), (512, 4), (32, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_group_norm_of_small_maps(C, side, dtype):
+    x, weight, bias = (noise(2, C, side, side) - 2.3).to(dtype), noise(C, seed=1), noise(C, seed=2)
+    x = x.contiguous(memory_format=torch.channels_last)
+    found = rewrites.group_norm(x, weight, bias)
+    assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
+    expected = F.group_norm(x.double(), 32, weight.double(), bias.double())
+    assert relative(found, expected) < (1e-6 if dtype == torch.float32 else 3e-3)
+
+
 def test_time_embeddings_for_a_whole_schedule():
     unet, times = tiny_prior().unet, torch.tensor([0, 5, 999])
     with torch.no_grad():

@@ -135,7 +135,7 @@ def test_group_norm_of_small_maps(C, side, dtype):
     found = rewrites.group_norm(x, weight, bias)
     assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
     expected = F.group_norm(x.double(), 32, weight.double(), bias.double())
-    assert relative(found, expected) < (1e-6 if dtype == torch.float32 else 3e-3)
+    assert relative(found, expected) < (3e-6 if dtype == torch.float32 else 3e-3)
 
 
 def test_time_embeddings_for_a_whole_schedule():

@@ -1,0 +1,26 @@
+"""pdae_fast.kernels: the fused operations of the engine, each a torch custom op that runs on the CPU and on
+CUDA.
+
+Importing this package imports neither Triton nor anything of CUDA; `triton_status()` says whether kernels can
+run, and why not.
+"""
+
+from ._triton import triton_status
+from .add_upsample import add_upsample, add_upsample_reference, upsample_add, upsample_add_reference
+from .ddim_update import ddim_coefficients, ddim_update, ddim_update_reference
+from .group_norm import channel_stats, group_norm, group_norm_apply, group_norm_reference
+
+__all__ = [
+    "add_upsample",
+    "add_upsample_reference",
+    "channel_stats",
+    "ddim_coefficients",
+    "ddim_update",
+    "ddim_update_reference",
+    "group_norm",
+    "group_norm_apply",
+    "group_norm_reference",
+    "triton_status",
+    "upsample_add",
+    "upsample_add_reference",
+]

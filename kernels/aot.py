@@ -1,0 +1,236 @@
+"""Compile every kernel for every supported GPU, without a GPU, and hold it to a budget.
+
+    python -m pdae_fast.kernels.aot [--arch 80 90] [--dtype bfloat16] [--kernel fused_kernel]
+
+prints kernel x architecture x dtype with registers, spilled bytes, stack and shared memory, and exits with
+status 1 when a kernel does not compile or exceeds its budget, 2 when the check cannot run. What is compiled
+is what the launchers launch: each case builds the launch plan of a model's shape on meta tensors.
+
+Must run without TRITON_INTERPRET, which replaces kernels by Python functions when Triton is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ._triton import Launch
+
+ARCHITECTURES = (80, 89, 90, 100)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+POINTER = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits of one kernel: registers a thread and shared bytes a program. Spills and stack must be 0."""
+
+    registers: int
+    shared: int
+
+
+# A multiprocessor holds 65536 registers and these kernels run at most 256 threads, so 64 registers let four
+# programs share one, 80 three and 128 two: enough to hide memory latency behind each other. Shared memory is
+# the scratch of reductions across warps, and 0 where there are none: more would mean that the compiler moves
+# data between layouts.
+BUDGETS = {
+    "fused_kernel": Budget(128, 2048),
+    "stats_kernel": Budget(80, 1024),
+    "merge_splits_kernel": Budget(80, 1024),
+    "fold_kernel": Budget(80, 1024),
+    "apply_kernel": Budget(64, 0),
+    "gradient_sums_kernel": Budget(88, 1024),
+    "gradient_input_kernel": Budget(88, 0),
+    "ddim_kernel": Budget(40, 0),
+    "upsample_kernel": Budget(40, 0),
+}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the assembler says one compiled kernel takes."""
+
+    registers: int
+    spilled: int
+    stack: int
+    shared: int
+
+    def excess(self, budget: Budget) -> list[str]:
+        """The limits it breaks, as text."""
+        limits = (
+            ("registers", self.registers, budget.registers),
+            ("spilled bytes", self.spilled, 0),
+            ("stack bytes", self.stack, 0),
+            ("shared bytes", self.shared, budget.shared),
+        )
+        return [f"{value} {name} > {limit}" for name, value, limit in limits if value > limit]
+
+
+def cases(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
+    """(what, launch) for every kernel on the shapes that ask most of it, in both layouts, with every option
+    on."""
+    from .add_upsample_triton import upsample_launches
+    from .ddim_update_triton import ddim_launches
+    from .group_norm_plan import (
+        channel_stats_launches,
+        gradient_input_launches,
+        gradient_sums_launches,
+        group_norm_launches,
+    )
+
+    def image(batch, channels, size, channels_last=False, dtype=dtype):
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        return torch.empty(batch, channels, size, size, dtype=dtype, device="meta", memory_format=layout)
+
+    def table(*shape):
+        return torch.empty(shape, dtype=torch.float32, device="meta")
+
+    def norm(batch, c1, c2, size, channels_last, path):
+        x, x2 = image(batch, c1, size, channels_last), image(batch, c2, size, channels_last) if c2 else None
+        channels = c1 + c2
+        affine = table(batch, channels)
+        return group_norm_launches(
+            x, table(channels), table(channels), 32, 1e-5, affine, affine, True, x2,
+            image(batch, channels, size, channels_last), table(batch, 32), table(batch, 32), path,
+        )  # fmt: skip
+
+    for layout, last in (("NCHW", False), ("channels-last", True)):
+        yield f"{layout}, in registers", *norm(1, 256, 256, 16, last, "fused")
+        yield f"{layout}, looping", *norm(8, 128, 128, 128, last, "fused")
+        split = norm(1, 128, 128, 128, last, "split")
+        yield f"{layout}, statistics", split[0]
+        yield f"{layout}, elementwise", split[-1]
+        table3, grad, x = table(3, 8, 192), image(8, 192, 64, last), image(8, 128, 64, last)
+        x2 = image(8, 64, 64, last)
+        yield f"{layout}, elementwise", gradient_sums_launches(grad, x, x2, table3, True)[0][0]
+        yield f"{layout}, elementwise", *gradient_input_launches(grad, x, x2, table(5, 8, 192), True, x, x2)
+        low, high = image(8, 192, 32, last), image(8, 192, 64, last)
+        yield f"{layout}, sum then upsample", *upsample_launches(low, low, high)
+        yield f"{layout}, upsample then sum", *upsample_launches(high, low, high)
+    # No extent a multiple of 16: scalar accesses, and more addresses in registers.
+    yield "odd sizes, in registers", *norm(1, 300, 212, 15, True, "fused")
+    yield "splits of 2 inputs", norm(1, 128, 128, 128, True, "split")[2]
+    yield "splits", channel_stats_launches(image(1, 128, 128, True), table(1, 128, 2))[1]
+    # One pixel and one channel a group: the arguments equal to 1, which Triton compiles in as constants.
+    yield "one pixel", *norm(1, 32, 0, 1, False, "fused")
+    x, index = image(8, 3, 256, dtype=torch.float32), torch.empty(8, dtype=torch.int64, device="meta")
+    yield (
+        "a step a sample",
+        *ddim_launches(x, image(8, 3, 256), image(8, 3, 256), table(100, 6), index, True, x),
+    )
+
+
+def compile_launch(launch: Launch, architecture: int) -> Usage:
+    """Compile one launch for compute capability `architecture` (90 is 9.0) as Triton's launcher would
+    specialise it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = {}, dict(launch.constants), {}
+    for position, name in enumerate(launch.kernel.arg_names):
+        value = launch.arguments.get(name)
+        if isinstance(value, torch.Tensor):
+            signature[name] = POINTER[value.dtype]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif name in constants or value == 1:
+            signature[name] = "constexpr"
+            constants.setdefault(name, 1)
+        else:
+            signature[name] = "i32"
+        if isinstance(value, torch.Tensor) or (signature[name] == "i32" and value % 16 == 0):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.options)
+    return _assemble(compiled.asm["ptx"], architecture, compiled.metadata.shared)
+
+
+def _assemble(ptx: str, architecture: int, shared: int) -> Usage:
+    """Run Triton's own ptxas verbosely: the compiled kernel's metadata has neither registers nor spills
+    without a driver."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE).group(1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.ptx")
+        with open(path, "w") as file:
+            file.write(ptx)
+        command = [
+            get_ptxas(architecture).path,
+            "-v",
+            f"--gpu-name={target}",
+            path,
+            "-o",
+            os.path.join(folder, "kernel.o"),
+        ]
+        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    registers = re.search(r"Used (\d+) registers", log)
+    if spills is None or registers is None:
+        raise RuntimeError(f"ptxas printed no resource usage: {log.strip()}")
+    stack, stores, loads = map(int, spills.groups())
+    return Usage(int(registers.group(1)), stores + loads, stack, shared)
+
+
+def check(architectures=ARCHITECTURES, dtypes=tuple(DTYPES), kernels=tuple(BUDGETS)) -> list[str]:
+    """Compile, print the table, and return what breaks a budget or does not compile, one line each."""
+    problems, seen = [], set()
+    print(f"{'kernel':22} {'case':30} {'dtype':9} {'arch':>6} registers spilled stack shared")
+    for dtype in dtypes:
+        for case, launch in cases(DTYPES[dtype]):
+            kernel = launch.kernel.fn.__name__
+            seen.add(kernel)
+            if kernel not in kernels:
+                continue
+            for architecture in architectures:
+                row = f"{kernel:22} {case:30} {dtype:9} {'sm_' + str(architecture):>6}"
+                try:
+                    usage = compile_launch(launch, architecture)
+                except Exception as error:  # noqa: BLE001 - a compiler failure is this check's finding, whatever its type
+                    print(f"{row} does not compile")
+                    problems.append(f"{' '.join(row.split())}: {str(error).strip() or type(error).__name__}")
+                    continue
+                excess = usage.excess(BUDGETS[kernel])
+                mark = "  OVER BUDGET" if excess else ""
+                print(
+                    f"{row} {usage.registers:9} {usage.spilled:7} {usage.stack:5} {usage.shared:6}{mark}",
+                    flush=True,
+                )
+                problems += [f"{' '.join(row.split())}: {text}" for text in excess]
+    problems += [f"{kernel}: has a budget but no case" for kernel in set(BUDGETS) - seen]
+    return problems
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pdae_fast.kernels.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, help="compute capabilities, 90 for 9.0")
+    parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--kernel", nargs="+", default=list(BUDGETS), choices=BUDGETS)
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes"):
+        print("aot: unset TRITON_INTERPRET: interpreted kernels cannot be compiled", file=sys.stderr)
+        return 2
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        print("aot: triton is not installed: pip install triton", file=sys.stderr)
+        return 2
+    problems = check(options.arch, options.dtype, options.kernel)
+    for problem in problems:
+        print(f"aot: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

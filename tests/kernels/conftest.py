@@ -1,0 +1,162 @@
+"""How the kernel tests run the Triton kernels themselves.
+
+With a CUDA device they are compiled and run on it. Without one they are interpreted on CPU tensors, which
+Triton offers only to a process that sets TRITON_INTERPRET before Triton is first imported. So this file,
+imported when pytest collects this folder, sets it, imports Triton and the kernel modules, and takes it away
+again, and the `launch` fixture sets it for the length of one test: no other test, and no subprocess, ever
+sees it.
+
+Where Triton is not installed the tests that need it skip and say so; the CPU implementations are tested
+anyway.
+"""
+
+import importlib
+import importlib.util
+import os
+import sys
+import warnings
+
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+KERNEL_MODULES = ("group_norm_plan", "ddim_update_triton", "add_upsample_triton")
+
+
+def _prepare() -> str | None:
+    """Import the kernels for this process; the reason why they cannot run, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if CUDA:
+        from pdae_fast.kernels import triton_status
+
+        usable, reason = triton_status()
+        return None if usable else reason
+    if "triton" in sys.modules:
+        return "triton was imported before tests/kernels was collected, without its interpreter"
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setenv("TRITON_INTERPRET", "1")
+        for module in KERNEL_MODULES:
+            importlib.import_module(f"pdae_fast.kernels.{module}")
+    return None
+
+
+OBSTACLE = _prepare()
+
+
+@pytest.fixture(scope="session")
+def obstacle():
+    """Why the kernels cannot run in this process, or None."""
+    return OBSTACLE
+
+
+@pytest.fixture(scope="session")
+def interpreted():
+    """True when kernels are interpreted: stores to bfloat16 truncate there instead of rounding."""
+    return not CUDA
+
+
+@pytest.fixture(scope="session")
+def device():
+    """The device the kernels run on."""
+    return torch.device("cuda" if CUDA else "cpu")
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    """Run a list of kernel launches and wait for them; skips the test where the kernels cannot run."""
+    if OBSTACLE is not None:
+        pytest.skip(OBSTACLE)
+    from pdae_fast.kernels._triton import run
+
+    if not CUDA:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    def run_and_wait(launches):
+        run(launches)
+        if CUDA:
+            torch.cuda.synchronize()
+
+    return run_and_wait
+
+
+@pytest.fixture
+def cuda(launch, monkeypatch):
+    """cuda(module, name): the function an op runs for CUDA tensors, made to use its kernels, not to fall
+    back."""
+
+    def implementation(module, name):
+        module = importlib.import_module(f"pdae_fast.kernels.{module}")
+        monkeypatch.setattr(module, "fallback_reason", lambda *_images: None)
+        return getattr(module, f"_{name}_cuda")
+
+    return implementation
+
+
+def _error(got, truth):
+    truth = truth.detach().double().cpu()
+    return ((got.detach().double().cpu() - truth).square().mean() / truth.square().mean()).sqrt().item()
+
+
+@pytest.fixture(scope="session")
+def error():
+    """RMS(got - truth) / RMS(truth), in float64; NaN when any element was never written."""
+    return _error
+
+
+@pytest.fixture(scope="session")
+def assert_no_worse(interpreted):
+    """Hold a result to at most twice the framework's own error, both against a float64 truth.
+
+    The floors are a fraction of the dtype's rounding step, for results the framework happens to hit exactly.
+    """
+    floors = {torch.float32: 3e-7, torch.float16: 3e-4, torch.bfloat16: 2.5e-3, torch.float64: 1e-15}
+
+    def check(got, framework, truth):
+        allowed = max(2 * _error(framework, truth), floors[got.dtype])
+        if interpreted and got.dtype == torch.bfloat16:
+            allowed *= 1.5  # truncation: RMS 0.58 of a step where rounding has 0.29
+        measured = _error(got, truth)
+        assert measured <= allowed, f"error {measured:.2e}, allowed {allowed:.2e}"
+
+    return check
+
+
+@pytest.fixture
+def image(device):
+    """make(shape, dtype, channels_last, mean, std): random images biased as network activations are."""
+    generator = torch.Generator().manual_seed(2212)
+
+    def make(shape, dtype=torch.float32, channels_last=False, mean=-2.3, std=0.5):
+        values = (torch.randn(shape, generator=generator, dtype=torch.float64) * std + mean).to(dtype)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        return values.to(device).contiguous(memory_format=layout)
+
+    return make
+
+
+@pytest.fixture
+def vector(device):
+    """make(*shape): random float32 parameters."""
+    generator = torch.Generator().manual_seed(12990)
+    return lambda *shape: torch.randn(shape, generator=generator).to(device)
+
+
+@pytest.fixture(scope="session")
+def poisoned():
+    """make(like, shape): an output full of NaN in the layout and dtype of `like`."""
+
+    def make(like, shape=None, dtype=None):
+        last = not like.is_contiguous()
+        layout = torch.channels_last if last else torch.contiguous_format
+        shape = like.shape if shape is None else shape
+        out = torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
+        return out.fill_(float("nan"))
+
+    return make
+
+
+def pytest_report_header():
+    how = OBSTACLE or ("on the GPU" if CUDA else "interpreted on the CPU")
+    return f"pdae_fast kernels: {how} (pid {os.getpid()})"

@@ -121,12 +121,12 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
         file.write(json.dumps(finite(values), indent=2, allow_nan=False) + "\n")
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Plain text columns: the first flush left, the others flush right."""
+def table(header: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """Plain text columns: the first ``left`` of them flush left, the others flush right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
         "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
         for row in [header, *rows]
     ]

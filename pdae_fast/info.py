@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"cpu   {describe_device(torch.device('cpu'))}, {torch.backends.cpu.get_cpu_capability()}")
     print(f"cuda  {_cuda()}")
     print()
-    print(cli.table(["backend", "state", ""], [[n, s, d] for n, s, d in backends()]))
+    print(cli.table(["backend", "state", ""], [[n, s, d] for n, s, d in backends()], left=3))
     print()
     print("bundled models:")
     for name in available():

@@ -105,9 +105,7 @@ def test_grid_labels_taller_than_tiles(tmp_path):
 
 
 def test_grid_mixes_grey_and_colour(tmp_path):
-    save_grid(
-        [constant(60, 1)[None], torch.stack([constant(0), constant(255)])], tmp_path / "g.png", column_pad=0
-    )
+    save_grid([constant(60, 1)[None], torch.stack([constant(0), constant(255)])], tmp_path / "g.png", column_pad=0)
     grid = np.asarray(Image.open(tmp_path / "g.png"))
     assert grid.shape == (128, 128, 3) and (grid[:64, :64] == 60).all() and (grid[64:, :64] == 0).all()
 

@@ -148,9 +148,7 @@ def test_transparent_colour_of_a_png(tmp_path, mode):
     image.paste(50 if mode == "L" else (50, 60, 70), (0, 0, 2, 4))
     path = save(tmp_path, image, transparency=7 if mode == "L" else (7, 8, 9))
     got = levels(load_image(path, 4, background=(1, 2, 3)))
-    np.testing.assert_allclose(
-        got[:, :2], np.broadcast_to(50 if mode == "L" else (50, 60, 70), (4, 2, 3)), atol=1e-4
-    )
+    np.testing.assert_allclose(got[:, :2], np.broadcast_to(50 if mode == "L" else (50, 60, 70), (4, 2, 3)), atol=1e-4)
     np.testing.assert_allclose(got[:, 2:], np.broadcast_to((1, 2, 3), (4, 2, 3)), atol=1e-4)
 
 
@@ -251,9 +249,7 @@ def test_exif_orientation(tmp_path, orientation, name):
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {".jpg": {"quality": 95, "subsampling": 0}, ".webp": {"lossless": True}}
-    path = save(
-        tmp_path, Image.fromarray(np.ascontiguousarray(stored)), name, exif=exif, **options.get(name[1:], {})
-    )
+    path = save(tmp_path, Image.fromarray(np.ascontiguousarray(stored)), name, exif=exif, **options.get(name[1:], {}))
     np.testing.assert_allclose(levels(load_image(path, 16)), upright, atol=12 if name == "a.jpg" else 1e-4)
 
 
@@ -291,9 +287,7 @@ def test_shrinking_is_lanczos(tmp_path):
 
 def test_tiny_images_grow(tmp_path):
     path = save(tmp_path, Image.new("RGB", (1, 5), (10, 20, 30)))
-    np.testing.assert_allclose(
-        levels(load_image(path, 8)), np.broadcast_to((10, 20, 30), (8, 8, 3)), atol=1e-4
-    )
+    np.testing.assert_allclose(levels(load_image(path, 8)), np.broadcast_to((10, 20, 30), (8, 8, 3)), atol=1e-4)
 
 
 def test_first_frame_is_used(tmp_path):
@@ -301,9 +295,7 @@ def test_first_frame_is_used(tmp_path):
     for name in ("a.gif", "a.png", "a.tif", "a.webp"):
         options = {"lossless": True} if name == "a.webp" else {}
         path = save(tmp_path, frames[0], name, save_all=True, append_images=frames[1:], **options)
-        np.testing.assert_allclose(
-            levels(load_image(path, 4)), np.broadcast_to((255, 0, 0), (4, 4, 3)), atol=1e-4
-        )
+        np.testing.assert_allclose(levels(load_image(path, 4)), np.broadcast_to((255, 0, 0), (4, 4, 3)), atol=1e-4)
 
 
 # Broken files -------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """Commands as a user runs them: what they leave behind, and what a mistake prints."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -152,10 +154,9 @@ def test_interruption_leaves_no_half_written_file(tmp_path, model_dir):
         [sys.executable, "-m", "pdae_fast.reconstruct", "--model", str(model_dir), "--input", str(folder),
          "--out", str(out), "--steps", "20", "--batch-size", "1", "--device", "cpu", "--quiet"],
         stderr=subprocess.PIPE, text=True,
+        # A shell's background job starts with SIGINT ignored, and so would this child.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
-    import signal
-    import time
-
     for _ in range(1200):
         if (out / "images" / "random").exists() and list((out / "images" / "random").glob("*.png")):
             break

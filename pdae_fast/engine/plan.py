@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -33,6 +34,12 @@ class Plan:
         self.model, self.device, self.dtype = model.eval(), device, dtype
         self.evaluations: Counter[str] = Counter()
 
+    def _precision(self):
+        """A context in which float32 means float32: convolutions on CUDA would otherwise round to TF32."""
+        if self.device.type != "cuda" or self.dtype is not torch.float32:
+            return contextlib.nullcontext()
+        return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
     @property
     def unet(self):
         return self.model.decoder if isinstance(self.model, PDAE) else self.model.unet
@@ -41,7 +48,8 @@ class Plan:
     def encode(self, x0: Tensor) -> Tensor:
         """x0 [B, C, H, W] -> z float32 [B, latent_dim]."""
         self.evaluations["encoder"] += len(x0)
-        return self.model.encode(x0.to(self.device)).float()
+        with self._precision():
+            return self.model.encode(x0.to(self.device)).float()
 
     def prepare(self, times: Iterable[int]) -> None:
         """Announce the time points of a schedule; plans with tables compute them at once."""
@@ -59,6 +67,10 @@ class Plan:
 
         @torch.inference_mode()
         def evaluate(x: Tensor, t: int, use_gradient: bool) -> tuple[Tensor, Tensor | None]:
+            with self._precision():
+                return run(x, t, use_gradient)
+
+        def run(x: Tensor, t: int, use_gradient: bool) -> tuple[Tensor, Tensor | None]:
             B = len(x)
             features = self.unet.trunk(x, torch.full((B,), t, dtype=torch.int64, device=self.device))
             eps = self.unet.decode_eps(features).float()

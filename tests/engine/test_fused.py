@@ -164,3 +164,6 @@ def test_packed_convolutions(kernel, stride, padding, dtype):
 def test_unknown_plan():
     with pytest.raises(UserError, match="expected auto, eager or fused"):
         build_plan(tiny_prior(), CPU, torch.float32, "magic")
+    with pytest.raises(UserError, match="the fused plan runs on the CPU only"):
+        build_plan(tiny_prior(), torch.device("meta"), torch.float32, "fused")
+    assert build_plan(tiny_prior(), CPU, torch.float32).name == "fused"

@@ -12,8 +12,12 @@ def version() -> str:
     raise RuntimeError("pdae_fast/__init__.py states no __version__")
 
 
+# Folders at the top of the tree that are installed inside pdae_fast: at the top of an environment, `kernels` would
+# collide with a well-known package of that name.
+MAPPED = [folder for folder in ("kernels", "export") if (ROOT / folder).is_dir()]
+
+
 def mapped(folder: str) -> list[str]:
-    """The packages under a top-level folder that is installed inside pdae_fast."""
     inner = find_packages(str(ROOT / folder))
     return [f"pdae_fast.{folder}", *(f"pdae_fast.{folder}.{name}" for name in inner)]
 
@@ -42,10 +46,8 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=find_packages(include=["pdae_fast", "pdae_fast.*"]) + mapped("kernels"),
-    # `kernels` and `export` live at the top of the tree; at the top of an environment the first would collide with
-    # a well-known package of that name.
-    package_dir={"pdae_fast": "pdae_fast", "pdae_fast.kernels": "kernels"},
+    packages=find_packages(include=["pdae_fast", "pdae_fast.*"]) + [p for folder in MAPPED for p in mapped(folder)],
+    package_dir={"pdae_fast": "pdae_fast", **{f"pdae_fast.{folder}": folder for folder in MAPPED}},
     package_data={"pdae_fast": ["py.typed", "pretrained/**/*"]},
     # The upper bound keeps a CPU-only machine from resolving to a newer CUDA build with gigabytes of libraries.
     install_requires=["torch>=2.11,<2.14", "numpy>=1.26", "pillow>=10.1", "safetensors>=0.4", "tqdm>=4.60"],

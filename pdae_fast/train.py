@@ -22,6 +22,18 @@ from .training import Trainer, TrainSettings
 from .training.settings import TASKS
 from .training.state import CHECKPOINT_NAME
 
+HELP = {
+    "steps": "optimiser steps in all",
+    "batch_size": "images per forward pass",
+    "accumulate": "forward passes per optimiser step",
+    "lr": "learning rate of Adam",
+    "lr_schedule": "constant, or cosine down to zero at --steps",
+    "warmup": "steps over which the rate rises to --lr",
+    "ema_decay": "of the weights that are saved; reached gradually",
+    "flip": "mirror every second image at random",
+    "amp": "off, or bfloat16 for the networks",
+    "seed": "of initial weights, data order and noise",
+}
 PREVIEW_IMAGES = 8
 PREVIEW_STEPS = 20
 
@@ -95,7 +107,9 @@ def _scalars(directory: Path):
 def _arguments(argv: list[str] | None):
     p = cli.parser("train", "Train a prior, or PDAE on a frozen prior; --resume continues bit for bit.")
     p.add_argument("task", choices=TASKS)
-    p.add_argument("--data", required=True, help="folder of images, fashion-mnist[:DIR], or a folder of IDX files")
+    p.add_argument(
+        "--data", required=True, help="folder of images (a broken one ends the run), fashion-mnist[:DIR], or IDX files"
+    )
     p.add_argument("--out", required=True, help="directory of the run")
     p.add_argument(
         "--architecture", default="fashion32", metavar="PRESET|JSON", help=f"{', '.join(presets)}, or a config.json"
@@ -109,9 +123,9 @@ def _arguments(argv: list[str] | None):
             continue
         flag = f"--{field.name.replace('_', '-')}"
         if isinstance(field.default, bool):
-            p.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default)
+            p.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=HELP[field.name])
         else:
-            p.add_argument(flag, type=type(field.default), default=field.default, help=" ")
+            p.add_argument(flag, type=type(field.default), default=field.default, help=HELP[field.name])
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     p.add_argument("--workers", type=int, default=0, help="processes that load images")

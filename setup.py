@@ -35,7 +35,16 @@ extras = {
     "convert": ["pyyaml"],
     "metrics": ["torchmetrics>=1.9"],
     "data": ["dicebear-core", "dicebear-styles", "resvg-py", "lmdb"],
-    "dev": ["pytest>=8", "pytest-benchmark>=5", "ruff>=0.15", "pyyaml", "triton>=3.6; platform_system == 'Linux'"],
+    "dev": [
+        "pytest>=8",
+        "pytest-benchmark>=5",
+        "ruff>=0.15",
+        "pyyaml",
+        # Independent implementations that the metrics are tested against.
+        "scipy",
+        "torchmetrics>=1.9",
+        "triton>=3.6; platform_system == 'Linux'",
+    ],
 }
 
 setup(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import math
 import platform
@@ -16,6 +17,8 @@ from .errors import UserError
 from .files import atomic_write
 
 DEFAULT_MODEL = "fashion32"
+# What a user's machine may say to any write; the rest of OSError would be a defect here and keeps its traceback.
+SYSTEM_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -84,6 +87,11 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
         main(argv)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in SYSTEM_REFUSES:
+            raise
+        print(f"error: {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; files written so far are complete", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -40,6 +41,18 @@ class Loaded:
 def available() -> list[str]:
     """Names of the bundled models, for ``from_pretrained``."""
     return sorted(path.parent.name for path in BUNDLED.glob(f"*/{CONFIG_NAME}"))
+
+
+def save_torch(path: Path, contents: Any) -> None:
+    """``torch.save``, whole or not at all; UserError when the system refuses (disk full, read-only)."""
+    with atomic_write(path) as file:
+        try:
+            torch.save(contents, file)
+        except RuntimeError as error:
+            # PyTorch's archive writer hides what went wrong behind an error of its own when it closes.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..config import PDAEConfig, PriorConfig
 from ..files import atomic_write
+from .directory import save_torch
 
 State = Mapping[str, Tensor]
 # What the published code calls its encoders and decoders, by image size.
@@ -129,5 +130,4 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _save(path: Path, contents: Mapping[str, Any]) -> None:
-    with atomic_write(path) as file:
-        torch.save(dict(contents), file)
+    save_torch(path, dict(contents))

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
+from ..checkpoints.directory import save_torch
 from ..errors import UserError
-from ..files import atomic_write
 
 CHECKPOINT_NAME = "checkpoint.pt"
 FORMAT = "pdae_fast-run-1"
 
 
 def save(path: Path, contents: dict[str, Any]) -> None:
-    with atomic_write(path) as file:
-        torch.save({"format": FORMAT, **contents}, file)
+    """Write the checkpoint, whole or not at all; UserError when the system refuses."""
+    save_torch(path, {"format": FORMAT, **contents})
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The trainer: what it optimises, and that stopping and resuming changes nothing."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -263,6 +264,26 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, dataset, signal_number):
         for d in (out, tmp_path / "straight")
     ]
     assert losses[0] == losses[1]
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, dataset, monkeypatch):
+    run = trainer(tmp_path / "run", dataset)
+    (tmp_path / "run").mkdir()
+    run.save()
+    saved = (tmp_path / "run" / CHECKPOINT_NAME).read_bytes()
+
+    def save(contents, file):  # what PyTorch's archive writer does when the disk is full
+        file.write(b"part")
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            raise RuntimeError("unexpected pos 1 vs 2")  # noqa: B904
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(UserError, match="cannot write .*No space left on device"):
+        run.save()
+    assert (tmp_path / "run" / CHECKPOINT_NAME).read_bytes() == saved
+    assert not list((tmp_path / "run").glob(".*"))
 
 
 def test_a_model_of_the_wrong_task(tmp_path, dataset):

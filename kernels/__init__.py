@@ -6,7 +6,14 @@ run, and why not.
 """
 
 from ._triton import triton_status
-from .add_upsample import add_upsample, add_upsample_reference, upsample_add, upsample_add_reference
+from .add_upsample import (
+    add_upsample,
+    add_upsample_reference,
+    residual_add,
+    residual_add_reference,
+    upsample_add,
+    upsample_add_reference,
+)
 from .ddim_update import ddim_coefficients, ddim_update, ddim_update_reference
 from .group_norm import channel_stats, group_norm, group_norm_apply, group_norm_reference
 
@@ -20,6 +27,8 @@ __all__ = [
     "group_norm",
     "group_norm_apply",
     "group_norm_reference",
+    "residual_add",
+    "residual_add_reference",
     "triton_status",
     "upsample_add",
     "upsample_add_reference",

@@ -29,6 +29,10 @@ def triton_status() -> tuple[bool, str]:
     The first call imports Triton and launches a kernel of one program, because an installed Triton can still
     be unable to run (no C compiler for its launcher, a driver older than its PTX); the answer is kept for the
     life of the process. `reason` is one line for a person, also when usable.
+
+    That first call reads the probe's result back, which a stream that captures a CUDA graph does not allow: call
+    this, or any op on a CUDA tensor, before capturing. Each kernel, too, must have run once on arguments of the
+    same shapes and dtypes before: compiling and loading it are no part of a graph either.
     """
     if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes"):
         return False, "TRITON_INTERPRET is set: kernels would be interpreted on the CPU"
@@ -68,10 +72,10 @@ def fallback_reason(*images: torch.Tensor) -> str | None:
             return f"dtype {image.dtype} has no kernel"
         if image.shape[0] > MAX_GRID_AXIS:
             return f"batch {image.shape[0]} exceeds the grid"
-        if image[0].numel() > MAX_IMAGE_ELEMENTS:
-            return "an image is too large for 32-bit offsets"
         if image.numel() == 0:
             return "empty tensor"
+        if image.numel() // image.shape[0] > MAX_IMAGE_ELEMENTS:
+            return "an image is too large for 32-bit offsets"
     usable, reason = triton_status()
     return None if usable else reason
 

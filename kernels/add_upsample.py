@@ -1,8 +1,10 @@
-"""A residual addition and a nearest-neighbour 2x upsampling in one pass.
+"""A residual addition in one pass: with the bias of the convolution before it, or a 2x upsampling, or both.
 
-The up ResBlock of an ADM U-Net ends in h + upsample2x(x): `upsample_add` reads x at its own size, so the four
-times larger upsampled residual is never written. `add_upsample` is upsample2x(h + residual), for an addition
-that is only read upsampled. Both are differentiable, keep the layout of h, add in float32 and round once.
+A ResBlock ends in h + x, h being a convolution's output. cuDNN adds a convolution's bias in a pass of its own:
+`residual_add` takes that bias along instead. The up ResBlock of an ADM U-Net ends in h + upsample2x(x):
+`upsample_add` reads x at its own size, so the four times larger upsampled residual is never written.
+`add_upsample` is upsample2x(h + residual), for an addition that is only read upsampled. All are differentiable,
+keep the layout of h, add in float32 and round once.
 """
 
 from __future__ import annotations
@@ -21,10 +23,15 @@ def add_upsample_reference(h: Tensor, residual: Tensor) -> Tensor:
     return total.repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
-def upsample_add_reference(h: Tensor, residual: Tensor) -> Tensor:
-    """h + upsample2x(residual) by indexing, in float32 (float64 for float64 inputs)."""
-    residual = residual.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    return h.to(torch.promote_types(h.dtype, torch.float32)) + residual
+def residual_add_reference(h: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+    """h + residual + bias, in float32 (float64 for float64 inputs)."""
+    total = h.to(torch.promote_types(h.dtype, torch.float32)) + residual
+    return total if bias is None else total + bias.to(total.dtype)[:, None, None]
+
+
+def upsample_add_reference(h: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+    """h + upsample2x(residual) + bias by indexing, in float32 (float64 for float64 inputs)."""
+    return residual_add_reference(h, residual.repeat_interleave(2, 2).repeat_interleave(2, 3), bias)
 
 
 def add_upsample(h: Tensor, residual: Tensor) -> Tensor:
@@ -38,18 +45,29 @@ def add_upsample(h: Tensor, residual: Tensor) -> Tensor:
     return _add_upsample(h, residual)
 
 
-def upsample_add(h: Tensor, residual: Tensor) -> Tensor:
-    """h [B, C, 2H, 2W] plus the nearest 2x upsampling of residual [B, C, H, W], of one dtype; in h's dtype
-    and layout.
+def residual_add(h: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+    """h + residual, both [B, C, H, W] of one dtype, + bias [C] of any floating dtype, or None: in h's dtype and
+    layout.
 
     NCHW or channels-last; other stride patterns are copied first. Raises ValueError for wrong shapes, dtypes
     or devices.
     """
-    _check("upsample_add", h, residual, 2)
-    return _upsample_add(h, residual)
+    _check("residual_add", h, residual, 1, bias)
+    return _residual_add(h, residual, bias)
 
 
-def _check(op: str, h: Tensor, residual: Tensor, factor: int) -> None:
+def upsample_add(h: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+    """h [B, C, 2H, 2W] plus the nearest 2x upsampling of residual [B, C, H, W], of one dtype, + bias [C] of any
+    floating dtype, or None: in h's dtype and layout.
+
+    NCHW or channels-last; other stride patterns are copied first. Raises ValueError for wrong shapes, dtypes
+    or devices.
+    """
+    _check("upsample_add", h, residual, 2, bias)
+    return _upsample_add(h, residual, bias)
+
+
+def _check(op: str, h: Tensor, residual: Tensor, factor: int, bias: Tensor | None = None) -> None:
     check_image(op, "h", h)
     check_image(op, "residual", residual)
     if h.shape[2] % factor or h.shape[3] % factor:
@@ -57,6 +75,8 @@ def _check(op: str, h: Tensor, residual: Tensor, factor: int) -> None:
     check_like(op, "residual", residual, (*h.shape[:2], h.shape[2] // factor, h.shape[3] // factor), h.device)
     if residual.dtype != h.dtype:
         raise ValueError(f"{op}: residual is {residual.dtype} but h is {h.dtype}")
+    if bias is not None:
+        check_like(op, "bias", bias, (h.shape[1],), h.device)
 
 
 def _sum_windows(grad: Tensor) -> Tensor:
@@ -79,8 +99,32 @@ def _torch_add_upsample(h: Tensor, residual: Tensor) -> Tensor:
     return _upsample(h + residual, is_channels_last(h))
 
 
-def _torch_upsample_add(h: Tensor, residual: Tensor) -> Tensor:
-    return _upsample(residual, is_channels_last(h)).add_(h)
+def _torch_residual_add(h: Tensor, residual: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None:
+        return torch.add(h, residual, out=empty_image(h, h.shape))
+    wide = torch.promote_types(h.dtype, torch.float32)
+    total = torch.add(h, bias.to(wide).view(-1, 1, 1)).add_(residual)  # promoted: a vector is no scalar
+    return to_layout(total.to(h.dtype), is_channels_last(h))
+
+
+def _torch_upsample_add(h: Tensor, residual: Tensor, bias: Tensor | None) -> Tensor:
+    channels_last = is_channels_last(h)
+    if bias is None:
+        return _upsample(residual, channels_last).add_(h)
+    # The bias is added where there are a quarter of the pixels.
+    wide = torch.promote_types(h.dtype, torch.float32)
+    total = _upsample(torch.add(residual, bias.to(wide).view(-1, 1, 1)), channels_last).add_(h)
+    return total.to(h.dtype)
+
+
+def _bias_gradient(ctx, grad: Tensor) -> Tensor | None:
+    if ctx.bias_dtype is None or not ctx.needs_input_grad[2]:  # in this order: an absent bias has no entry
+        return None
+    return grad.sum((0, 2, 3), dtype=torch.promote_types(grad.dtype, torch.float32)).to(ctx.bias_dtype)
+
+
+def _keep_bias_dtype(ctx, inputs, output) -> None:
+    ctx.bias_dtype = None if inputs[2] is None else inputs[2].dtype
 
 
 @torch.library.custom_op("pdae_fast::add_upsample", mutates_args=(), device_types="cpu")
@@ -114,29 +158,60 @@ _add_upsample.register_autograd(_add_upsample_backward)
 
 
 @torch.library.custom_op("pdae_fast::upsample_add", mutates_args=(), device_types="cpu")
-def _upsample_add(h: Tensor, residual: Tensor) -> Tensor:
-    return _torch_upsample_add(h, residual)
+def _upsample_add(h: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+    return _torch_upsample_add(h, residual, bias)
 
 
 @_upsample_add.register_kernel("cuda")
-def _upsample_add_cuda(h, residual):
+def _upsample_add_cuda(h, residual, bias=None):
     if fallback_reason(h):
-        return _torch_upsample_add(h, residual)
+        return _torch_upsample_add(h, residual, bias)
     from .add_upsample_triton import upsample_launches
 
     channels_last = is_channels_last(h)
     out = empty_image(h, h.shape)
-    run(upsample_launches(to_layout(h, channels_last), to_layout(residual, channels_last), out))
+    bias = None if bias is None else bias.contiguous()
+    run(upsample_launches(to_layout(h, channels_last), to_layout(residual, channels_last), out, bias))
     return out
 
 
 @_upsample_add.register_fake
-def _(h, residual):
+def _(h, residual, bias=None):
     return empty_image(h, h.shape)
 
 
 def _upsample_add_backward(ctx, grad):
-    return grad, _sum_windows(grad)
+    return grad, _sum_windows(grad), _bias_gradient(ctx, grad)
 
 
-_upsample_add.register_autograd(_upsample_add_backward)
+_upsample_add.register_autograd(_upsample_add_backward, setup_context=_keep_bias_dtype)
+
+
+@torch.library.custom_op("pdae_fast::residual_add", mutates_args=(), device_types="cpu")
+def _residual_add(h: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+    return _torch_residual_add(h, residual, bias)
+
+
+@_residual_add.register_kernel("cuda")
+def _residual_add_cuda(h, residual, bias=None):
+    if bias is None or fallback_reason(h):  # torch's own addition is one pass already
+        return _torch_residual_add(h, residual, bias)
+    from .add_upsample_triton import residual_launches
+
+    channels_last = is_channels_last(h)
+    out = empty_image(h, h.shape)
+    h, residual = to_layout(h, channels_last), to_layout(residual, channels_last)
+    run(residual_launches(h, residual, bias.contiguous(), out))
+    return out
+
+
+@_residual_add.register_fake
+def _(h, residual, bias=None):
+    return empty_image(h, h.shape)
+
+
+def _residual_add_backward(ctx, grad):
+    return grad, grad, _bias_gradient(ctx, grad)
+
+
+_residual_add.register_autograd(_residual_add_backward, setup_context=_keep_bias_dtype)

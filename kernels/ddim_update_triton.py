@@ -54,7 +54,7 @@ def ddim_launches(
 ) -> list[Launch]:
     """Write out; x, eps, gradient and out are [B, C, H, W] in one dense layout, coefficients [S, 6] and index
     contiguous."""
-    batch, size = x.shape[0], x[0].numel()
+    batch, size = x.shape[0], x.numel() // x.shape[0]
     arguments = {
         "x": x, "eps": eps, "gradient": eps if gradient is None else gradient, "coefficients": coefficients,
         "index": index, "out": out, "size": size,

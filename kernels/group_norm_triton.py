@@ -8,12 +8,18 @@ Statistics are centred throughout: every tile lane keeps a Welford mean and M2 (
 over the pixels it meets, and lanes, splits and channels are merged with Chan's formula. E[x^2] - E[x]^2 is
 never formed: it cancels for images whose mean is large against their deviation, and its squares overflow
 float16.
+
+`x_bias` is added to the means, never to a pixel: see `_difference`. Where it or another tensor is absent,
+launches pass a tensor that is never read, and a HAS_ flag.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+# Loads of a reduction that are in flight together: a thread's 16 bytes alone do not cover the latency.
+LOADS = tl.constexpr(4)
 
 
 @triton.jit
@@ -76,26 +82,56 @@ def _chan(count, mean, m2):
 
 
 @triton.jit
-def _moments(count, mean, m2, size):
+def _difference(merged, bias):
+    """(offset, tail): merged - bias as a float32 and what rounding it lost, exactly (Knuth's two-sum).
+
+    x + bias - merged = (x - offset) - tail: with it a bias costs no digit, whichever of x and bias is large.
+    """
+    offset = merged - bias
+    back = offset - merged
+    return offset, (merged - (offset - back)) - (bias + back)
+
+
+@triton.jit
+def _moments(count, mean, m2, bias, size, HAS_BIAS: tl.constexpr):
     """(mean, residue, variance) of a whole [rows, columns] tile of lanes (count, mean, M2), by Chan's
-    formula.
+    formula, with bias [rows] added to the means.
 
     The mean is mean + residue: what float32 rounds off it matters when it is many deviations from zero.
     Callers subtract the first part from the data, which is nearly exact, and the second from the small
     difference.
     """
-    merged = tl.sum(tl.sum(count * mean, 1), 0) / size
-    delta = mean - merged
+    if HAS_BIAS:
+        merged = tl.sum(tl.sum(count * (mean + bias[:, None]), 1), 0) / size
+        offset, tail = _difference(merged, bias)
+        delta = (mean - offset[:, None]) - tail[:, None]
+    else:
+        merged = tl.sum(tl.sum(count * mean, 1), 0) / size
+        delta = mean - merged
     residue = tl.sum(tl.sum(count * delta, 1), 0) / size
     variance = tl.sum(tl.sum(m2 + count * delta * delta, 1), 0) / size - residue * residue
     return merged, residue, tl.maximum(variance, 0.0)
 
 
 @triton.jit
-def _coefficient(table, plane, image, channel, channels):
-    """One plane of a [planes, B, channels] table, as a column; the grid's axis 2 is the batch."""
-    row = (plane * tl.num_programs(2) + image) * channels
-    return tl.load(table + row + channel, channel < channels, other=0.0)[:, None]
+def _channel_bias(x_bias, channel, in_first, HAS_BIAS: tl.constexpr):
+    """The bias of each channel, as a float32 row: 0 outside `in_first`, for the channels of x2."""
+    if HAS_BIAS:
+        return tl.load(x_bias + channel, in_first, other=0.0).to(tl.float32)
+    else:
+        return tl.zeros_like(channel).to(tl.float32)
+
+
+@triton.jit
+def _affine(weight, bias, scale, shift, image, channel, real, scale_stride, shift_stride, HAS_AFFINE: tl.constexpr):
+    """(a, b): weight, bias and the AdaGN affine of each channel as one."""
+    a = tl.load(weight + channel, real, other=0.0).to(tl.float32)
+    b = tl.load(bias + channel, real, other=0.0).to(tl.float32)
+    if HAS_AFFINE:
+        outer = tl.load(scale + image * scale_stride + channel, real, other=0.0).to(tl.float32)
+        a *= outer
+        b = b * outer + tl.load(shift + image * shift_stride + channel, real, other=0.0).to(tl.float32)
+    return a, b
 
 
 @triton.jit
@@ -104,17 +140,12 @@ def _silu(y):
 
 
 @triton.jit
-def _silu_gradient(y):
-    s = tl.sigmoid(y)
-    return s * (1.0 + y * (1.0 - s))
-
-
-@triton.jit
 def fused_kernel(
-    x1, x2, weight, bias, scale, shift, y, mean_out, rstd_out,
+    x1, x2, x_bias, weight, bias, scale, shift, y, mean_out, rstd_out,
     c1, c2, pixels, scale_stride, shift_stride, eps,
-    GROUP_CHANNELS: tl.constexpr, SILU: tl.constexpr, HAS_AFFINE: tl.constexpr, HAS_X2: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, STEPS: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr, SILU: tl.constexpr, HAS_AFFINE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_X2: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """One group of one image: grid (groups, batch). BLOCK_C covers the group, STEPS * BLOCK_S the pixels."""
     group = tl.program_id(0)
@@ -126,11 +157,13 @@ def fused_kernel(
 
     value = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
     size = pixels * (GROUP_CHANNELS * 1.0)
+    moved = _channel_bias(x_bias, channel, real & (channel < c1), HAS_BIAS)
     if STEPS == 1:
         # The whole group stays in registers: every element is a lane of its own.
         valid = real[:, None] & (lane_s < pixels)[None, :]
         value = _load(x1, x2, image, channel, lane_s, valid, c1, c2, pixels, HAS_X2, CHANNELS_LAST)
-        mean, residue, variance = _moments(tl.where(valid, 1.0, 0.0), value, tl.zeros_like(value), size)
+        count = tl.where(valid, 1.0, 0.0)
+        mean, residue, variance = _moments(count, value, tl.zeros_like(value), moved, size, HAS_BIAS)
     else:
         lane_mean = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
         lane_m2 = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
@@ -140,20 +173,21 @@ def fused_kernel(
             tile = _load(x1, x2, image, channel, pixel, valid, c1, c2, pixels, HAS_X2, CHANNELS_LAST)
             lane_mean, lane_m2 = _welford(tile, valid, lane_mean, lane_m2, step + 1.0)
         count = tl.where(real[:, None], _lane_count(lane_s, pixels, BLOCK_S, STEPS), 0.0)
-        mean, residue, variance = _moments(count, lane_mean, lane_m2, size)
+        mean, residue, variance = _moments(count, lane_mean, lane_m2, moved, size, HAS_BIAS)
     rstd = 1.0 / tl.sqrt_rn(variance + eps)
     groups = tl.num_programs(0)
     tl.store(mean_out + image * groups + group, mean + residue)
     tl.store(rstd_out + image * groups + group, rstd)
 
-    a = tl.load(weight + channel, real, other=0.0).to(tl.float32)
-    b = tl.load(bias + channel, real, other=0.0).to(tl.float32)
-    if HAS_AFFINE:
-        outer = tl.load(scale + image * scale_stride + channel, real, other=0.0).to(tl.float32)
-        a *= outer
-        b = b * outer + tl.load(shift + image * shift_stride + channel, real, other=0.0).to(tl.float32)
+    a, b = _affine(weight, bias, scale, shift, image, channel, real, scale_stride, shift_stride, HAS_AFFINE)
     a *= rstd
-    b -= residue * a
+    if HAS_BIAS:
+        offset, tail = _difference(mean, moved)
+        b -= (residue + tail) * a
+        offset = offset[:, None]
+    else:
+        b -= residue * a
+        offset = mean
     channels = c1 + c2
     base = y + image * channels * pixels
     for step in range(STEPS):
@@ -161,7 +195,7 @@ def fused_kernel(
         valid = real[:, None] & (pixel < pixels)[None, :]
         if STEPS > 1:
             value = _load(x1, x2, image, channel, pixel, valid, c1, c2, pixels, HAS_X2, CHANNELS_LAST)
-        out = (value - mean) * a[:, None] + b[:, None]
+        out = (value - offset) * a[:, None] + b[:, None]
         if SILU:
             out = _silu(out)
         tl.store(base + _offset(channel, pixel, channels, pixels, CHANNELS_LAST), out.to(y.dtype.element_ty), valid)
@@ -169,184 +203,165 @@ def fused_kernel(
 
 @triton.jit
 def stats_kernel(
-    x, partial, channels, pixels, splits,
-    CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, STEPS: tl.constexpr,
+    x1, x2, x_bias, partial, c1, c2, pixels, splits,
+    PART: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_X2: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """partial [B, C, splits, 2]: (mean, M2) of each channel over one split of its pixels.
-    Grid (splits, channel blocks, batch)."""
+    """partial [B, (C1 + C2) / PART, splits, 2]: (mean, M2) of each run of PART channels over one split of the
+    pixels. PART divides BLOCK_C and C1 + C2. Grid (splits, channel blocks, batch)."""
     split = tl.program_id(0)
     image = tl.program_id(2).to(tl.int64)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channels = c1 + c2
     real = channel < channels
     lane_s = tl.arange(0, BLOCK_S)
     lane_mean = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
     lane_m2 = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
-    for step in range(STEPS):
+    for step in tl.range(STEPS, loop_unroll_factor=LOADS // 2 if HAS_X2 else LOADS):
         pixel = (split * STEPS + step) * BLOCK_S + lane_s
         valid = real[:, None] & (pixel < pixels)[None, :]
-        tile = _load(x, x, image, channel, pixel, valid, channels, 0, pixels, False, CHANNELS_LAST)
+        tile = _load(x1, x2, image, channel, pixel, valid, c1, c2, pixels, HAS_X2, CHANNELS_LAST)
         lane_mean, lane_m2 = _welford(tile, valid, lane_mean, lane_m2, step + 1.0)
-    count = _lane_count(split * (STEPS * BLOCK_S) + lane_s, pixels, BLOCK_S, STEPS)
+    first = split * (STEPS * BLOCK_S)
+    count = _lane_count(first + lane_s, pixels, BLOCK_S, STEPS)
     mean, m2 = _chan(tl.broadcast_to(count, [BLOCK_C, BLOCK_S]), lane_mean, lane_m2)
-    row = partial + ((image * channels + channel) * splits + split) * 2
-    tl.store(row, mean, real)
-    tl.store(row + 1, m2, real)
+    bias = _channel_bias(x_bias, channel, channel < c1, HAS_BIAS)
+    row = tl.program_id(1) * (BLOCK_C // PART) + tl.arange(0, BLOCK_C // PART)
+    if PART == 1:
+        mean += bias
+    else:
+        size = tl.minimum(pixels - first, STEPS * BLOCK_S).to(tl.float32)
+        bias = tl.reshape(bias, [BLOCK_C // PART, PART])
+        mean = tl.reshape(mean, [BLOCK_C // PART, PART])
+        merged = tl.sum(mean + bias, 1) * (1.0 / PART)
+        offset, tail = _difference(merged[:, None], bias)
+        delta = (mean - offset) - tail
+        residue = tl.sum(delta, 1) * (1.0 / PART)
+        m2 = tl.sum(tl.reshape(m2, [BLOCK_C // PART, PART]) + size * delta * delta, 1) - size * PART * residue * residue
+        mean = merged + residue
+    rows = channels // PART
+    at = partial + ((image * rows + row) * splits + split) * 2
+    tl.store(at, mean, row < rows)
+    tl.store(at + 1, m2, row < rows)
 
 
 @triton.jit
-def _split_tile(partial, row, mask, pixels, splits, chunk, BLOCK_P: tl.constexpr):
-    """(count, mean, M2), each [rows, BLOCK_P]: the splits of some rows, a row being one channel of one
-    image."""
+def merge_splits_kernel(
+    partial, x_bias, stats, channels, pixels, splits, chunk,
+    HAS_BIAS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """stats [B, C, 2] from partial [B, C, splits, 2]: grid (channel blocks, batch). The bias comes last, so it
+    leaves M2 as it is to the bit."""
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    row = tl.program_id(1).to(tl.int64) * channels + channel
     split = tl.arange(0, BLOCK_P)
-    count = tl.minimum(tl.maximum(pixels - split * chunk, 0), chunk)
-    valid = mask[:, None] & ((split < splits) & (count > 0))[None, :]
+    real = channel < channels
+    valid = real[:, None] & (split < splits)[None, :]
     address = partial + (row[:, None] * splits + split[None, :]) * 2
     mean = tl.load(address, valid, other=0.0)
     m2 = tl.load(address + 1, valid, other=0.0)
-    return tl.where(valid, count[None, :].to(tl.float32), 0.0), mean, m2
-
-
-@triton.jit
-def merge_splits_kernel(partial, stats, rows, pixels, splits, chunk, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    """stats [rows, 2] from partial [rows, splits, 2]: grid (row blocks,); rows = batch * channels."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    real = row < rows
-    count, mean, m2 = _split_tile(partial, tl.minimum(row, rows - 1), row >= 0, pixels, splits, chunk, BLOCK_P)
-    mean, m2 = _chan(count, mean, m2)
+    count = tl.minimum(tl.maximum(pixels - split * chunk, 0), chunk).to(tl.float32)[None, :]
+    mean, m2 = _chan(tl.broadcast_to(count, [BLOCK_C, BLOCK_P]), mean, m2)
+    mean += _channel_bias(x_bias, channel, real, HAS_BIAS)
     tl.store(stats + row * 2, mean, real)
     tl.store(stats + row * 2 + 1, m2, real)
 
 
 @triton.jit
-def fold_kernel(
-    stats1, stats2, weight, bias, scale, shift, table, mean_out, rstd_out,
-    c1, c2, pixels, splits1, chunk1, splits2, chunk2, scale_stride, shift_stride, eps,
-    GROUP_CHANNELS: tl.constexpr, HAS_AFFINE: tl.constexpr, HAS_X2: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+def _group_column(
+    stats1, stats2, image, channel, column, c1, c2, pixels, splits, chunk,
+    GROUP_CHANNELS: tl.constexpr, PART: tl.constexpr, HAS_STATS2: tl.constexpr,
 ):  # fmt: skip
-    """Merge one group's channel statistics and fold every affine into table [3, B, C] = mean, a, b with
-    y = (x - mean) * a + b: grid (groups, batch)."""
-    group = tl.program_id(0)
-    image = tl.program_id(1).to(tl.int64)
-    lane_c = tl.arange(0, BLOCK_C)
-    real = lane_c < GROUP_CHANNELS
-    channel = group * GROUP_CHANNELS + lane_c
-    count, split_mean, split_m2 = _split_tile(
-        stats1, image * c1 + channel, real & (channel < c1), pixels, splits1, chunk1, BLOCK_P
-    )
-    if HAS_X2:
-        # A channel belongs to one input only: the other's lanes are all zero.
-        count2, mean2, m22 = _split_tile(
-            stats2, image * c2 + channel - c1, real & (channel >= c1), pixels, splits2, chunk2, BLOCK_P
-        )
-        count += count2
-        split_mean += mean2
-        split_m2 += m22
-    mean, residue, variance = _moments(count, split_mean, split_m2, pixels * (GROUP_CHANNELS * 1.0))
-    rstd = 1.0 / tl.sqrt_rn(variance + eps)
-    groups = tl.num_programs(0)
-    tl.store(mean_out + image * groups + group, mean + residue)
-    tl.store(rstd_out + image * groups + group, rstd)
-    a = tl.load(weight + channel, real, other=0.0).to(tl.float32)
-    b = tl.load(bias + channel, real, other=0.0).to(tl.float32)
-    if HAS_AFFINE:
-        outer = tl.load(scale + image * scale_stride + channel, real, other=0.0).to(tl.float32)
-        a *= outer
-        b = b * outer + tl.load(shift + image * shift_stride + channel, real, other=0.0).to(tl.float32)
-    channels = c1 + c2
-    plane = tl.num_programs(1).to(tl.int64) * channels
-    at = table + image * channels + channel
-    tl.store(at, tl.zeros([BLOCK_C], tl.float32) + mean, real)
-    tl.store(at + plane, a * rstd, real)
-    tl.store(at + 2 * plane, b - residue * (a * rstd), real)
+    """(count, mean, M2), each [channels, columns]: what has to be merged to the statistics of each channel's
+    group. Column `part * splits + split` of a row is one part of its group over one split of the pixels."""
+    parts: tl.constexpr = GROUP_CHANNELS // PART
+    split = column % splits
+    row = (channel // GROUP_CHANNELS * parts)[:, None] + (column // splits)[None, :]
+    valid = (channel < c1 + c2)[:, None] & (column < parts * splits)[None, :]
+    count = tl.where(column < parts * splits, tl.minimum(pixels - split * chunk, chunk) * PART, 0)
+    if HAS_STATS2:
+        first, second = valid & (row < c1), valid & (row >= c1)
+        address1 = stats1 + (image * c1 + row) * 2
+        address2 = stats2 + (image * c2 + row - c1) * 2
+        # A row belongs to one input only: the other's lanes are all zero.
+        mean = tl.load(address1, first, other=0.0) + tl.load(address2, second, other=0.0)
+        m2 = tl.load(address1 + 1, first, other=0.0) + tl.load(address2 + 1, second, other=0.0)
+    else:
+        address = stats1 + ((image * ((c1 + c2) // PART) + row) * splits + split[None, :]) * 2
+        mean = tl.load(address, valid, other=0.0)
+        m2 = tl.load(address + 1, valid, other=0.0)
+    return count.to(tl.float32)[None, :], mean, m2
 
 
 @triton.jit
 def apply_kernel(
-    x1, x2, table, y, c1, c2, pixels,
-    SILU: tl.constexpr, HAS_X2: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    x1, x2, x_bias, stats1, stats2, weight, bias, scale, shift, y, mean_out, rstd_out,
+    c1, c2, pixels, splits, chunk, scale_stride, shift_stride, eps,
+    GROUP_CHANNELS: tl.constexpr, PART: tl.constexpr, SILU: tl.constexpr, HAS_AFFINE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_X2: tl.constexpr, HAS_STATS2: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, MERGES: tl.constexpr,
 ):  # fmt: skip
-    """y = silu((x - mean) * a + b) with the table of `fold_kernel`.
-    Grid (pixel blocks, channel blocks, batch)."""
+    """Merge the statistics of every channel's group, then y = silu((x - mean) * a + b).
+    Grid (pixel blocks, channel blocks, batch).
+
+    stats1 is [B, (C1 + C2) / PART, splits, 2] as `stats_kernel` writes it, the bias in it; with HAS_STATS2,
+    stats1 is [B, C1, 2] and stats2 [B, C2, 2], PART and splits being 1. Every program merges what it needs,
+    from cache: cheaper than a launch between. MERGES * BLOCK_M covers the columns to merge.
+    """
     image = tl.program_id(2).to(tl.int64)
     pixel = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channels = c1 + c2
-    valid = (channel < channels)[:, None] & (pixel < pixels)[None, :]
-    mean = _coefficient(table, 0, image, channel, channels)
-    a = _coefficient(table, 1, image, channel, channels)
-    b = _coefficient(table, 2, image, channel, channels)
-    value = _load(x1, x2, image, channel, pixel, valid, c1, c2, pixels, HAS_X2, CHANNELS_LAST)
-    out = (value - mean) * a + b
+    real = channel < channels
+    valid = real[:, None] & (pixel < pixels)[None, :]
+    size = pixels * (GROUP_CHANNELS * 1.0)
+    lane_m = tl.arange(0, BLOCK_M)
+    if MERGES == 1:
+        count, lane_mean, lane_m2 = _group_column(
+            stats1, stats2, image, channel, lane_m, c1, c2, pixels, splits, chunk, GROUP_CHANNELS, PART, HAS_STATS2
+        )
+        # Here: before, the compiler would move the tile to the statistics' layout through shared memory, and
+        # back; after, it would wait for them.
+        value = _load(x1, x2, image, channel, pixel, valid, c1, c2, pixels, HAS_X2, CHANNELS_LAST)
+        mean = tl.sum(count * lane_mean, 1) / size
+        delta = lane_mean - mean[:, None]
+        # As in `_moments`.
+        residue = tl.sum(count * delta, 1) / size
+        variance = tl.sum(lane_m2 + count * delta * delta, 1) / size
+    else:
+        mean = tl.zeros([BLOCK_C], tl.float32)
+        residue = tl.zeros([BLOCK_C], tl.float32)
+        variance = tl.zeros([BLOCK_C], tl.float32)
+        for step in range(MERGES):
+            count, lane_mean, _m2 = _group_column(
+                stats1, stats2, image, channel, step * BLOCK_M + lane_m, c1, c2, pixels, splits, chunk,
+                GROUP_CHANNELS, PART, HAS_STATS2,
+            )  # fmt: skip
+            mean += tl.sum(count * lane_mean, 1) / size
+        for step in range(MERGES):
+            count, lane_mean, lane_m2 = _group_column(
+                stats1, stats2, image, channel, step * BLOCK_M + lane_m, c1, c2, pixels, splits, chunk,
+                GROUP_CHANNELS, PART, HAS_STATS2,
+            )  # fmt: skip
+            delta = lane_mean - mean[:, None]
+            residue += tl.sum(count * delta, 1) / size
+            variance += tl.sum(lane_m2 + count * delta * delta, 1) / size
+        value = _load(x1, x2, image, channel, pixel, valid, c1, c2, pixels, HAS_X2, CHANNELS_LAST)
+    rstd = 1.0 / tl.sqrt_rn(tl.maximum(variance - residue * residue, 0.0) + eps)
+    if tl.program_id(0) == 0:
+        heads = real & (channel % GROUP_CHANNELS == 0)
+        at = image * (channels // GROUP_CHANNELS) + channel // GROUP_CHANNELS
+        tl.store(mean_out + at, mean + residue, heads)
+        tl.store(rstd_out + at, rstd, heads)
+
+    a, b = _affine(weight, bias, scale, shift, image, channel, real, scale_stride, shift_stride, HAS_AFFINE)
+    a *= rstd
+    if HAS_BIAS:
+        mean, tail = _difference(mean, _channel_bias(x_bias, channel, channel < c1, HAS_BIAS))
+        residue += tail
+    b -= residue * a
+    out = (value - mean[:, None]) * a[:, None] + b[:, None]
     if SILU:
         out = _silu(out)
     address = y + image * channels * pixels + _offset(channel, pixel, channels, pixels, CHANNELS_LAST)
     tl.store(address, out.to(y.dtype.element_ty), valid)
-
-
-@triton.jit
-def gradient_sums_kernel(
-    grad, x1, x2, table, partial, c1, c2, pixels, splits,
-    SILU: tl.constexpr, HAS_X2: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, STEPS: tl.constexpr,
-):  # fmt: skip
-    """partial [B, C, splits, 2]: sums over pixels of g and of g * (x - mean), g the gradient before the SiLU.
-    Grid (splits, channel blocks, batch); the table is that of `fold_kernel`."""
-    split = tl.program_id(0)
-    image = tl.program_id(2).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    channels = c1 + c2
-    real = channel < channels
-    mean = _coefficient(table, 0, image, channel, channels)
-    a = _coefficient(table, 1, image, channel, channels)
-    b = _coefficient(table, 2, image, channel, channels)
-    lane_s = tl.arange(0, BLOCK_S)
-    sum_g = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
-    sum_gx = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
-    for step in range(STEPS):
-        pixel = (split * STEPS + step) * BLOCK_S + lane_s
-        valid = real[:, None] & (pixel < pixels)[None, :]
-        address = grad + image * channels * pixels + _offset(channel, pixel, channels, pixels, CHANNELS_LAST)
-        g = tl.load(address, valid, other=0.0).to(tl.float32)
-        centred = _load(x1, x2, image, channel, pixel, valid, c1, c2, pixels, HAS_X2, CHANNELS_LAST) - mean
-        if SILU:
-            g *= _silu_gradient(centred * a + b)
-        sum_g += g
-        sum_gx += g * centred
-    row = partial + ((image * channels + channel) * splits + split) * 2
-    tl.store(row, tl.sum(sum_g, 1), real)
-    tl.store(row + 1, tl.sum(sum_gx, 1), real)
-
-
-@triton.jit
-def gradient_input_kernel(
-    grad, x1, x2, table, dx1, dx2, c1, c2, pixels,
-    SILU: tl.constexpr, HAS_X2: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """dx = a * g + slope * (x - mean) + level with table [5, B, C] = mean, a, b, slope, level.
-    Grid (pixel blocks, channel blocks, batch)."""
-    image = tl.program_id(2).to(tl.int64)
-    pixel = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    channels = c1 + c2
-    valid = (channel < channels)[:, None] & (pixel < pixels)[None, :]
-    mean = _coefficient(table, 0, image, channel, channels)
-    a = _coefficient(table, 1, image, channel, channels)
-    b = _coefficient(table, 2, image, channel, channels)
-    slope = _coefficient(table, 3, image, channel, channels)
-    level = _coefficient(table, 4, image, channel, channels)
-    address = grad + image * channels * pixels + _offset(channel, pixel, channels, pixels, CHANNELS_LAST)
-    g = tl.load(address, valid, other=0.0).to(tl.float32)
-    centred = _load(x1, x2, image, channel, pixel, valid, c1, c2, pixels, HAS_X2, CHANNELS_LAST) - mean
-    if SILU:
-        g *= _silu_gradient(centred * a + b)
-    dx = g * a + centred * slope + level
-    first = dx1 + image * c1 * pixels + _offset(channel, pixel, c1, pixels, CHANNELS_LAST)
-    if HAS_X2:
-        tl.store(first, dx.to(dx1.dtype.element_ty), valid & (channel < c1)[:, None])
-        second = dx2 + image * c2 * pixels + _offset(channel - c1, pixel, c2, pixels, CHANNELS_LAST)
-        tl.store(second, dx.to(dx2.dtype.element_ty), valid & (channel >= c1)[:, None])
-    else:
-        tl.store(first, dx.to(dx1.dtype.element_ty), valid)

@@ -67,10 +67,18 @@ def add_run_options(p: argparse.ArgumentParser, out: str) -> None:
     p.add_argument("--out", default=out, help="directory for the results")
     p.add_argument("--steps", type=int, default=100, help="DDIM steps of a decoding")
     p.add_argument("--encode-steps", type=int, help="DDIM steps that infer x_T (default: --steps)")
+    p.add_argument(
+        "--spacing", default="uniform", help="time points: uniform as published, or quadratic (more at low noise)"
+    )
     p.add_argument("--batch-size", type=int, help="images per network evaluation (default: chosen for the device)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    p.add_argument(
+        "--dtype",
+        default="auto",
+        help="of the networks: float32, bfloat16, float16; auto is bfloat16 for large ones where the device has it",
+    )
     p.add_argument("--plan", default="auto", help="how the networks run: auto, fused or eager")
+    p.add_argument("--attention", default="auto", help="auto, sdpa or xformers")
     p.add_argument("--seed", type=int, default=0, help="seed of everything random")
     p.add_argument("--quiet", action="store_true", help="no progress bar, no table")
     add_foreign_options(p)

@@ -10,7 +10,9 @@ import torch
 
 from . import cli
 from .checkpoints import available
-from .engine.device import describe_device
+from .engine.attention import probe_xformers
+from .engine.device import LARGE_PARAMETERS, describe_device, has_native_bfloat16, resolve_device
+from .kernels import triton_status
 from .models import PDAE
 
 # Distribution names that provide a backend, and the line that installs it.
@@ -23,6 +25,19 @@ BACKENDS = {
     "tensorboard": (("tensorboard",), "pip install 'pdae_fast[train]'"),
     "yaml": (("pyyaml",), "pip install 'pdae_fast[convert]'"),
 }
+
+
+def _check_triton() -> str | None:
+    usable, reason = triton_status()
+    return None if usable else reason
+
+
+def _check_xformers() -> str | None:
+    return probe_xformers(torch.device("cuda"), torch.float16, (1, 256, 4, 64))[0]
+
+
+# Backends that an import does not prove: what runs them once, and says why they do not run.
+CHECKS = {"triton": _check_triton, "xformers": _check_xformers}
 
 
 def _version(names: tuple[str, ...]) -> str | None:
@@ -41,6 +56,9 @@ def backends() -> list[tuple[str, str, str]]:
         version = _version(names)
         if version is None or importlib.util.find_spec(module) is None:
             rows.append((module, "no", f"not installed: {install}"))
+        elif module in CHECKS and torch.cuda.is_available():
+            reason = CHECKS[module]()
+            rows.append((module, "no" if reason else "usable", reason or version))
         elif module in ("triton", "xformers", "tensorrt", "tensorrt_rtx") and not torch.cuda.is_available():
             rows.append((module, "no", f"{version} is installed, but running it needs a CUDA device"))
         else:
@@ -62,6 +80,9 @@ def main(argv: list[str] | None = None) -> None:
     print(", ".join(f"{name} {version}" for name, version in cli.versions().items()))
     print(f"cpu   {describe_device(torch.device('cpu'))}, {torch.backends.cpu.get_cpu_capability()}")
     print(f"cuda  {_cuda()}")
+    device = resolve_device("auto")
+    large = "bfloat16" if has_native_bfloat16(device) else "float32"
+    print(f"auto  device {device}, dtype float32, {large} for networks from {LARGE_PARAMETERS // 10**6} M parameters")
     print()
     print(cli.table(["backend", "state", ""], [[n, s, d] for n, s, d in backends()], left=3))
     print()

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import UserError
-from .schedule import Schedule
+from .schedule import Schedule, Trajectory
 
 Progress = Callable[[], None]
 
@@ -47,6 +46,31 @@ def ddim_step(
     return alpha_bar_next**0.5 * x0 + (1 - alpha_bar_next) ** 0.5 * direction
 
 
+def integrate(
+    field: Field,
+    x: Tensor,
+    trajectory: Trajectory,
+    *,
+    clamp: float | None = 1.0,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Carry x along the DDIM steps of ``trajectory``.
+
+    A field that knows how to run whole trajectories (captured CUDA graphs) says so by a method ``integrate``, which
+    computes the same steps; it clamps to the range of images or not at all.
+    """
+    own = getattr(field, "integrate", None)
+    if own is not None and clamp in (None, 1.0):
+        return own(x.float(), trajectory, clamp, progress)
+    x = x.float()
+    for step in trajectory:
+        eps, gradient = field(x, step.t, step.use_gradient)
+        x = ddim_step(x, eps, gradient, step.alpha_bar, step.alpha_bar_next, clamp)
+        if progress:
+            progress()
+    return x
+
+
 def ddim(
     field: Field,
     x_T: Tensor,
@@ -61,17 +85,7 @@ def ddim(
 
     G is used only while the remaining step index is at least int(stop_percent * steps): 0 uses it always, 1 never.
     """
-    if not 0 <= stop_percent <= 1:
-        raise UserError(f"stop_percent must be between 0 and 1, not {stop_percent}")
-    points, alpha_bar = schedule.timesteps(steps), schedule.alpha_bar
-    x, stop = x_T.float(), int(stop_percent * steps)
-    for i in range(len(points) - 2, -1, -1):
-        t = int(points[i + 1])
-        eps, gradient = field(x, t, i >= stop)
-        x = ddim_step(x, eps, gradient, float(alpha_bar[t]), float(alpha_bar[points[i]]), clamp)
-        if progress:
-            progress()
-    return x
+    return integrate(field, x_T, schedule.decoding(steps, stop_percent), clamp=clamp, progress=progress)
 
 
 def ddim_invert(
@@ -84,14 +98,7 @@ def ddim_invert(
     progress: Progress | None = None,
 ) -> Tensor:
     """Infer x_T: the DDIM step run upward, the clean image taken to be at t = 0 (section 3.2 of the paper)."""
-    points, alpha_bar = schedule.timesteps(steps), schedule.alpha_bar
-    x = x0.float()
-    for now, following in zip(points[:-1], points[1:], strict=True):
-        eps, gradient = field(x, int(now), True)
-        x = ddim_step(x, eps, gradient, float(alpha_bar[now]), float(alpha_bar[following]), clamp)
-        if progress:
-            progress()
-    return x
+    return integrate(field, x0, schedule.inversion(steps), clamp=clamp, progress=progress)
 
 
 def ddpm(

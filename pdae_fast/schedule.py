@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,6 +25,21 @@ def _betas(config: ScheduleConfig) -> np.ndarray:
         return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
 
     return np.array([min(1 - alpha_bar((i + 1) / T) / alpha_bar(i / T), 0.999) for i in range(T)], dtype=np.float64)
+
+
+SPACINGS = ("uniform", "quadratic")
+
+
+class Step(NamedTuple):
+    """One DDIM step: the networks see time ``t``; the state goes from ``alpha_bar`` to ``alpha_bar_next``."""
+
+    t: int
+    alpha_bar: float
+    alpha_bar_next: float
+    use_gradient: bool
+
+
+Trajectory = tuple[Step, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,11 +66,42 @@ class Schedule:
     def T(self) -> int:
         return len(self.beta)
 
-    def timesteps(self, steps: int) -> np.ndarray:
-        """Time points of an S-step DDIM trajectory, ascending, int64 [<= S+1]: unique(int(linspace(0, T-1, S+1)))."""
+    def timesteps(self, steps: int, spacing: str = "uniform") -> np.ndarray:
+        """Time points of an S-step DDIM trajectory, ascending, int64 [<= S+1].
+
+        "uniform": unique(int(linspace(0, T-1, S+1))), as published. "quadratic": the same with the square of
+        linspace(0, 1, S+1) (DDIM, arXiv 2010.02502, appendix D.2): more points where there is little noise.
+        """
         if not 1 <= steps <= self.T:
             raise UserError(f"steps must be between 1 and {self.T}, not {steps}")
-        return np.unique(np.linspace(0, self.T - 1, steps + 1).astype(np.int64))
+        if spacing == "uniform":
+            return np.unique(np.linspace(0, self.T - 1, steps + 1).astype(np.int64))
+        if spacing == "quadratic":
+            return np.unique(np.rint((self.T - 1) * np.linspace(0, 1, steps + 1) ** 2).astype(np.int64))
+        raise UserError(f"spacing {spacing!r} is not known; expected {' or '.join(SPACINGS)}")
+
+    def decoding(self, steps: int, stop_percent: float = 0.0, spacing: str = "uniform") -> Trajectory:
+        """The steps of Algorithm 3, from T to 0.
+
+        G is used only while the remaining step index is at least int(stop_percent * steps): 0 uses it always, 1 never.
+        """
+        if not 0 <= stop_percent <= 1:
+            raise UserError(f"stop_percent must be between 0 and 1, not {stop_percent}")
+        points, stop = self.timesteps(steps, spacing), int(stop_percent * steps)
+        return tuple(
+            self._step(points[i + 1], points[i], use_gradient=i >= stop) for i in range(len(points) - 2, -1, -1)
+        )
+
+    def inversion(self, steps: int, spacing: str = "uniform") -> Trajectory:
+        """The same steps upward, the clean image taken to be at t = 0 (section 3.2 of the paper)."""
+        points = self.timesteps(steps, spacing)
+        return tuple(
+            self._step(now, following, use_gradient=True)
+            for now, following in zip(points[:-1], points[1:], strict=True)
+        )
+
+    def _step(self, now: int, following: int, use_gradient: bool) -> Step:
+        return Step(int(now), float(self.alpha_bar[now]), float(self.alpha_bar[following]), use_gradient)
 
 
 @functools.lru_cache(maxsize=8)

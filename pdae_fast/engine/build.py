@@ -2,26 +2,66 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from ..errors import UserError
 from ..models import PDAE, Prior
 from .fused import FusedPlan
+from .options import Rewrites
 from .plan import Plan
 
-PLANS = {"eager": Plan, "fused": FusedPlan}
+PLANS = ("eager", "fused")
+# Relative difference from the modules in the same dtype that two correct plans stay under on one evaluation.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 
-def build_plan(model: PDAE | Prior, device: torch.device, dtype: torch.dtype, name: str = "auto") -> Plan:
+def build_plan(
+    model: PDAE | Prior,
+    device: torch.device,
+    dtype: torch.dtype,
+    name: str = "auto",
+    *,
+    attention: str = "auto",
+    options: Rewrites | None = None,
+) -> Plan:
     """The plan for ``model`` on ``device``; the model itself is never changed.
 
-    "auto" is "fused" on the CPU, where it was measured, and "eager" on CUDA, where it was not; both compute the same
-    function up to rounding. UserError for a name that does not exist or a plan that cannot run on ``device``.
+    "auto" is "fused"; both compute the same function up to rounding. On CUDA, where kernels of this project run on
+    whatever driver and chip the user has, the fused plan is compared with the modules before it is handed out: "auto"
+    then falls back to "eager" with a warning, "fused" is a UserError. ``options`` (fused only) switches single
+    rewrites off. UserError for a plan or an attention backend that does not exist or cannot run on ``device``.
     """
     if name != "auto" and name not in PLANS:
         raise UserError(f"plan {name!r} is not known; expected auto, {' or '.join(PLANS)}")
-    if name == "auto":
-        name = "fused" if device.type == "cpu" else "eager"
-    if name == "fused" and device.type != "cpu":
-        raise UserError(f"the fused plan runs on the CPU only so far, not on {device}; expected --plan auto or eager")
-    return PLANS[name](model, device, dtype)
+    if name == "eager":
+        if attention not in ("auto", "sdpa"):
+            raise UserError(f"the eager plan runs PyTorch's attention; {attention!r} needs --plan fused")
+        return Plan(model, device, dtype)
+    plan = FusedPlan(model, device, dtype, options, attention)
+    if device.type == "cuda":
+        difference = disagreement(plan)
+        if not difference < TOLERANCE[dtype]:
+            found = (
+                f"the fused plan differs from the modules by {difference:.1e} on {torch.cuda.get_device_name(device)}"
+            )
+            if name == "fused":
+                raise UserError(f"{found}, more than rounding; use --plan eager")
+            warnings.warn(f"{found}; running the modules instead", stacklevel=2)
+            return Plan(model, device, dtype)
+    return plan
+
+
+def disagreement(plan: FusedPlan) -> float:
+    """Relative difference of one evaluation of ``plan`` from the modules it replaces, same device and dtype."""
+    reference = Plan(plan.model, plan.device, plan.dtype)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, *plan.model.image_shape, generator=generator).to(plan.device)
+    z = None
+    if isinstance(plan.model, PDAE):
+        z = torch.randn(1, plan.model.config.latent_dim, generator=generator).to(plan.device)
+    t = plan.model.config.schedule.timesteps // 2
+    found, expected = (torch.cat([v for v in p.field(z)(x, t, True) if v is not None]) for p in (plan, reference))
+    plan.evaluations.clear()
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-12))

@@ -21,7 +21,7 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 class PlainConvolution:
     """conv(x) [+ residual] by the framework's operator."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 0) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0) -> None:
         self.weight = weight.contiguous(memory_format=torch.channels_last)
         self.bias, self.stride, self.padding = bias, stride, padding
 
@@ -36,7 +36,7 @@ class PackedConvolution:
     The layout is chosen for the first input seen; other shapes are computed as well, through a slower path.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 0) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0) -> None:
         self.weight, self.bias = weight, bias
         self.stride, self.padding, self.packed = [stride] * 2, [padding] * 2, False
 
@@ -52,12 +52,14 @@ class PackedConvolution:
         return torch.ops.mkldnn._convolution_pointwise(x, residual, *arguments, "add", None, None, [], None)
 
 
-def convolution(layer: nn.Conv2d | None, packed: bool, weight: Tensor | None = None, padding: int | None = None):
-    """The callable for ``layer``, or for ``weight`` in its place."""
+def convolution(
+    layer: nn.Conv2d, packed: bool, *, weight: Tensor | None = None, padding: int | None = None, bias: bool = True
+):
+    """The callable for ``layer``, or for ``weight`` in its place; without its bias when that is added elsewhere."""
     cls = PackedConvolution if packed else PlainConvolution
     return cls(
         layer.weight.detach() if weight is None else weight,
-        layer.bias.detach(),
+        layer.bias.detach() if bias else None,
         layer.stride[0],
         layer.padding[0] if padding is None else padding,
     )

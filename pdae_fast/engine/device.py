@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ..errors import UserError
 
+LARGE_PARAMETERS = 16_000_000  # the paper's networks have 116 M and more, the bundled one 4 M
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -28,16 +31,32 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     return resolved
 
 
-def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """ "auto" is float32: the reference. UserError for a dtype that ``device`` cannot compute in."""
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device, parameters: int) -> torch.dtype:
+    """What ``dtype`` means on ``device`` for a model of so many parameters.
+
+    "auto" is bfloat16 where the device multiplies it natively and the networks are large enough to be bound by such
+    products, else float32, the reference: a small network gains little and need not be rounded. UserError for a dtype
+    that ``device`` cannot compute in.
+    """
     if dtype == "auto":
-        return torch.float32
+        native = parameters >= LARGE_PARAMETERS and has_native_bfloat16(device)
+        return torch.bfloat16 if native else torch.float32
     resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if resolved not in DTYPES.values():
         raise UserError(f"dtype {dtype!r} is not known; expected auto, {', '.join(DTYPES)}")
     if resolved is torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise UserError(f"bfloat16 is not supported by {torch.cuda.get_device_name(device)}; use float16 or float32")
     return resolved
+
+
+@functools.cache
+def has_native_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products run on instructions of their own here; elsewhere it is converted, and slower."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return bool(native) and torch.backends.mkldnn.is_available()
 
 
 def describe_device(device: torch.device) -> str:
@@ -51,6 +70,18 @@ def describe_device(device: torch.device) -> str:
     except (OSError, StopIteration):
         pass
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def last_level_cache(device: torch.device) -> int:
+    """Bytes of a GPU's L2 cache; 0 where it is not known."""
+    if device.type != "cuda":
+        return 0
+    return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that memory ran out, on the CPU (where PyTorch has no class for it) or on CUDA."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
 def available_memory(device: torch.device) -> int:

@@ -2,153 +2,76 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..models import PDAE, Prior
-from ..models.layers import AttentionBlock, ResBlock, Stage
+from ..models.layers import AttentionBlock
 from ..models.unet import PDAEDecoder
+from ..schedule import Trajectory
 from . import rewrites
-from .convolution import can_pack, convolution
-from .plan import Field, Plan
-from .rewrites import AffineTable
+from .attention import resolve_attention
+from .blocks import Decoder, Part, leave, repeat
+from .device import last_level_cache
+from .norms import Affine
+from .options import Rewrites
+from .plan import Plan
+from .trajectory import Conditioning, DeviceTrajectory
 
-
-@dataclass(frozen=True)
-class Rewrites:
-    """Switches for diagnosis; every one of them is exact up to rounding."""
-
-    packed_weights: bool = True
-    phase_upsample: bool = True
-
-
-Affine = tuple[Tensor, Tensor]  # multiplier and addend on the normalised map, each [C] or [B, C]
-
-
-def normalise(x: Tensor, affine: Affine) -> Tensor:
-    """SiLU(GN(x) * multiplier + addend); in one pass over x when all images share the affine."""
-    multiplier, addend = affine
-    if multiplier.ndim == 1:
-        return F.silu(rewrites.group_norm(x, multiplier, addend), inplace=True)
-    normal = rewrites.group_norm(x)
-    scaled = torch.addcmul(addend.to(x.dtype)[:, :, None, None], normal, multiplier.to(x.dtype)[:, :, None, None])
-    return F.silu(scaled, inplace=True)
-
-
-class _Residual:
-    """One ResBlock, its convolutions prepared and its affine given from outside."""
-
-    def __init__(self, block: ResBlock, options: Rewrites) -> None:
-        self.resample = block.resample
-        norm, _, conv = block.in_layers
-        self.affine_in = (norm.weight.detach().float(), norm.bias.detach().float())
-        self.phases = None
-        if block.resample == "up" and options.phase_upsample:
-            weights = rewrites.phase_weights(conv.weight.detach().float()).to(conv.weight.dtype)
-            self.phases = [
-                [convolution(conv, options.packed_weights, weights[py, px].contiguous(), padding=1) for px in (0, 1)]
-                for py in (0, 1)
-            ]
-        else:
-            self.conv_in = convolution(conv, options.packed_weights)
-        self.conv_out = convolution(block.out_layers[3], options.packed_weights)
-        skip = block.skip_connection
-        self.skip = None if isinstance(skip, nn.Identity) else convolution(skip, options.packed_weights)
-
-    def __call__(self, x: Tensor, affine: Affine) -> Tensor:
-        h = normalise(x, self.affine_in)
-        if self.resample == "down":
-            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
-        elif self.resample == "up":
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
-            if self.phases is None:
-                h = F.interpolate(h, scale_factor=2, mode="nearest")
-        h = self.conv_in(h) if self.phases is None else rewrites.upsample_conv(h, self.phases)
-        return self.conv_out(normalise(h, affine), x if self.skip is None else self.skip(x))
-
-
-class _Attention:
-    def __init__(self, block: AttentionBlock) -> None:
-        self.block = block
-        weight, bias = block.norm.weight.detach().float(), block.norm.bias.detach().float()
-        self.norm = lambda x: rewrites.group_norm(x, weight, bias)
-
-    def __call__(self, x: Tensor, affine: None) -> Tensor:
-        return rewrites.attention_tokens(self.block, x, self.norm)
-
-
-class _Part:
-    """A run of stages and the affine table of their ResBlocks."""
-
-    def __init__(self, stages: Iterable[Stage], options: Rewrites) -> None:
-        stages = list(stages)
-        self.table = AffineTable([b for stage in stages for b in rewrites.resblocks(stage)])
-        columns = iter(self.table.columns)
-        self.stages: list[list[tuple[Callable, slice | None]]] = []
-        for stage in stages:
-            layers: list[tuple[Callable, slice | None]] = []
-            for layer in stage:
-                if isinstance(layer, ResBlock):
-                    layers.append((_Residual(layer, options), next(columns)))
-                elif isinstance(layer, AttentionBlock):
-                    layers.append((_Attention(layer), None))
-                else:
-                    conv = convolution(layer, options.packed_weights)
-                    layers.append((lambda x, affine, conv=conv: conv(x), None))
-            self.stages.append(layers)
-
-    def run(self, index: int, x: Tensor, affine: Affine) -> Tensor:
-        multiplier, addend = affine
-        for layer, columns in self.stages[index]:
-            # A slice of a wide row is contiguous as it stands; one of a wide matrix is not, and need not be.
-            x = layer(x, None if columns is None else (multiplier[..., columns], addend[..., columns]))
-        return x
-
-
-class _Decoder(_Part):
-    """Middle block, output blocks and head of one decoder."""
-
-    def __init__(self, middle: Stage, blocks: nn.ModuleList, head: nn.Sequential, options: Rewrites) -> None:
-        super().__init__([middle, *blocks], options)
-        self.head_affine = (head[0].weight.detach().float(), head[0].bias.detach().float())
-        self.head = convolution(head[2], options.packed_weights)
-
-    def __call__(self, skips: list[Tensor], affine: Affine) -> Tensor:
-        h = self.run(0, skips[-1], affine)
-        for i, skip in enumerate(reversed(skips), start=1):
-            h = self.run(i, torch.cat([h, skip], dim=1), affine)
-        return self.head(normalise(h, self.head_affine)).float()
+# Pixels of a batch up to which the two decoders leave most of a large GPU idle when they run one after the other.
+PARALLEL_PIXELS = 2**16
+KEPT_TRAJECTORIES = 8
 
 
 class FusedPlan(Plan):
-    """Time tables, z projections once per image, one affine per adaptive norm, channels-last, pre-packed weights."""
+    """Time tables, z projections once per image, one affine per adaptive norm, and the other :class:`Rewrites`."""
 
     name = "fused"
+    tunes = True
 
     def __init__(
-        self, model: PDAE | Prior, device: torch.device, dtype: torch.dtype, options: Rewrites | None = None
+        self,
+        model: PDAE | Prior,
+        device: torch.device,
+        dtype: torch.dtype,
+        options: Rewrites | None = None,
+        attention: str = "auto",
     ) -> None:
         super().__init__(model, device, dtype)
-        options = options or Rewrites()
-        if not can_pack(device, dtype):
-            options = dataclasses.replace(options, packed_weights=False)
-        self.options = options
+        self.options = options = (options or Rewrites.for_device(device)).usable_on(device, dtype)
         unet = self.unet
+        self.attention, attend = resolve_attention(attention, device, dtype, self._attention_shape())
         with torch.inference_mode():
-            self.trunk = _Part(unet.input_blocks, options)
-            self.eps = _Decoder(unet.middle_block, unet.output_blocks, unet.out, options)
+            self.trunk = Part(unet.input_blocks, options, attend)
+            self.eps = Decoder(unet.middle_block, unet.output_blocks, unet.out, options, attend)
             self.gradient = (
-                _Decoder(unet.shift_middle_block, unet.shift_output_blocks, unet.shift_out, options)
+                Decoder(unet.shift_middle_block, unet.shift_output_blocks, unet.shift_out, options, attend)
                 if isinstance(unet, PDAEDecoder)
                 else None
             )
-        self._parts = {"trunk": self.trunk, "eps": self.eps, **({"gradient": self.gradient} if self.gradient else {})}
-        self._times: dict[int, dict[str, Affine]] = {}
+        self._parts = [part for part in (self.trunk, self.eps, self.gradient) if part is not None]
+        self._cache = last_level_cache(device)
+        self._times: dict[int, Tensor] = {}
+        self._side = torch.cuda.Stream(device) if options.parallel_decoders else None
+        self._trajectories: OrderedDict[tuple, DeviceTrajectory] = OrderedDict()
+        self.capture_failure: str | None = None
+        self.graph_pool = None
+
+    def _attention_shape(self) -> tuple[int, int, int, int] | None:
+        """q of the largest attention map, one image: [1, N, heads, head_dim]."""
+        config, blocks = self.unet.config, [m for m in self.unet.modules() if isinstance(m, AttentionBlock)]
+        if not blocks:
+            return None
+        rates = [r for r in config.attention_resolutions if r < 2 ** len(config.channel_multiplier)]
+        side = self.model.config.image_size // min([*rates, 2 ** (len(config.channel_multiplier) - 1)])
+        block = max(blocks, key=lambda b: b.norm.num_channels)
+        return 1, side * side, block.heads, block.norm.num_channels // block.heads
+
+    # -- tables ----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def prepare(self, times: Iterable[int]) -> None:
@@ -157,47 +80,125 @@ class FusedPlan(Plan):
         if not missing:
             return
         emb = rewrites.time_embeddings(self.unet, torch.tensor(missing, device=self.device))
-        tables = {name: part.table.at_times(emb) for name, part in self._parts.items()}
-        for i, t in enumerate(missing):
-            self._times[t] = {name: (table[0][i], table[1][i]) for name, table in tables.items()}
+        rows = torch.cat([torch.cat(part.table.at_times(emb), dim=1) for part in self._parts], dim=1)
+        self._times.update(zip(missing, rows.split(1), strict=True))
 
-    def field(self, z: Tensor | None = None, weights: Tensor | None = None) -> Field:
+    def time_rows(self, times: Iterable[int]) -> Tensor:
+        """float32 [S, W]: for every time the multipliers and addends of trunk, eps-decoder and G-decoder in a row."""
+        times = [int(t) for t in times]
+        self.prepare(times)
+        return torch.cat([self._times[t] for t in times])
+
+    def _affines(self, row: Tensor) -> list[Affine]:
+        widths = [part.table.width for part in self._parts for _ in (0, 1)]
+        columns = row.split(widths, dim=1)
+        return list(zip(columns[::2], columns[1::2], strict=True))
+
+    @torch.inference_mode()
+    def conditioning(self, z: Tensor, weights: Tensor | None = None) -> Conditioning:
+        """All projections of z [B, D], or of z [K, B, D] to be mixed with weights [K, B]: once per image."""
+        z = z.to(self.device).float()
+        label = self.unet.label_emb
+        emb_z = F.linear(z.reshape(-1, z.shape[-1]), label.weight.float(), label.bias.float())
+        scale, shift = self.gradient.table.of_codes(emb_z)
+        if weights is None:
+            return Conditioning(scale, shift, None)
+        return Conditioning(scale, shift, weights.to(self.device).float()[:, :, None, None, None])
+
+    # -- the networks ----------------------------------------------------------------------------------------------
+
+    def evaluate(self, x: Tensor, row: Tensor, codes: Conditioning | None) -> tuple[Tensor, Tensor | None]:
+        """(eps_hat, G) of x float32 [B, C, H, W] at the time whose table row [1, W] is given; G None without codes."""
+        affines = self._affines(row)
+        h, skips = x.to(self.dtype).contiguous(memory_format=torch.channels_last), []
+        for i in range(len(self.trunk.stages)):
+            h = self.trunk.run(i, h, affines[0])
+            skips.append(leave(h, self.options.shared_statistics and codes is not None, self._cache))
+        if self._side is None or codes is None or len(x) * x.shape[2] * x.shape[3] > PARALLEL_PIXELS:
+            eps = self._decode_eps(skips, affines)
+            return eps, None if codes is None else self._decode_gradient(skips, affines, codes)
+        # The side stream waits for the trunk and is waited for: memory that either frees is not reused too early.
+        main = torch.cuda.current_stream(self.device)
+        self._side.wait_stream(main)
+        with torch.cuda.stream(self._side):
+            eps = self._decode_eps(skips, affines)
+        gradient = self._decode_gradient(skips, affines, codes)
+        main.wait_stream(self._side)
+        return eps, gradient
+
+    def _decode_eps(self, skips, affines: list[Affine]) -> Tensor:
+        return self.eps(skips, affines[1])[:, : self.unet.config.input_channel]
+
+    def _decode_gradient(self, skips, affines: list[Affine], codes: Conditioning) -> Tensor:
+        multiplier, addend = affines[2]
+        K = 1 if codes.weights is None else len(codes.weights)
+        affine = (codes.scale * multiplier, codes.scale * addend + codes.shift)
+        gradient = self.gradient(repeat(skips, K), affine)
+        if codes.weights is None:
+            return gradient
+        return (codes.weights * gradient.float().unflatten(0, (K, -1))).sum(0)
+
+    def count(self, images: int, codes: Conditioning | None) -> None:
+        """Enter one evaluation of ``images`` images into ``evaluations``."""
+        self.evaluations.update(trunk=images, eps=images)
+        if codes is not None:
+            self.evaluations["gradient"] += images * (1 if codes.weights is None else len(codes.weights))
+
+    # -- what samplers get -----------------------------------------------------------------------------------------
+
+    def field(self, z: Tensor | None = None, weights: Tensor | None = None) -> FusedField:
         """As :meth:`Plan.field`."""
-        codes, K = None, 1
-        if z is not None:
-            z = z.to(self.device).float()
-            K = z.shape[0] if z.ndim == 3 else 1
-            label = self.unet.label_emb
-            with torch.inference_mode():
-                emb_z = F.linear(z.reshape(-1, z.shape[-1]), label.weight.float(), label.bias.float())
-                codes = self.gradient.table.of_codes(emb_z)
-            if z.ndim == 3:
-                weights = weights.to(self.device)[:, :, None, None, None]
-        C = self.unet.config.input_channel
+        codes = None if z is None else self.conditioning(z, weights)
+        return (DeviceField if self.options.fused_update else FusedField)(self, codes)
 
-        @torch.inference_mode()
-        def evaluate(x: Tensor, t: int, use_gradient: bool) -> tuple[Tensor, Tensor | None]:
-            B = len(x)
-            if t not in self._times:
-                self.prepare([t])
-            affine = self._times[t]
-            h, skips = x.to(self.dtype).contiguous(memory_format=torch.channels_last), []
-            for i in range(len(self.trunk.stages)):
-                h = self.trunk.run(i, h, affine["trunk"])
-                skips.append(h)
-            eps = self.eps(skips, affine["eps"])[:, :C]
-            self.evaluations.update(trunk=B, eps=B)
-            if codes is None or not use_gradient:
-                return eps, None
-            self.evaluations["gradient"] += K * B
-            (multiplier, addend), (scale, shift) = affine["gradient"], codes
-            both = (scale * multiplier, scale * addend + shift)
-            if K * B == 1:
-                both = (both[0][0], both[1][0])
-            if K == 1 and z.ndim == 2:
-                return eps, self.gradient(skips, both)
-            repeated = [skip.repeat(K, 1, 1, 1).contiguous(memory_format=torch.channels_last) for skip in skips]
-            gradients = self.gradient(repeated, both)
-            return eps, (weights * gradients.unflatten(0, (K, B))).sum(0)
+    def trajectory(
+        self, batch: int, codes: Conditioning | None, steps: Trajectory, clamp: float | None
+    ) -> DeviceTrajectory:
+        """The buffers (and captured graphs) that run ``steps`` on ``batch`` images, kept for the next call.
 
-        return evaluate
+        A ragged last batch is padded into buffers of up to four times its size rather than captured anew.
+        """
+        K = None if codes is None or codes.weights is None else len(codes.weights)
+        kind = (codes is not None, K, clamp is not None, steps)
+        fitting = [b for b, *rest in self._trajectories if tuple(rest) == kind and batch <= b <= 4 * batch]
+        key = (min(fitting, default=batch), *kind)
+        if key not in self._trajectories:
+            self._trajectories[key] = DeviceTrajectory(self, batch, codes, steps, clamp)
+            while len(self._trajectories) > KEPT_TRAJECTORIES:
+                self._trajectories.popitem(last=False)
+        self._trajectories.move_to_end(key)
+        return self._trajectories[key]
+
+    def describe(self) -> dict[str, object]:
+        """As :meth:`Plan.describe`."""
+        on = [name for name, value in vars(self.options).items() if value]
+        report = {**super().describe(), "attention": self.attention, "rewrites": on}
+        if self.device.type == "cuda":
+            report["graphs"] = self.capture_failure or sum(len(t.graphs) for t in self._trajectories.values())
+        return report
+
+
+class FusedField:
+    """The field of a :class:`FusedPlan`: called as field(x, t, use_gradient)."""
+
+    def __init__(self, plan: FusedPlan, codes: Conditioning | None) -> None:
+        self.plan, self.codes = plan, codes
+
+    @torch.inference_mode()
+    def __call__(self, x: Tensor, t: int, use_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        codes = self.codes if use_gradient else None
+        with self.plan.precision():
+            eps, gradient = self.plan.evaluate(x, self.plan.time_rows([t]), codes)
+        self.plan.count(len(x), codes)
+        return eps.float(), None if gradient is None else gradient.float()
+
+
+class DeviceField(FusedField):
+    """A field that carries x along whole trajectories without the host in between."""
+
+    def integrate(
+        self, x: Tensor, steps: Trajectory, clamp: float | None, progress: Callable[[], None] | None
+    ) -> Tensor:
+        """As sampling.integrate; ``clamp`` is 1 or None."""
+        run = self.plan.trajectory(len(x), self.codes, steps, clamp)
+        return run(x, self.codes, progress)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ..config import NORM_GROUPS
 from ..models.layers import AttentionBlock, ResBlock, timestep_embedding
 from ..models.unet import UNet
+from .attention import sdpa
 
 Convolution = Callable[..., Tensor]
 
@@ -33,6 +34,7 @@ class AffineTable:
         self.weight = torch.cat([b.out_layers[0].weight.detach().float() for b in blocks])
         self.bias = torch.cat([b.out_layers[0].bias.detach().float() for b in blocks])
         self.time = self._stack([b.emb_layers[1] for b in blocks])
+        self.width = sum(widths)
         with_z = blocks[0].emb_z_layers is not None
         self.z = self._stack([b.emb_z_layers[1] for b in blocks]) if with_z else None
 
@@ -107,7 +109,9 @@ def upsample_conv(x: Tensor, convolutions: list[list[Convolution]]) -> Tensor:
     return out
 
 
-def attention_tokens(block: AttentionBlock, x: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+def attention_tokens(
+    block: AttentionBlock, x: Tensor, norm: Callable[[Tensor], Tensor], attend: Callable[..., Tensor] = sdpa
+) -> Tensor:
     """The attention block on channels-last maps, whose [B, H*W, C] tokens need no transpose; ``norm`` is its GN."""
     B, C, H, W = x.shape
     tokens = norm(x).permute(0, 2, 3, 1).reshape(B, H * W, C)
@@ -117,6 +121,5 @@ def attention_tokens(block: AttentionBlock, x: Tensor, norm: Callable[[Tensor], 
         q, k, v = rows.view(B, H * W, 3, block.heads, d).unbind(2)
     else:
         q, k, v = rows.view(B, H * W, block.heads, 3, d).unbind(3)
-    h = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    h = F.linear(h.transpose(1, 2).reshape(B, H * W, C), block.proj_out.weight[:, :, 0], block.proj_out.bias)
+    h = F.linear(attend(q, k, v).reshape(B, H * W, C), block.proj_out.weight[:, :, 0], block.proj_out.bias)
     return x + h.view(B, H, W, C).permute(0, 3, 1, 2)

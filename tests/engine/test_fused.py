@@ -1,15 +1,20 @@
 """Every rewrite against the modules it replaces, and the whole plan against the eager one."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from golden_rule import fill, relative
 from helpers import images, tiny_pdae, tiny_prior
-from pdae_fast import PDAEConfig, Pipeline, UNetConfig, UserError
+from pdae_fast import PDAEConfig, Pipeline, UNetConfig, UserError, kernels
 from pdae_fast.engine import build_plan, rewrites
+from pdae_fast.engine.blocks import SplitSkip
 from pdae_fast.engine.convolution import PackedConvolution, PlainConvolution, can_pack
-from pdae_fast.engine.fused import FusedPlan, Rewrites, normalise
+from pdae_fast.engine.fused import FusedPlan
+from pdae_fast.engine.norms import Join, Skip, normalise, normalise_fused
+from pdae_fast.engine.options import Rewrites
 from pdae_fast.engine.plan import Plan
 from pdae_fast.models.layers import AttentionBlock, ResBlock
 
@@ -37,12 +42,30 @@ def noise(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("options", [Rewrites(p, u) for p in (True, False) for u in (True, False)], ids=str)
+ON_CUDA = Rewrites(False, False, True, True, True, True, True)  # what a GPU runs, through the kernels' CPU versions
+OPTIONS = {
+    "cpu": Rewrites(),
+    "not-packed": Rewrites(packed_weights=False),
+    "no-phases": Rewrites(phase_upsample=False),
+    "neither": Rewrites(False, False),
+    "cuda": ON_CUDA,
+    "cuda-without-kernels": Rewrites(False, False, fused_update=True),
+    **{
+        f"cuda-without-{name}": dataclasses.replace(ON_CUDA, **{name: False})
+        for name in ("shared_statistics", "folded_biases", "fused_update")
+    },
+    "cuda-without-split_skips": dataclasses.replace(ON_CUDA, split_skips=False, shared_statistics=False),
+    "cuda-with-phases": dataclasses.replace(ON_CUDA, phase_upsample=True),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("changes", NETWORKS.values(), ids=NETWORKS)
 def test_the_plan_computes_the_model(changes, options):
     model = network(changes)
     x, z = noise(3, *model.image_shape), noise(3, 8, seed=1)
     plan, eager = FusedPlan(model, CPU, torch.float32, options), Plan(model, CPU, torch.float32)
+    assert plan.options == options  # nothing was switched off behind the test's back
     for t in (0, 17, 999):
         found, expected = plan.field(z)(x, t, True), eager.field(z)(x, t, True)
         assert all(relative(a, b) < 1e-5 for a, b in zip(found, expected, strict=True))
@@ -51,12 +74,13 @@ def test_the_plan_computes_the_model(changes, options):
     assert plan.evaluations == {"trunk": 12, "eps": 12, "gradient": 9}
 
 
+@pytest.mark.parametrize("options", [Rewrites(), ON_CUDA], ids=["cpu", "cuda"])
 @pytest.mark.parametrize("B", [1, 2])
-def test_mixtures_share_the_trunk(B):
+def test_mixtures_share_the_trunk(B, options):
     model = network(NETWORKS["attention"])
     x, z = noise(B, *model.image_shape), noise(3, B, 8, seed=1)
     weights = torch.rand(3, B, generator=torch.Generator().manual_seed(2))
-    plan, eager = FusedPlan(model, CPU, torch.float32), Plan(model, CPU, torch.float32)
+    plan, eager = FusedPlan(model, CPU, torch.float32, options), Plan(model, CPU, torch.float32)
     found, expected = (p.field(z, weights)(x, 400, True) for p in (plan, eager))
     assert all(relative(a, b) < 1e-5 for a, b in zip(found, expected, strict=True))
     assert plan.evaluations == eager.evaluations == {"trunk": B, "eps": B, "gradient": 3 * B}
@@ -106,8 +130,28 @@ def test_affine_table_is_adagn():
         found = normalise(h[c], (both[0][:, columns], both[1][:, columns]))
         torch.testing.assert_close(found, F.silu(expected), atol=1e-5, rtol=1e-5)
         # Time alone: one affine for all images.
-        time_only = normalise(h[c], (multiplier[0, columns], addend[0, columns]))
+        time_only = normalise(h[c], (multiplier[:, columns], addend[:, columns]))
         torch.testing.assert_close(time_only, F.silu(block.out_layers[0](h[c]) * (1 + s_t) + b_t), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_norm_reads_a_join_from_its_parts(shared, rows):
+    h, skip, bias = noise(2, 40, 3, 5), noise(2, 24, 3, 5, seed=1) - 2.3, noise(40, seed=2)
+    affine = noise(rows, 64, seed=3), noise(rows, 64, seed=4)
+    joined = Join(h, Skip(skip, kernels.channel_stats(skip) if shared else None))
+    expected = normalise(torch.cat([h + bias[:, None, None], skip], 1), affine)
+    torch.testing.assert_close(normalise_fused(joined, affine, x_bias=bias), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_the_skip_convolution_of_a_join_is_a_sum():
+    layer = fill(torch.nn.Conv2d(40, 8, 1))
+    h, skip = (noise(2, c, 3, 5, seed=c).contiguous(memory_format=torch.channels_last) for c in (24, 16))
+    with torch.no_grad():
+        expected = layer(torch.cat([h, skip], 1))
+        found, alone = SplitSkip(layer)(Join(h, Skip(skip))), SplitSkip(layer)(torch.cat([h, skip], 1))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(alone, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("H", "W"), [(4, 4), (1, 5), (3, 2)])
@@ -164,6 +208,10 @@ def test_packed_convolutions(kernel, stride, padding, dtype):
 def test_unknown_plan():
     with pytest.raises(UserError, match="expected auto, eager or fused"):
         build_plan(tiny_prior(), CPU, torch.float32, "magic")
-    with pytest.raises(UserError, match="the fused plan runs on the CPU only"):
-        build_plan(tiny_prior(), torch.device("meta"), torch.float32, "fused")
+    with pytest.raises(UserError, match="attention 'magic' is not known; expected auto, sdpa, xformers"):
+        build_plan(tiny_prior(), CPU, torch.float32, attention="magic")
+    with pytest.raises(UserError, match="attention xformers cannot be used: xformers "):
+        build_plan(tiny_pdae(), CPU, torch.float32, attention="xformers")
+    with pytest.raises(UserError, match="needs --plan fused"):
+        build_plan(tiny_prior(), CPU, torch.float32, "eager", attention="xformers")
     assert build_plan(tiny_prior(), CPU, torch.float32).name == "fused"

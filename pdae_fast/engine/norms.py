@@ -1,0 +1,71 @@
+"""GroupNorm with the affine and the SiLU that follow it: by the framework's operators, or by the project's kernels."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import kernels
+from ..config import NORM_GROUPS
+from . import rewrites
+
+EPS = 1e-5
+Affine = tuple[Tensor, Tensor]  # multiplier and addend on the normalised map, float32, each [1, C] or [B, C]
+
+
+class Skip(NamedTuple):
+    """A map that the trunk leaves for the decoders, and its channel statistics where both decoders share them."""
+
+    x: Tensor
+    statistics: Tensor | None = None
+
+
+class Join(NamedTuple):
+    """cat([h, skip.x], 1), not made: what a decoder block reads."""
+
+    h: Tensor
+    skip: Skip
+
+
+def materialise(x: Tensor | Join) -> Tensor:
+    return torch.cat([x.h, x.skip.x], dim=1) if isinstance(x, Join) else x
+
+
+def normalise(x: Tensor, affine: Affine, silu: bool = True) -> Tensor:
+    """SiLU(GN(x) * multiplier + addend) by the framework; in one pass over x when all images share the affine."""
+    multiplier, addend = affine
+    if len(multiplier) == 1:
+        y = rewrites.group_norm(x, multiplier[0], addend[0])
+    else:
+        normal = rewrites.group_norm(x)
+        y = torch.addcmul(addend.to(x.dtype)[:, :, None, None], normal, multiplier.to(x.dtype)[:, :, None, None])
+    return F.silu(y, inplace=True) if silu else y
+
+
+@functools.lru_cache(maxsize=64)
+def _identity(channels: int, device: torch.device) -> Affine:
+    return torch.ones(channels, device=device), torch.zeros(channels, device=device)
+
+
+def normalise_fused(x: Tensor | Join, affine: Affine, silu: bool = True, x_bias: Tensor | None = None) -> Tensor:
+    """The same in one op, which also reads a :class:`Join` from its two parts.
+
+    ``x_bias`` [C] is the bias that the convolution before x left out: it is added as x (h of a join) is read.
+    """
+    multiplier, addend = affine
+    h, (skip, statistics) = x if isinstance(x, Join) else (x, (None, None))
+    if len(multiplier) == 1:
+        weight, bias, scale, shift = multiplier[0], addend[0], None, None
+    else:
+        weight, bias = _identity(multiplier.shape[1], multiplier.device)
+        scale, shift = multiplier, addend
+    if statistics is None:
+        return kernels.group_norm(h, weight, bias, NORM_GROUPS, EPS, scale, shift, silu, skip, x_bias=x_bias)
+    own = kernels.channel_stats(h, x_bias=x_bias)
+    return kernels.group_norm_apply(
+        h, own, weight, bias, NORM_GROUPS, EPS, scale, shift, silu, skip, statistics, x_bias=x_bias
+    )

@@ -1,0 +1,124 @@
+"""Whole DDIM trajectories on the device: a step index into tables, one captured CUDA graph replayed for every step."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..schedule import Trajectory
+from . import graphs
+
+if TYPE_CHECKING:
+    from .fused import FusedPlan
+
+QUEUED_STEPS = 4  # replays the host may be ahead of the device, so that progress means something
+
+
+class Conditioning(NamedTuple):
+    """z's projections for every norm of the G-decoder, float32 [K * B, W]; ``weights`` [K, B, 1, 1, 1] mix K codes."""
+
+    scale: Tensor
+    shift: Tensor
+    weights: Tensor | None
+
+
+class DeviceTrajectory:
+    """Runs ``steps`` on ``batch`` images: static buffers, coefficients and time tables by step, an index on the device.
+
+    The step reads its row of the tables by that index, moves x in place and advances the index, so one captured step
+    serves the whole trajectory; steps with and without G are two graphs. Where graphs are off or capture fails the
+    same step runs as it is. x is overwritten by the next call: a call returns a copy.
+    """
+
+    def __init__(
+        self, plan: FusedPlan, batch: int, codes: Conditioning | None, steps: Trajectory, clamp: float | None
+    ) -> None:
+        self.plan, self.steps, self.clamp = plan, steps, clamp is not None
+        device = plan.device
+        with torch.inference_mode():
+            self.x = torch.empty(batch, *plan.model.image_shape, device=device)
+            self.index = torch.zeros((), dtype=torch.int64, device=device)
+            self.rows = plan.time_rows([step.t for step in steps])
+            self.coefficients = kernels.ddim_coefficients(
+                [step.alpha_bar for step in steps], [step.alpha_bar_next for step in steps]
+            ).to(device)
+            self.codes = None
+            if codes is not None:
+                K = 1 if codes.weights is None else len(codes.weights)
+                width = codes.scale.shape[1]
+                buffers = [torch.empty(K * batch, width, device=device) for _ in (0, 1)]
+                weights = None if codes.weights is None else torch.empty(K, batch, 1, 1, 1, device=device)
+                self.codes = Conditioning(*buffers, weights)
+        self.graphs: dict[bool, graphs.Graph] = {}
+
+    def _step(self, use_gradient: bool) -> None:
+        row = self.rows.index_select(0, self.index[None])
+        eps, gradient = self.plan.evaluate(self.x, row, self.codes if use_gradient else None)
+        self.x.copy_(kernels.ddim_update(self.x, eps, gradient, self.coefficients, self.index, self.clamp))
+        self.index.add_(1)
+
+    def _capture(self, use_gradient: bool) -> None:
+        """Capture one step; on failure the plan says why and runs uncaptured from then on."""
+        plan = self.plan
+        if plan.graph_pool is None:
+            plan.graph_pool = torch.cuda.graph_pool_handle()
+        try:
+            self.graphs[use_gradient] = graphs.capture(
+                lambda: self._step(use_gradient), self.index.zero_, plan.device, plan.graph_pool
+            )
+        except graphs.CaptureError as error:
+            plan.capture_failure = f"off: capture failed ({error})"
+            warnings.warn(f"CUDA graphs are {plan.capture_failure}; running uncaptured", stacklevel=2)
+
+    def _load(self, x: Tensor, codes: Conditioning | None) -> None:
+        B, size = len(x), len(self.x)
+        padding = torch.arange(size, device=self.x.device) % B  # a ragged batch is filled up with its own images
+        self.x.copy_(x.to(self.x.device)[padding])
+        if codes is None:
+            return
+        for buffer, values in zip(self.codes[:2], codes[:2], strict=True):
+            K = len(values) // B
+            buffer.view(K, size, -1).copy_(values.view(K, B, -1)[:, padding])
+        if codes.weights is not None:
+            self.codes.weights.copy_(codes.weights[:, padding])
+
+    @torch.inference_mode()
+    def __call__(self, x: Tensor, codes: Conditioning | None, progress: Callable[[], None] | None) -> Tensor:
+        """x float32 [B, C, H, W], B at most ``batch``, after all steps (a new tensor)."""
+        plan, B = self.plan, len(x)
+        with plan.precision():
+            if plan.options.graphs and plan.capture_failure is None:
+                for use_gradient in {step.use_gradient and codes is not None for step in self.steps} - set(self.graphs):
+                    self._load(x, codes)
+                    self._capture(use_gradient)
+                    if plan.capture_failure:
+                        break
+            self._load(x, codes)
+            self.index.zero_()
+            queued: deque[torch.cuda.Event] = deque()
+            for step in self.steps:
+                use_gradient = step.use_gradient and codes is not None
+                if use_gradient in self.graphs:
+                    self.graphs[use_gradient].replay()
+                else:
+                    self._step(use_gradient)
+                plan.count(B, codes if use_gradient else None)
+                if progress:
+                    self._wait(queued)
+                    progress()
+        return self.x[:B].clone()
+
+    def _wait(self, queued: deque[torch.cuda.Event]) -> None:
+        if self.x.device.type != "cuda":
+            return
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.x.device))
+        queued.append(event)
+        if len(queued) > QUEUED_STEPS:
+            queued.popleft().synchronize()

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from . import sampling
-from .engine import build_plan, resolve_device, resolve_dtype
+from .engine import build_plan, out_of_memory, resolve_device, resolve_dtype
 from .errors import UserError
+from .inversion import invert_implicit
 from .models import PDAE, Prior
-from .schedule import build_schedule
+from .schedule import Trajectory, build_schedule
 
 
 class Pipeline:
@@ -21,10 +22,13 @@ class Pipeline:
         model: a PDAE, or a Prior (then there is no z, and only ``invert``, ``decode`` and ``sample`` make sense).
         steps: DDIM steps of a decoding (and of an inversion, unless given there).
         device: "auto" (CUDA when there is one), "cpu", "cuda", "cuda:1" ...
-        dtype: of the networks: "auto", "float32", "bfloat16" or "float16". State and updates are always float32.
+        dtype: of the networks: "auto" (bfloat16 for networks from 16 M parameters on devices that multiply it
+            natively, else float32), "float32", "bfloat16" or "float16". State and updates are always float32.
         batch_size: images per network evaluation; chosen for the device when None. Results do not depend on it
             beyond rounding.
         plan: "auto", "fused" (the engine's rewrites) or "eager" (the modules as they are).
+        attention: "auto", "sdpa" or "xformers".
+        spacing: of the time points of all trajectories: "uniform" as published, or "quadratic".
         progress: called as progress(n) whenever n images have advanced by one network evaluation.
 
     Images are float32 [B, C, H, W] in [-1, 1]; results come back float32 on the CPU. ``pipe.evaluations`` counts
@@ -40,17 +44,19 @@ class Pipeline:
         batch_size: int | None = None,
         progress: Callable[[int], None] | None = None,
         plan: str = "auto",
+        attention: str = "auto",
+        spacing: str = "uniform",
     ) -> None:
         if not isinstance(model, (PDAE, Prior)):
             raise UserError(f"Pipeline needs a PDAE or a Prior, not {type(model).__name__}")
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch size must be at least 1, not {batch_size}")
-        self.model, self.steps, self.progress = model, steps, progress
+        self.model, self.steps, self.progress, self.spacing = model, steps, progress, spacing
         self.schedule = build_schedule(model.config.schedule)
-        self.schedule.timesteps(steps)
+        self.schedule.timesteps(steps, spacing)
         self.device = resolve_device(device)
-        self.dtype = resolve_dtype(dtype, self.device)
-        self.plan = build_plan(model, self.device, self.dtype, plan)
+        self.dtype = resolve_dtype(dtype, self.device, sum(p.numel() for p in model.parameters()))
+        self.plan = build_plan(model, self.device, self.dtype, plan, attention=attention)
         self.batch_size = batch_size or self.plan.batch_size()
 
     @property
@@ -89,6 +95,22 @@ class Pipeline:
         for start in range(0, count, self.batch_size):
             yield slice(start, min(start + self.batch_size, count))
 
+    def _batched(self, count: int, run: Callable[[slice], Tensor], shape: Sequence[int]) -> Tensor:
+        """run(part) for every batch, gathered on the CPU [count, *shape]; UserError when a batch does not fit."""
+        size = min(self.batch_size, count)
+        self.plan.check_memory(size)
+        parts = []
+        for part in self._chunks(count):
+            try:
+                parts.append(run(part).cpu())
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                raise UserError(
+                    f"{size} images at once do not fit the memory of {self.device}; use a smaller batch size"
+                ) from None
+        return self._collect(parts, shape)
+
     def _tick(self, count: int) -> Callable[[], None] | None:
         return None if self.progress is None else lambda: self.progress(count)
 
@@ -100,20 +122,42 @@ class Pipeline:
     def encode(self, x0: Tensor) -> Tensor:
         """x0 [B, C, H, W] -> z [B, latent_dim]."""
         model, x0 = self._pdae("encode"), self._images(x0, "x0")
-        parts = [self.plan.encode(x0[part]).cpu() for part in self._chunks(len(x0))]
-        return self._collect(parts, (model.config.latent_dim,))
+        return self._batched(len(x0), lambda part: self.plan.encode(x0[part]), (model.config.latent_dim,))
 
-    def invert(self, x0: Tensor, z: Tensor | None = None, steps: int | None = None) -> Tensor:
-        """Inferred x_T [B, C, H, W] of x0 [B, C, H, W] given its z [B, latent_dim] (None: by the prior alone)."""
+    def invert(self, x0: Tensor, z: Tensor | None = None, steps: int | None = None, *, iterations: int = 0) -> Tensor:
+        """Inferred x_T [B, C, H, W] of x0 [B, C, H, W] given its z [B, latent_dim] (None: by the prior alone).
+
+        ``iterations`` 0 runs the DDIM steps upward, as published. From 1 on every step of the decoder is solved by so
+        many evaluations (inversion.invert_implicit): then ``steps`` must be those that will decode.
+        """
         x0, steps = self._images(x0, "x0"), self.steps if steps is None else steps
         z = self._codes(z, len(x0))
-        parts = []
-        self.plan.prepare(self.schedule.timesteps(steps))
-        for part in self._chunks(len(x0)):
+
+        def field(part: slice) -> sampling.Field:
+            return self.plan.field(None if z is None else z[part])
+
+        if iterations == 0:
+            return self._integrate(x0, self.schedule.inversion(steps, self.spacing), field)
+        if iterations < 0:
+            raise UserError(f"iterations must not be negative, not {iterations}")
+        decoding = self.schedule.decoding(steps, spacing=self.spacing)
+        self.plan.prepare([0, *(step.t for step in decoding)])
+
+        def run(part: slice) -> Tensor:
             x = x0[part].to(self.device)
-            field = self.plan.field(None if z is None else z[part])
-            parts.append(sampling.ddim_invert(field, x, self.schedule, steps, progress=self._tick(len(x))).cpu())
-        return self._collect(parts, self.model.image_shape)
+            return invert_implicit(field(part), x, decoding, iterations=iterations, progress=self._tick(len(x))).x_T
+
+        return self._batched(len(x0), run, self.model.image_shape)
+
+    def _integrate(self, x: Tensor, trajectory: Trajectory, field: Callable[[slice], sampling.Field]) -> Tensor:
+        """x [B, C, H, W] after ``trajectory``, batch by batch; ``field(part)`` is that of a part of the images."""
+        self.plan.prepare(step.t for step in trajectory)
+
+        def run(part: slice) -> Tensor:
+            start = x[part].to(self.device)
+            return sampling.integrate(field(part), start, trajectory, progress=self._tick(len(start)))
+
+        return self._batched(len(x), run, self.model.image_shape)
 
     def decode(
         self,
@@ -140,17 +184,8 @@ class Pipeline:
         (count,) = known
         x_T = self._noise(count, seed, first, generator) if x_T is None else self._images(x_T, "x_T")
         steps = self.steps if steps is None else steps
-        parts = []
-        self.plan.prepare(self.schedule.timesteps(steps))
-        for part in self._chunks(count):
-            x = x_T[part].to(self.device)
-            field = self.plan.field(None if z is None else z[part])
-            parts.append(
-                sampling.ddim(
-                    field, x, self.schedule, steps, stop_percent=stop_percent, progress=self._tick(len(x))
-                ).cpu()
-            )
-        return self._collect(parts, self.model.image_shape)
+        trajectory = self.schedule.decoding(steps, stop_percent, self.spacing)
+        return self._integrate(x_T, trajectory, lambda part: self.plan.field(None if z is None else z[part]))
 
     def _noise(self, count: int, seed: int, first: int, generator: torch.Generator | None) -> Tensor:
         shape = self.model.image_shape
@@ -160,10 +195,17 @@ class Pipeline:
         draws = [torch.randn(shape, generator=generator, device=generator.device).cpu() for _ in range(count)]
         return self._collect([d[None] for d in draws], shape)
 
-    def reconstruct(self, x0: Tensor, encode_steps: int | None = None) -> Tensor:
-        """x0 -> z and inferred x_T -> x0 again [B, C, H, W]; ``encode_steps`` defaults to ``steps``."""
+    def reconstruct(self, x0: Tensor, encode_steps: int | None = None, *, iterations: int = 0) -> Tensor:
+        """x0 -> z and inferred x_T -> x0 again [B, C, H, W]; ``encode_steps`` defaults to ``steps``.
+
+        ``iterations``: as in :meth:`invert`.
+        """
+        if iterations and encode_steps not in (None, self.steps):
+            raise UserError(
+                f"iterations solve the {self.steps} steps that decode; leave out encode_steps (now {encode_steps})"
+            )
         z = self.encode(x0)
-        return self.decode(z, self.invert(x0, z, encode_steps))
+        return self.decode(z, self.invert(x0, z, encode_steps, iterations=iterations))
 
     # -- what z is for ---------------------------------------------------------------------------------------------
 
@@ -202,17 +244,10 @@ class Pipeline:
                 f"z has shape {list(z.shape)} and weights {list(weights.shape)}; "
                 f"expected [K, {len(x_T)}, {D}] and [K, {len(x_T)}]"
             )
-        parts = []
-        self.plan.prepare(self.schedule.timesteps(self.steps))
-        for part in self._chunks(len(x_T)):
-            x = x_T[part].to(self.device)
-            field = self.plan.field(z[:, part].float(), weights[:, part].float())
-            parts.append(
-                sampling.ddim(
-                    field, x, self.schedule, self.steps, stop_percent=stop_percent, progress=self._tick(len(x))
-                ).cpu()
-            )
-        return self._collect(parts, self.model.image_shape)
+        trajectory = self.schedule.decoding(self.steps, stop_percent, self.spacing)
+        return self._integrate(
+            x_T, trajectory, lambda part: self.plan.field(z[:, part].float(), weights[:, part].float())
+        )
 
     def _statistics(self, what: str) -> tuple[Tensor, Tensor]:
         model = self._pdae(what)

@@ -52,9 +52,11 @@ class _Record:
         }
 
 
-def _run_mode(pipe: Pipeline, mode: str, x0: Tensor, first: int, encode_steps: int, seed: int) -> Tensor:
+def _run_mode(
+    pipe: Pipeline, mode: str, x0: Tensor, first: int, encode_steps: int, seed: int, iterations: int
+) -> Tensor:
     if mode == "inferred":
-        return pipe.reconstruct(x0, encode_steps)
+        return pipe.reconstruct(x0, encode_steps, iterations=iterations)
     z = pipe.encode(x0) if mode == "random" else None
     return pipe.decode(z, count=len(x0), seed=seed, first=first)
 
@@ -66,6 +68,7 @@ def reconstruct(
     out: Path,
     encode_steps: int,
     seed: int = 0,
+    iterations: int = 0,
 ) -> tuple[dict[str, _Record], list[str]]:
     """Run ``modes`` over ``batches``, write images as they come, and at the end the grid; memory stays constant."""
     records = {mode: _Record() for mode in modes}
@@ -77,7 +80,7 @@ def reconstruct(
         shown["input"].append(batch.images[:wanted])
         for mode in modes:
             record, before, start = records[mode], pipe.evaluations, time.perf_counter()
-            x = _run_mode(pipe, mode, batch.images, first, encode_steps, seed)
+            x = _run_mode(pipe, mode, batch.images, first, encode_steps, seed, iterations)
             record.seconds += time.perf_counter() - start
             for key, n in pipe.evaluations.items():
                 record.evaluations[key] = record.evaluations.get(key, 0) + n - before.get(key, 0)
@@ -99,15 +102,35 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument(
         "--modes", nargs="+", choices=list(MODES), default=["inferred", "random"], help="what to decode from"
     )
+    p.add_argument(
+        "--iterations",
+        type=int,
+        default=0,
+        help="evaluations that solve each step of the decoder when x_T is inferred; 0: DDIM upward, as published",
+    )
     p.add_argument("--on-error", choices=("skip", "fail"), default="skip", help="what a broken image does")
     p.add_argument("--background", default="255,255,255", help="R,G,B that shows behind transparent images")
     p.add_argument("--limit", type=int, help="use only the first N images")
     args = p.parse_args(argv)
     model = PDAE.from_pretrained(args.model, **cli.foreign_options(args))
     out, modes = Path(args.out), list(dict.fromkeys(args.modes))
-    pipe = Pipeline(model, args.steps, args.device, args.dtype, args.batch_size, plan=args.plan)
+    pipe = Pipeline(
+        model,
+        args.steps,
+        args.device,
+        args.dtype,
+        args.batch_size,
+        plan=args.plan,
+        attention=args.attention,
+        spacing=args.spacing,
+    )
     encode_steps = args.steps if args.encode_steps is None else args.encode_steps
-    pipe.schedule.timesteps(encode_steps)
+    if args.iterations < 0:
+        raise UserError(f"--iterations must not be negative, not {args.iterations}")
+    if args.iterations and encode_steps != args.steps:
+        raise UserError("--iterations solves the steps that decode; leave out --encode-steps")
+    points = {steps: len(pipe.schedule.timesteps(steps, args.spacing)) - 1 for steps in (args.steps, encode_steps)}
+    up = 1 + args.iterations * points[args.steps] if args.iterations else points[encode_steps]
     channels, size, _ = model.image_shape
     dataset = open_dataset(args.input or [SAMPLES], size, channels, split="test", background=_colour(args.background))
     if args.limit is not None:
@@ -115,14 +138,14 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--limit must be at least 1, not {args.limit}")
         dataset = _Head(dataset, args.limit)
     make_folder(out)
-    cost = sum(len(pipe.schedule.timesteps(s)) - 1 for s in _loops(modes, args.steps, encode_steps))
+    cost = sum(points[args.steps] + (up if mode == "inferred" else 0) for mode in modes)
     broken: list[tuple[str, str]] = []
     with tqdm(
         total=len(dataset) * cost, unit="eval", unit_scale=True, desc="reconstruct", disable=args.quiet or None
     ) as bar:
         pipe.progress = bar.update
         batches = stream(dataset, pipe.batch_size, args.on_error, broken)
-        records, names = reconstruct(pipe, batches, modes, out, encode_steps, args.seed)
+        records, names = reconstruct(pipe, batches, modes, out, encode_steps, args.seed, args.iterations)
     if not names:
         raise UserError(f"none of the {len(broken)} images could be read; the first: {': '.join(broken[0])}")
     report = {
@@ -132,9 +155,11 @@ def main(argv: list[str] | None = None) -> None:
         "broken": [{"name": name, "reason": reason} for name, reason in broken],
         "steps": args.steps,
         "encode_steps": encode_steps,
+        "spacing": args.spacing,
+        "iterations": args.iterations,
         "seed": args.seed,
         "batch_size": pipe.batch_size,
-        "plan": pipe.plan.name,
+        **pipe.plan.describe(),
         "device": describe_device(pipe.device),
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "versions": cli.versions(),
@@ -149,8 +174,12 @@ def main(argv: list[str] | None = None) -> None:
         print(_summary(report, out))
 
 
-def _loops(modes: list[str], steps: int, encode_steps: int) -> list[int]:
-    return [s for mode in modes for s in ((encode_steps, steps) if mode == "inferred" else (steps,))]
+def _trajectory(report: dict[str, Any]) -> str:
+    if report["iterations"]:
+        up = f"{report['steps']} steps solved by {report['iterations']} evaluations each"
+    else:
+        up = f"{report['encode_steps']} steps up"
+    return f"{up} and {report['steps']} down, {report['spacing']} spacing"
 
 
 def _summary(report: dict[str, Any], out: Path) -> str:
@@ -170,8 +199,8 @@ def _summary(report: dict[str, Any], out: Path) -> str:
         )
     lines = [
         cli.table(["decoded from", "SSIM", "PSNR", "MSE", "evaluations", "seconds", "images/s"], rows),
-        f"{report['images']} images, model {report['model']}, {report['encode_steps']} steps up and {report['steps']} "
-        f"down, {report['plan']} plan, {report['dtype']}, {report['device']}",
+        f"{report['images']} images, model {report['model']}, {_trajectory(report)}, {report['plan']} plan, "
+        f"{report['dtype']}, {report['device']}",
     ]
     if report["broken"]:
         lines.append(

@@ -202,3 +202,39 @@ def test_loading_the_wrong_thing(tmp_path, model):
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="neither a bundled model"):
         PDAE.from_pretrained("no-such-model")
+
+
+def test_a_batch_too_large_for_memory(model, pipe, monkeypatch):
+    from pdae_fast.engine import plan
+
+    monkeypatch.setattr(plan, "available_memory", lambda device: 8 << 20)
+    big = Pipeline(model, steps=2, device="cpu", dtype="float32", batch_size=64)
+    big.encode(images(1))  # the batch size counts only as far as there are images
+    with pytest.raises(UserError, match=r"64 images at once need about \d+ MiB .* use a batch size of at most \d+"):
+        big.encode(images(64))
+    monkeypatch.undo()
+
+    def refuse(x0):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(big.plan, "encode", refuse)
+    with pytest.raises(UserError, match="2 images at once do not fit the memory of cpu; use a smaller batch size"):
+        big.encode(images(2))
+
+
+def test_auto_dtype_is_bfloat16_for_large_networks_where_the_processor_has_it(model, monkeypatch):
+    from pdae_fast.engine import device
+
+    for capabilities, dtype in (
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": False}, torch.float32),
+        ({}, torch.float32),
+    ):
+        device.has_native_bfloat16.cache_clear()
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        assert Pipeline(model, device="cpu").dtype is torch.float32
+        monkeypatch.setattr(device, "LARGE_PARAMETERS", 1000)
+        assert Pipeline(model, device="cpu").dtype is dtype
+        monkeypatch.undo()
+    device.has_native_bfloat16.cache_clear()

@@ -65,7 +65,21 @@ def build_model(args) -> Prior | PDAE:
         )
     prior = Prior.from_pretrained(args.init_from, **cli.foreign_options(args))
     config = _architecture(args)
-    return PDAE.from_prior(prior, latent_dim=config.latent_dim, encoder_channel=config.encoder_channel)
+    model = PDAE.from_prior(prior, latent_dim=config.latent_dim, encoder_channel=config.encoder_channel)
+    if args.start_from:
+        _take_trained_half(model, PDAE.from_pretrained(args.start_from), args.start_from)
+    return model
+
+
+def _take_trained_half(model: PDAE, start: PDAE, name: str) -> None:
+    """Give ``model`` the encoder and the G of ``start``, a PDAE of the same shape around another prior."""
+    for field in ("image_size", "latent_dim", "encoder_channel", "unet", "schedule"):
+        own, other = getattr(model.config, field), getattr(start.config, field)
+        if own != other:
+            raise UserError(f"--start-from {name}: its {field} is {other}; the model to train has {own}")
+    model.encoder.load_state_dict(start.encoder.state_dict())
+    for part in model.decoder.TRAINED:
+        getattr(model.decoder, part).load_state_dict(getattr(start.decoder, part).state_dict())
 
 
 class _Preview:
@@ -117,6 +131,11 @@ def _arguments(argv: list[str] | None):
     p.add_argument(
         "--init-from", metavar="MODEL", help="prior to start from: bundled name, directory, foreign checkpoint"
     )
+    p.add_argument(
+        "--start-from",
+        metavar="MODEL",
+        help="pdae: a trained PDAE whose encoder and G to start from, as when its prior was trained further",
+    )
     # Everything that TrainSettings holds is an option of the same name, with the same default.
     for field in dataclasses.fields(TrainSettings):
         if field.name in ("task", "data"):
@@ -149,6 +168,8 @@ def main(argv: list[str] | None = None) -> None:
     names = [field.name for field in dataclasses.fields(TrainSettings)]
     settings = TrainSettings(**{name: getattr(args, name) for name in names})
     device = resolve_device(args.device)
+    if args.start_from and args.task != "pdae":
+        raise UserError(f"--start-from gives pdae its encoder and G; train {args.task} starts from --init-from")
     model = build_model(args)
     channels, size, _ = model.image_shape
     dataset = open_dataset(args.data, size, channels, split="train")

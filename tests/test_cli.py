@@ -1,5 +1,6 @@
 """Commands as a user runs them: what they leave behind, and what a mistake prints."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from helpers import TINY, TINY_FULL, image_folder, tiny_pdae, tiny_prior
-from pdae_fast import cli, config, info, metrics, reconstruct, train
+from pdae_fast import PDAE, cli, config, info, metrics, reconstruct, train
 from pdae_fast.data import load_image
 
 
@@ -210,6 +211,33 @@ def test_train_both_stages_from_the_command_line(tmp_path, capsys):
     assert run(train.main, "pdae", *shared, "--out", tmp_path / "new") == 2
     assert "--init-from" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_pdae_can_start_from_a_trained_one_around_another_prior(tmp_path, capsys):
+    tiny_pdae().save_pretrained(tmp_path / "start")
+    other = tiny_prior()
+    other.save_pretrained(tmp_path / "prior")
+    paths = {"--init-from": "prior", "--start-from": "start", "--architecture": "start/config.json"}
+    options = [word for flag, path in paths.items() for word in (flag, str(tmp_path / path))]
+    arguments = train._arguments(["pdae", "--data", "x", "--out", "y", *options])
+    model = train.build_model(arguments)
+    start = PDAE.from_pretrained(tmp_path / "start")
+    for name, value in model.state_dict().items():
+        unet = name.removeprefix("decoder.")
+        expected = other.unet.state_dict().get(unet, start.state_dict()[name])
+        assert torch.equal(value, expected), name
+    assert not torch.equal(other.unet.out[2].weight, start.decoder.out[2].weight)
+    PDAE(dataclasses.replace(TINY, latent_dim=24)).save_pretrained(tmp_path / "wide")
+    base = ["--data", image_folder(tmp_path / "in", 2), "--architecture", tmp_path / "start" / "config.json"]
+    for task, start_from, words in (
+        ("pdae", tmp_path / "wide", "its latent_dim is 24"),
+        ("prior", tmp_path / "start", "train prior starts from --init-from"),
+    ):
+        out = ["--out", tmp_path / "out", "--init-from", tmp_path / "prior", "--start-from", start_from]
+        assert run(train.main, task, *base, *out) == 2
+        error = capsys.readouterr().err
+        assert words in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

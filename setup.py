@@ -29,8 +29,13 @@ extras = {
     "onnx": ["onnx", "onnxscript", "onnxruntime"],
     # onnxruntime-gpu shares a folder with onnxruntime and breaks it: one or the other, never both.
     "onnx-gpu": ["onnx", "onnxscript", "onnxruntime-gpu"],
-    "tensorrt": ["tensorrt"],
-    "tensorrt-rtx": ["tensorrt-rtx-cu13"],
+    "tensorrt": ["tensorrt", "cuda-bindings"],
+    # Pinned: what its build writes about an engine is read from the plan, whose format is that version's.
+    "tensorrt-rtx": ["tensorrt-rtx-cu13==1.7.1.116; platform_system == 'Linux'", "cuda-bindings"],
+    # The server's published configuration schema.
+    "serving": ["tritonclient", "protobuf"],
+    "openvino": ["openvino"],
+    "plot": ["matplotlib"],
     "train": ["tensorboard"],
     "convert": ["pyyaml"],
     "metrics": ["torchmetrics>=1.9"],
@@ -46,6 +51,9 @@ extras = {
         "triton>=3.6; platform_system == 'Linux'",
     ],
 }
+
+# The tests export the bundled model, build engines without a GPU, and check the serving layout against its schema.
+extras["dev"] += [*extras["onnx"], *extras["tensorrt-rtx"], *extras["serving"], *extras["plot"]]
 
 setup(
     name="pdae_fast",

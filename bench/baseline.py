@@ -36,26 +36,36 @@ class EinsumAttention(AttentionBlock):
 
 
 class Baseline:
-    """``step(x, t, t_next, z)``: one DDIM step conditioned on z, as the published code computes it."""
+    """``step(x, t, t_next, z)``: one DDIM step conditioned on z, as the published code computes it, on ``device``.
 
-    def __init__(self, model: PDAE) -> None:
-        self.decoder = copy.deepcopy(model.decoder).eval()
+    On CUDA the framework's defaults hold, as in the published scripts: convolutions may round to TF32.
+    """
+
+    def __init__(self, model: PDAE, device: torch.device | str = "cpu") -> None:
+        self.decoder = copy.deepcopy(model.decoder).eval().to(device)
         for module in self.decoder.modules():
             if isinstance(module, AttentionBlock):
                 module.__class__ = EinsumAttention
         self.alpha_bar = torch.from_numpy(build_schedule(model.config.schedule).alpha_bar.copy())
+        a = self.alpha_bar
+        tables = a.sqrt(), (1 - a).sqrt(), a.rsqrt(), (1 / a - 1).sqrt()
+        self.tables = tuple(table.to(device) for table in tables)
 
     def _gather(self, values: Tensor, t: Tensor) -> Tensor:
         return values[t].float()[:, None, None, None]
 
     @torch.no_grad()
     def step(self, x: Tensor, t: int, t_next: int, z: Tensor) -> Tensor:
-        now = torch.full((len(x),), t, dtype=torch.int64)
-        following = torch.full((len(x),), t_next, dtype=torch.int64)
+        now = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
+        following = torch.full((len(x),), t_next, dtype=torch.int64, device=x.device)
+        return self.advance(x, now, following, z)
+
+    def advance(self, x: Tensor, now: Tensor, following: Tensor, z: Tensor) -> Tensor:
+        """``step`` for int64 time points [B]."""
+        signal, noise, reciprocal, ratio = self.tables
         eps, gradient = self.decoder(x, now, z)
-        a = self.alpha_bar
-        eps = eps - self._gather((1 - a).sqrt(), now) * gradient
-        x0 = self._gather(a.rsqrt(), now) * x - self._gather((1 / a - 1).sqrt(), now) * eps
+        eps = eps - self._gather(noise, now) * gradient
+        x0 = self._gather(reciprocal, now) * x - self._gather(ratio, now) * eps
         x0 = x0.clamp(-1, 1)
-        eps = (self._gather(a.rsqrt(), now) * x - x0) / self._gather((1 / a - 1).sqrt(), now)
-        return self._gather(a.sqrt(), following) * x0 + self._gather((1 - a).sqrt(), following) * eps
+        eps = (self._gather(reciprocal, now) * x - x0) / self._gather(ratio, now)
+        return self._gather(signal, following) * x0 + self._gather(noise, following) * eps

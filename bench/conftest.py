@@ -1,23 +1,72 @@
-"""Collects the ratios of a run and prints them as one table at its end."""
+"""Prints what the benches of a run found and keeps it as JSON. A bench adds rows by `bench.tables.RUN.add(...)`."""
 
 from __future__ import annotations
 
-import platform
+from pathlib import Path
 
+import pytest
 import torch
 
-from pdae_fast import cli
-from pdae_fast.engine.device import describe_device
+from bench.machine import copy_bandwidth, describe, matmul_peak
+from bench.tables import RUN, default_path
+from pdae_fast.engine import resolve_device
 
-ROWS: list[list[str]] = []
 
-
-def pytest_terminal_summary(terminalreporter) -> None:
-    if not ROWS:
-        return
-    terminalreporter.section("one DDIM step, baseline and contender run alternately")
-    terminalreporter.line(
-        f"{describe_device(torch.device('cpu'))}, torch {torch.__version__}, Python {platform.python_version()}"
+def pytest_addoption(parser) -> None:
+    group = parser.getgroup("pdae_fast bench")
+    group.addoption("--json", metavar="FILE", help="where the results go (default: a new file in bench/results)")
+    group.addoption(
+        "--compile", action="store_true", help="also time torch.compile of the baseline, which compiles for minutes"
     )
-    header = ["network", "batch", "contender", "baseline ms", "ms", "p20-p80 ms", "ratio", "of matmul peak", "error"]
-    terminalreporter.line(cli.table(header, ROWS))
+    group.addoption("--bench-device", default="auto", metavar="DEVICE", help="auto, cpu, cuda ... (default: auto)")
+
+
+@pytest.fixture(scope="session")
+def device(request) -> torch.device:
+    """CUDA when there is one, unless --bench-device says otherwise."""
+    return resolve_device(request.config.getoption("--bench-device"))
+
+
+class _Peaks(dict):
+    """Matrix-product peaks of a device by kind, each measured once, when first asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __contains__(self, kind: object) -> bool:
+        return True
+
+    def __missing__(self, kind: str) -> float:
+        self[kind] = matmul_peak(self.device, kind)
+        RUN.add("peak", what=f"matrix product, {kind}", rate=self[kind], unit="FLOP/s")
+        return self[kind]
+
+
+@pytest.fixture(scope="session")
+def peaks(device) -> dict[str, float]:
+    return _Peaks(device)
+
+
+@pytest.fixture(scope="session")
+def bandwidth(device) -> float:
+    """Bytes/s of a large copy, read plus written."""
+    rate = copy_bandwidth(device)
+    RUN.add("peak", what="copy", rate=rate, unit="B/s")
+    return rate
+
+
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    if not RUN.tables:
+        return
+    facts = describe(resolve_device(config.getoption("--bench-device")))
+    terminalreporter.section("pdae_fast bench")
+    terminalreporter.line(", ".join(f"{k} {v}" for k, v in facts.items()))
+    for title, text in RUN.sections():
+        terminalreporter.line("")
+        terminalreporter.line(title)
+        terminalreporter.line(text)
+    path = Path(config.getoption("--json") or default_path())
+    RUN.save(path, facts)
+    terminalreporter.line("")
+    terminalreporter.line(f"results: {path}; python -m bench.report turns them into the README's table and plot")

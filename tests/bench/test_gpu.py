@@ -1,0 +1,258 @@
+"""The visit to a GPU: phases that fail or die, what the report says of them, and all of it on the CPU, tiny."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import tables
+from bench.gpu import __main__ as visit
+from bench.gpu import kernel_tests, paths, summary
+from bench.gpu.journal import Context, Journal, Skip, run_cases
+from pdae_fast import cli
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def context(out, seconds=60.0):
+    return Context(out, CPU, True, time.time() + seconds, ("tiny",), (1, 2))
+
+
+def statuses(journal, phase):
+    return [(r["case"], r["status"]) for r in journal.rows(phase)]
+
+
+def test_a_failing_case_stops_no_other(tmp_path):
+    def skipped():
+        raise Skip("nothing to do")
+
+    cases = [
+        ("good", lambda: {"error": 0.5}),
+        ("bad", lambda: 1 / 0),
+        ("two rows", lambda: [{"status": "FAIL", "n": 1}, {"status": "INFO", "n": 2}]),
+        ("skipped", skipped),
+        ("nothing", lambda: None),
+    ]
+    assert run_cases("p", cases, context(tmp_path)) == 0
+    journal = Journal(tmp_path)
+    assert statuses(journal, "p") == [
+        ("good", "PASS"), ("bad", "FAIL"), ("two rows", "FAIL"), ("two rows", "INFO"), ("skipped", "SKIP"),
+        ("nothing", "PASS"),
+    ]  # fmt: skip
+    failures = (tmp_path / "failures.txt").read_text()
+    assert "=== p: bad" in failures and "ZeroDivisionError" in failures and "Traceback" in failures
+
+
+def test_cases_run_once_and_only_while_there_is_time(tmp_path):
+    calls = []
+    cases = [(name, lambda name=name: calls.append(name)) for name in "ab"]
+    run_cases("p", cases[:1], context(tmp_path))
+    run_cases("p", cases, context(tmp_path))
+    assert calls == ["a", "b"]
+    run_cases("late", cases, context(tmp_path, seconds=-1))
+    assert calls == ["a", "b"] and {s for _, s in statuses(Journal(tmp_path), "late")} == {"SKIP"}
+
+
+def test_a_broken_device_ends_the_process_but_not_the_phase(tmp_path, monkeypatch):
+    from bench.gpu import journal
+
+    monkeypatch.setattr(journal, "_device_broken", lambda device: True)
+    assert run_cases("p", [("bad", lambda: 1 / 0), ("next", lambda: None)], context(tmp_path)) == journal.DEVICE_BROKEN
+    assert Journal(tmp_path).started("p") == {"bad"}
+
+
+# A phase as its parent sees it, without the imports of a real one: lines in the journal, and an end.
+DYING = """
+import json, os, sys, time
+phase, path = sys.argv[1], sys.argv[3] + "/rows.jsonl"
+if phase == "stillborn":
+    os._exit(7)
+lines = [json.loads(line) for line in open(path)] if os.path.exists(path) else []
+done = {line["case"] for line in lines if line["phase"] == phase}
+actions = {"first": int, "dies": lambda: os._exit(11), "sleeps": lambda: time.sleep(60), "second": int}
+for case in {"dies": ("first", "dies", "second"), "hangs": ("first", "sleeps")}[phase]:
+    for status in ("START", "PASS") if case not in done else ():
+        with open(path, "a") as file:
+            file.write(json.dumps({"phase": phase, "case": case, "status": status}) + chr(10))
+        if status == "START":
+            actions[case]()
+"""
+
+
+def test_a_process_that_dies_is_replaced(tmp_path, monkeypatch):
+    (tmp_path / "dying_phase.py").write_text(DYING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    journal = Journal(tmp_path)
+    options = ["--out", str(tmp_path)]
+    visit.run_phase("dies", options, 60, journal, "dying_phase")
+    assert statuses(journal, "dies") == [("first", "PASS"), ("dies", "FAIL"), ("second", "PASS")]
+    visit.run_phase("stillborn", options, 60, journal, "dying_phase")
+    assert statuses(journal, "stillborn") == [("(process)", "FAIL")]
+    visit.run_phase("late", options, 0, journal, "dying_phase")
+    assert statuses(journal, "late") == [("(rest)", "SKIP")]
+    assert "ended its process (11)" in (tmp_path / "failures.txt").read_text()
+
+
+def test_a_process_that_hangs_is_ended(tmp_path, monkeypatch):
+    (tmp_path / "dying_phase.py").write_text(DYING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(visit, "GRACE", 0.1)
+    journal, start = Journal(tmp_path), time.time()
+    visit.run_phase("hangs", ["--out", str(tmp_path)], 5, journal, "dying_phase")
+    assert time.time() - start < 30
+    assert statuses(journal, "hangs") == [("first", "PASS"), ("sleeps", "FAIL")]
+    assert "still running" in (tmp_path / "failures.txt").read_text()
+
+
+def test_a_line_cut_off_is_ignored(tmp_path):
+    journal = Journal(tmp_path)
+    journal.write("p", "a", "PASS")
+    with open(journal.path, "a") as file:
+        file.write('{"phase": "p", "ca')
+    assert len(journal.rows()) == 1
+
+
+def fabricated(ratio=12.0, compiled=1.0, peak=0.6, ssim=0.001, failures=0):
+    """Rows as a visit to a GPU leaves them."""
+    rows = [{"phase": "environment", "case": "versions", "status": "INFO", "device": "A GPU", "torch": "2.11.0"}]
+    for network in ("celeba64", "ffhq128"):
+        for batch in (1, 8, 64):
+            for contender, factor in (("baseline", 1.0), ("fused-bfloat16", ratio)):
+                rows.append({
+                    "phase": "speed", "case": f"{network} batch {batch}", "status": "INFO", "table": "step",
+                    "network": network, "batch": batch, "contender": contender, "median_s": 0.1 / factor,
+                    "spread_s": [0.1, 0.2], "ratio": factor, "ratio_spread": [factor, factor], "images_per_s": 10.0,
+                    "peak_fraction": peak, "memory_bytes": 1 << 30, "error": 1e-3,
+                })  # fmt: skip
+            for contender, seconds in (("compile-max-autotune", 1.5 / compiled), ("fused-bfloat16", 1.0)):
+                rows.append({**rows[-1], "phase": "compile", "table": "compiled", "contender": contender,
+                             "median_s": seconds})  # fmt: skip
+    rows.append({
+        "phase": "quality", "case": "bfloat16", "status": "PASS", "table": "quality", "what": "bfloat16",
+        "steps": "100+100", "ssim_difference": ssim, "ratio_mse": 1.01,
+    })  # fmt: skip
+    rows += [{"phase": "kernels", "case": f"k{i}", "status": "PASS", "error": 1e-7} for i in range(3)]
+    rows += [
+        {"phase": "paths", "case": f"p{i}" * 30, "status": "FAIL", "error": 1.0, "allowed": 1e-4}
+        for i in range(failures)
+    ]
+    rows.append({"phase": "paths", "case": "p", "status": "PASS"})
+    return rows
+
+
+def verdicts(rows):
+    return [holds for _, holds in summary.bars(rows, summary.collect(rows))]
+
+
+def test_bars():
+    assert set(verdicts(fabricated())) == {True}
+    assert set(verdicts([])) == {None}
+    rows = fabricated(ratio=8.0)
+    assert [what for what, holds in summary.bars(rows, summary.collect(rows)) if not holds] == [
+        f"{network} batch 1: fused-bfloat16 >= 10x the baseline: 8.00x" for network in ("celeba64", "ffhq128")
+    ]
+    assert verdicts(fabricated(compiled=1.2)).count(False) == 4  # 1.5 / 1.2 = 1.25
+    assert verdicts(fabricated(peak=0.54)).count(False) == 1
+    assert verdicts(fabricated(ssim=-0.003)).count(False) == 1
+    assert verdicts(fabricated(failures=2)).count(False) == 1
+
+
+def test_the_report_fits_and_ends_with_the_bars(tmp_path):
+    rows = fabricated(failures=400)
+    rows += [{**row, "network": f"net{i}"} for row in rows if row.get("table") == "step" for i in range(30)]
+    journal = Journal(tmp_path)
+    for row in rows:
+        values = {k: v for k, v in row.items() if k not in ("phase", "case", "status")}
+        journal.write(row["phase"], row["case"], row["status"], **values)
+    text = summary.write(tmp_path, journal, ["environment", "speed", "kernels", "paths"], CPU)
+    assert len(text) <= summary.LONGEST and text.endswith(
+        "FAIL every path agrees with float32: 1 passed, 400 failed, 0 skipped"
+    )
+    assert "and 386 more" in text and "(cut:" in text
+    assert text + "\n" == (tmp_path / "report.txt").read_text()
+    with open(tmp_path / "rows.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+    _, found = tables.load(tmp_path / "results.json")
+    contenders = {row["contender"] for row in found["step"]}
+    assert contenders == {"baseline", "fused-bfloat16", "compile-max-autotune"}
+
+
+def test_memory_is_poisoned_and_put_back():
+    with kernel_tests.poisoned_memory():
+        assert torch.empty(100).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_wrong_kernel_and_a_wrong_gradient_fail(tmp_path):
+    import dataclasses
+
+    operation = next(iter(kernel_tests.operations(1, torch.float32, tiny=True)))
+    assert kernel_tests._check(operation, context(tmp_path))["status"] == "PASS"
+    wrong = dataclasses.replace(operation, ours=lambda **values: operation.ours(**values) * 1.001)
+    assert kernel_tests._check(wrong, context(tmp_path))["status"] == "FAIL"
+    assert {r["status"] for r in kernel_tests._gradients(operation, context(tmp_path))} == {"PASS"}
+    assert "FAIL" in {r["status"] for r in kernel_tests._gradients(wrong, context(tmp_path))}
+
+
+def test_a_wrong_path_fails(tmp_path, monkeypatch):
+    cases = dict(paths.cases(context(tmp_path)))
+    assert cases["tiny batch 3 float32: fused"]()["status"] == "PASS"
+    build = paths.build_plan
+
+    def wrong(model, device, dtype, name, **keywords):
+        plan = build(model, device, dtype, name, **keywords)
+        if name == "fused":
+            field = plan.field
+            plan.field = lambda *z: lambda x, t, g: field(*z)(x * 1.01, t, g)
+        return plan
+
+    monkeypatch.setattr(paths, "build_plan", wrong)
+    for name in (
+        "tiny batch 3 float32: fused",
+        "tiny decode 4 steps, float32",
+        "tiny trajectory mixture",
+        "tiny same plan, other z, other steps",
+    ):
+        assert cases[name]()["status"] == "FAIL"
+
+
+def test_a_used_folder_and_a_missing_gpu_are_refused(tmp_path):
+    Journal(tmp_path).write("p", "a", "PASS")
+    with pytest.raises(cli.UserError, match="already holds a visit"):
+        visit.main(["--out", str(tmp_path), "--device", "cpu"])
+    if not torch.cuda.is_available():
+        with pytest.raises(cli.UserError, match="use --device cpu"):
+            visit.main(["--out", str(tmp_path / "new")])
+
+
+@pytest.mark.slow
+def test_a_visit_from_a_checkout_that_is_not_installed(tmp_path):
+    """The whole script, in a Python that finds pdae_fast nowhere but in the working directory."""
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    # Runs before anything else in every process of the visit: takes away what an editable installation added.
+    (blocked / "sitecustomize.py").write_text(
+        "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+    )
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu", "--out", str(out), "--device", "cpu", "--quick", "--batches", "1",
+         "--only", "kernels", "paths", "speed", "graphs", "quality", "compile"],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(blocked)}, timeout=500,
+    )  # fmt: skip
+    problems = (out / "failures.txt").read_text() if (out / "failures.txt").exists() else (out / "log.txt").read_text()
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{problems[-5000:]}"
+    assert done.stdout.rstrip().split("\n")[-1].startswith("PASS every path agrees with float32")
+    assert {p.name for p in out.iterdir()} == {"log.txt", "report.txt", "results.json", "rows.csv", "rows.jsonl"}
+    found = Journal(out).rows()
+    assert {r["phase"] for r in found if r["status"] in ("PASS", "INFO")} == {
+        "environment", "kernels", "paths", "speed", "graphs", "quality"
+    }  # fmt: skip
+    assert json.loads((out / "results.json").read_text())["tables"]["step"][0]["contender"] == "baseline"

@@ -4,8 +4,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from idx_files import CODES, idx_bytes, write_set
 
+from idx_files import CODES, idx_bytes, write_set
 from pdae_fast.data import FASHION_CLASSES, FashionMNIST, read_idx
 from pdae_fast.errors import UserError
 

@@ -1,7 +1,7 @@
 import pytest
-from idx_files import write_set
 from PIL import Image
 
+from idx_files import write_set
 from pdae_fast.data import FashionMNIST, ImageFiles, open_dataset
 from pdae_fast.data import idx as idx_module
 from pdae_fast.errors import UserError

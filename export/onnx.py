@@ -1,0 +1,236 @@
+"""`python -m pdae_fast.export onnx`: the graphs of a model, checked against it, and their manifest.
+
+From Python: ``export_onnx(model, "exported", Settings(dtype="float16"))``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import importlib
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from .. import checkpoints, cli
+from ..config import PDAEConfig
+from ..engine.device import DTYPES
+from ..errors import UserError
+from ..files import atomic_write
+from ..models import PDAE, Prior
+from ..schedule import build_schedule
+from . import _description
+from . import manifest as manifests
+from ._blocks import NORMS
+from .graphs import build_graphs
+from .runtime import load_backend
+from .staging import check_target, staged_directory
+
+if TYPE_CHECKING:
+    from ._parity import Reference
+
+DESCRIPTION = "Write a model as ONNX graphs that run without PyTorch, every one checked against the model first."
+INSTALL = "pip install 'pdae_fast[onnx]'"
+OPSETS = {"float32": (21, 22, 23), "float16": (21, 22, 23), "bfloat16": (22, 23)}  # by dtype, the default first
+SHARED_WEIGHTS = "step.weights"
+STEPS = ("decode_step", "invert_step")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to export, checked when it is made (UserError).
+
+    steps, encode_steps: DDIM steps down and up (None: the same), constants of the graphs. dtype: of the networks; the
+    norms, state and update are always float32. opset: 21, 22 or 23 (None: 21; 22 for bfloat16, which has no Conv
+    before). norm: "group" (one GroupNormalization node each) or "instance" (InstanceNormalization, which ONNX Runtime
+    computes faster on the CPU). max_batch: the most images of one evaluation (the graphs take any number).
+    single_file: also reconstruct.onnx, with the loops inside.
+    verify: also run a whole reconstruction through the runtime and compare it with the model.
+    """
+
+    steps: int = 100
+    encode_steps: int | None = None
+    dtype: str = "float32"
+    opset: int | None = None
+    norm: str = "group"
+    max_batch: int = 16
+    single_file: bool = False
+    verify: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype {self.dtype!r} cannot be exported; expected {', '.join(DTYPES)}")
+        opsets = OPSETS[self.dtype]
+        if self.opset is None:
+            object.__setattr__(self, "opset", opsets[0])
+        if self.opset not in opsets:
+            raise UserError(
+                f"opset {self.opset} cannot be exported in {self.dtype}; expected {', '.join(map(str, opsets))}"
+            )
+        if self.norm not in NORMS:
+            raise UserError(f"norm {self.norm!r} is not known; expected {' or '.join(NORMS)}")
+        if self.max_batch < 1:
+            raise UserError(f"max batch must be at least 1, not {self.max_batch}")
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    defaults = Settings()
+    p.add_argument("--model", default=cli.DEFAULT_MODEL, help="bundled name, saved directory or foreign checkpoint")
+    p.add_argument("--out", required=True, metavar="DIR", help="directory to write; an earlier export is replaced")
+    p.add_argument("--steps", type=int, default=defaults.steps, help="DDIM steps of a decoding")
+    p.add_argument("--encode-steps", type=int, help="DDIM steps that infer x_T (default: --steps)")
+    p.add_argument("--dtype", default=defaults.dtype, help=f"of the networks: {', '.join(DTYPES)}")
+    p.add_argument("--opset", type=int, help="21, 22 or 23 (default: 21; 22 for bfloat16)")
+    p.add_argument("--norm", default=defaults.norm, help="how a group norm is written: group (one node) or instance")
+    p.add_argument("--max-batch", type=int, default=defaults.max_batch, help="the most images of one evaluation")
+    p.add_argument("--single-file", action="store_true", help="also write reconstruct.onnx with the loops inside")
+    p.add_argument("--prior", action="store_true", help="only the prior inside a PDAE: no encoder, no G")
+    p.add_argument("--verify", action="store_true", help="also compare a whole reconstruction, all steps up and down")
+    p.add_argument("--quiet", action="store_true", help="no progress bar, no table")
+    cli.add_foreign_options(p)
+
+
+def main(args: argparse.Namespace) -> None:
+    settings = Settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)})
+    check_target(args.out)
+    _require_onnx()
+    model = _load(args.model, args.prior, cli.foreign_options(args))
+    start = time.perf_counter()
+    with tqdm(total=_work(model, settings), desc="export", disable=args.quiet or None) as bar:
+        manifest = export_onnx(model, args.out, settings, _description.source(args.model), bar.update)
+    if not args.quiet:
+        print(_description.summary(args.out, manifest, model, time.perf_counter() - start))
+
+
+def export_onnx(
+    model: PDAE | Prior,
+    out: str | Path,
+    settings: Settings | None = None,
+    source: dict[str, Any] | None = None,
+    progress: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
+    """Write ``model`` to the directory ``out`` and return its manifest.
+
+    Everything is written beside ``out``, checked with onnx.checker and compared with the model, and takes its place at
+    the end. ``source``: what the manifest says of the model's origin. ``progress`` is called after every piece of work.
+
+    Raises UserError for settings that do not go together, an ``out`` that holds something else, a graph that differs
+    from the model by more than its dtype explains, or when onnx or onnxruntime is missing.
+    """
+    _require_onnx()
+    from ._parity import Reference
+
+    model, settings = _as_reference(model), settings or Settings()
+    schedule = build_schedule(model.config.schedule)
+    encode_steps = settings.steps if settings.encode_steps is None else settings.encode_steps
+    manifest = _description.describe(model, settings, encode_steps, source)
+    modules = build_graphs(model, schedule, settings.steps, encode_steps, DTYPES[settings.dtype], settings.norm)
+    seed = secrets.randbits(32)
+    with staged_directory(out) as directory:
+        _write_graphs(directory, modules, manifest, progress)
+        if settings.single_file:
+            _write_reconstruct(directory, manifest)
+            progress()
+        reference = Reference(model, seed)
+        manifest["parity"] = {"seed": seed, "reference": "plain modules, float32"}
+        _compare(directory, manifest, reference, settings, progress)
+        manifests.write(directory, manifest)
+    return manifest
+
+
+def _require_onnx() -> None:
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(f"{name} cannot be imported ({error}); {INSTALL}") from None
+
+
+def _load(name: str, prior: bool, options: dict[str, Any]) -> PDAE | Prior:
+    if prior:
+        return Prior.from_pretrained(name, **options)
+    loaded = checkpoints.load(name, **options)
+    cls = PDAE if isinstance(loaded.config, PDAEConfig) else Prior
+    model = cls.from_state(loaded.config, loaded.state, loaded.origin)
+    model.notes = tuple(loaded.notes)
+    return model
+
+
+def _as_reference(model: PDAE | Prior) -> PDAE | Prior:
+    """``model`` as the reference is: float32, on the CPU, in eval mode; copied when it is not."""
+    weights = next(model.parameters())
+    if weights.dtype == torch.float32 and weights.device.type == "cpu" and not model.training:
+        return model
+    return copy.deepcopy(model).to("cpu", torch.float32).eval()
+
+
+def _write_graphs(
+    directory: Path, modules: dict[str, torch.nn.Module], manifest: dict[str, Any], progress: Callable[[], object]
+) -> None:
+    from . import _tracing
+
+    traced = {}
+    for name in list(modules):
+        inputs, outputs = manifests.signature(
+            name, manifest["image_shape"], manifest["latent_dim"], manifest["conditioning_width"]
+        )
+        traced[name] = _tracing.trace(modules.pop(name), inputs, outputs, manifest["opset"])
+        progress()
+    _tracing.share_weights([traced[name] for name in STEPS], directory / SHARED_WEIGHTS)
+    manifest["files"][SHARED_WEIGHTS] = manifests.file_entry(directory / SHARED_WEIGHTS)
+    for name in list(traced):
+        path = directory / f"{name}.onnx"
+        _tracing.save(traced.pop(name), path)
+        _tracing.check(path)
+        manifest["graphs"][name] = _description.entry(
+            directory, name, manifest, [SHARED_WEIGHTS] if name in STEPS else []
+        )
+
+
+def _write_reconstruct(directory: Path, manifest: dict[str, Any]) -> None:
+    from . import _loop, _tracing
+
+    path = directory / f"{manifests.RECONSTRUCT}.onnx"
+    model = _loop.compose(directory, manifest["kind"], manifest["steps"], manifest["encode_steps"])
+    with atomic_write(path) as file:
+        file.write(model.SerializeToString())
+    _tracing.check(path)
+    manifest["graphs"][manifests.RECONSTRUCT] = _description.entry(directory, manifests.RECONSTRUCT, manifest, [])
+
+
+def _compare(
+    directory: Path,
+    manifest: dict[str, Any],
+    reference: Reference,
+    settings: Settings,
+    progress: Callable[[], object],
+) -> None:
+    """Fill ``manifest["parity"]``; UserError when an error is beyond its bound."""
+    from . import _parity
+
+    parity = manifest["parity"]
+    with _parity.scratch_directory(directory.parent) as scratch:
+        place, described = _parity.checkable(directory, manifest, Path(scratch))
+        if place != directory:
+            parity["note"] = _parity.BFLOAT16_NOTE
+        backend = load_backend(place, described, provider="cpu", threads=torch.get_num_threads())
+        batches = tuple(sorted({1, min(3, settings.max_batch)}))
+        parity |= _parity.measure(backend, reference, manifest, batches)
+        progress()
+        if settings.single_file or settings.verify:
+            parity |= _parity.measure_all_steps(backend, reference, manifest, settings.single_file, settings.verify)
+            progress()
+    _parity.refuse({k: v for k, v in parity.items() if isinstance(v, dict)})
+    manifest["parity"] = parity
+
+
+def _work(model: PDAE | Prior, settings: Settings) -> int:
+    graphs = len(manifests.GRAPHS["pdae" if isinstance(model, PDAE) else "prior"])
+    return graphs + 1 + settings.single_file + (settings.single_file or settings.verify)

@@ -1,0 +1,220 @@
+"""Run an exported directory: numpy in, numpy out, no PyTorch.
+
+    from pdae_fast.export.runtime import Session
+
+    session = Session("exported")                  # or provider="cuda"; or a directory of TensorRT engines
+    z = session.encode(x0)                         # x0: float32 [N, C, H, W] in [-1, 1] -> z [N, D]
+    x_T = session.invert(x0, z)                    # inferred x_T
+    x = session.decode(z, x_T)                     # near exact; session.decode(z, seed=1) draws x_T
+
+Needs numpy and what the directory was made for: onnxruntime, OpenVINO on request, or TensorRT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..errors import UserError
+from . import manifest as manifests
+
+PROVIDERS = ("auto", "cpu", "cuda", "tensorrt", "directml", "coreml", "openvino", "rocm", "migraphx")
+
+
+class Backend(Protocol):
+    """Runs the graphs of one exported directory.
+
+    Subclasses implement :meth:`run`; :meth:`loop` may be overridden by one that keeps x on the device. Attributes:
+    ``name`` (for reports) and ``provider`` (what the graphs really run on, known once one has been loaded).
+    """
+
+    name: str
+    provider: str
+
+    def run(self, graph: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One evaluation; names, dtypes and shapes as the manifest lists them, N at most its max_batch."""
+        ...
+
+    def loop(self, graph: str, x: np.ndarray, conditioning: np.ndarray | None, steps: int) -> np.ndarray:
+        """x after ``graph`` (decode_step or invert_step) has run with step = 0 ... steps - 1.
+
+        x [N, C, H, W] float32, not changed; conditioning [N, 2, M] float32, None for a prior.
+        """
+        fixed = {} if conditioning is None else {"conditioning": conditioning}
+        for i in range(steps):
+            x = self.run(graph, {"x": x, **fixed, "step": np.array([i], np.int64)})["x_next"]
+        return x
+
+
+def load_backend(
+    directory: str | Path,
+    manifest: dict[str, Any],
+    name: str | None = None,
+    provider: str = "auto",
+    threads: int | None = None,
+    allow_fallback: bool = False,
+) -> Backend:
+    """The backend called ``name`` (None: the one the directory was made for); UserError when it cannot run here."""
+    made_for = manifest["backend"]
+    name = made_for if name is None else name
+    if name == made_for == "onnxruntime":
+        from ._onnxruntime import OnnxRuntimeBackend
+
+        return OnnxRuntimeBackend(directory, manifest, provider, threads, allow_fallback)
+    if name == "openvino" and made_for == "onnxruntime":
+        from ._openvino import OpenVINOBackend
+
+        return OpenVINOBackend(directory, manifest, provider, threads)
+    if name == made_for:
+        if provider not in ("auto", "cuda"):
+            raise UserError(f"{directory}: TensorRT engines run on a GPU only, not on provider {provider!r}")
+        from .tensorrt_runtime import TensorRTBackend
+
+        return TensorRTBackend(directory, manifest)
+    expected = "onnxruntime or openvino" if made_for == "onnxruntime" else made_for
+    raise UserError(f"{directory}: made for {made_for}, so backend {name!r} cannot run it; expected {expected}")
+
+
+def noise(seed: int, indices: range, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal float32 [len(indices), *shape]; image number ``indices[k]`` of ``seed`` always gets the same.
+
+    Drawn by numpy, so that it differs from what the PyTorch pipeline draws for the same seed.
+    """
+    draws = [np.random.default_rng((seed, i)).standard_normal(shape, np.float32) for i in indices]
+    return np.stack(draws) if draws else np.empty((0, *shape), np.float32)
+
+
+class Session:
+    """An exported directory, ready to run: ``encode``, ``invert``, ``decode``, ``reconstruct``.
+
+    Args:
+        directory: written by ``python -m pdae_fast.export onnx`` or ``... tensorrt``.
+        backend: None (what the directory was made for) or "openvino" for ONNX files.
+        provider: for ONNX Runtime "auto" (CUDA where it works, else the CPU), "cpu", "cuda", "tensorrt" ... or the full
+            name of an execution provider. What is asked for is verified after loading: a silent fall-back to the CPU
+            is a UserError unless ``allow_fallback``.
+        threads: of one network evaluation on the CPU (default: the backend's own choice).
+        batch_size: images per evaluation (default and upper limit: the ``max_batch`` of the export). Results do not
+            depend on it beyond rounding.
+        check_files: compare every file with the hash in the manifest before it is used.
+
+    Images are float32 [N, C, H, W] in [-1, 1]. Raises UserError for anything a user can get wrong.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        backend: str | None = None,
+        provider: str = "auto",
+        *,
+        threads: int | None = None,
+        allow_fallback: bool = False,
+        batch_size: int | None = None,
+        check_files: bool = True,
+    ) -> None:
+        self.directory = Path(directory).expanduser()
+        self.manifest = manifests.read(self.directory)
+        if threads is not None and threads < 1:
+            raise UserError(f"threads must be at least 1, not {threads}")
+        limit = self.manifest["max_batch"]
+        if batch_size is not None and not 1 <= batch_size <= limit:
+            raise UserError(f"batch size {batch_size}: this export takes 1 to {limit} images at a time")
+        self.batch_size = batch_size or limit
+        if check_files:
+            manifests.check_files(self.directory, self.manifest)
+        self.backend = load_backend(self.directory, self.manifest, backend, provider, threads, allow_fallback)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.manifest["image_shape"]
+        return channels, height, width
+
+    @property
+    def provider(self) -> str:
+        """What the graphs really run on."""
+        return self.backend.provider
+
+    # -- checks and batching ---------------------------------------------------------------------------------------
+
+    def _images(self, x: Any, what: str) -> np.ndarray:
+        shape = self.image_shape
+        if not isinstance(x, np.ndarray) or x.ndim != 4 or x.shape[1:] != shape:
+            found = list(x.shape) if isinstance(x, np.ndarray) else type(x).__name__
+            raise UserError(f"{what} has shape {found}; this model expects an array [N, {', '.join(map(str, shape))}]")
+        if x.dtype.kind != "f":
+            raise UserError(f"{what} has dtype {x.dtype}; expected floating point values in [-1, 1]")
+        if not np.isfinite(x).all():
+            raise UserError(f"{what} holds NaN or infinite values")
+        return np.ascontiguousarray(x, np.float32)
+
+    def _codes(self, z: Any, count: int | None = None) -> np.ndarray | None:
+        """z checked; None for a prior, which takes none."""
+        if self.manifest["kind"] != "pdae":
+            if z is not None:
+                raise UserError("this export holds a prior alone, which takes no z")
+            return None
+        D = self.manifest["latent_dim"]
+        if not isinstance(z, np.ndarray) or z.ndim != 2 or z.shape[1] != D or (count is not None and len(z) != count):
+            found = list(z.shape) if isinstance(z, np.ndarray) else type(z).__name__
+            raise UserError(f"z has shape {found}; expected an array [{'N' if count is None else count}, {D}]")
+        if z.dtype.kind != "f" or not np.isfinite(z).all():
+            raise UserError("z must hold finite floating point values")
+        return np.ascontiguousarray(z, np.float32)
+
+    def _parts(self, count: int) -> Iterator[slice]:
+        for start in range(0, count, self.batch_size):
+            yield slice(start, min(start + self.batch_size, count))
+
+    def _loop(self, graph: str, x: np.ndarray, z: np.ndarray | None, steps: int) -> np.ndarray:
+        out = np.empty_like(x)
+        for part in self._parts(len(x)):
+            conditioning = None if z is None else self.backend.run("conditioning", {"z": z[part]})["conditioning"]
+            out[part] = self.backend.loop(graph, x[part], conditioning, steps)
+        return out
+
+    # -- what users call -------------------------------------------------------------------------------------------
+
+    def encode(self, x0: np.ndarray) -> np.ndarray:
+        """x0 [N, C, H, W] -> z [N, D] float32."""
+        if self.manifest["kind"] != "pdae":
+            raise UserError("encode needs a PDAE; this export holds a prior alone")
+        x0 = self._images(x0, "x0")
+        z = np.empty((len(x0), self.manifest["latent_dim"]), np.float32)
+        for part in self._parts(len(x0)):
+            z[part] = self.backend.run("encoder", {"x0": x0[part]})["z"]
+        return z
+
+    def invert(self, x0: np.ndarray, z: np.ndarray | None = None) -> np.ndarray:
+        """Inferred x_T [N, C, H, W] of x0 [N, C, H, W] given its z [N, D] (a prior takes none)."""
+        x0 = self._images(x0, "x0")
+        return self._loop("invert_step", x0, self._codes(z, len(x0)), self.manifest["encode_steps"])
+
+    def decode(
+        self,
+        z: np.ndarray | None = None,
+        x_T: np.ndarray | None = None,
+        seed: int = 0,
+        *,
+        first: int = 0,
+        count: int | None = None,
+    ) -> np.ndarray:
+        """Images [N, C, H, W], not clamped, from z [N, D] and x_T [N, C, H, W].
+
+        Without x_T it is drawn (see :func:`noise`): image k of the call is image ``first + k`` of ``seed``. A prior
+        takes no z; then x_T or ``count`` says how many images.
+        """
+        z = self._codes(z)
+        known = {len(v) for v in (z, x_T) if v is not None} | ({count} if count is not None else set())
+        if len(known) != 1:
+            raise UserError(f"z, x_T and count disagree on the number of images: {sorted(known) or 'none given'}")
+        (count,) = known
+        x = noise(seed, range(first, first + count), self.image_shape) if x_T is None else self._images(x_T, "x_T")
+        return self._loop("decode_step", x, z, self.manifest["steps"])
+
+    def reconstruct(self, x0: np.ndarray) -> np.ndarray:
+        """x0 -> z and inferred x_T -> x0 again [N, C, H, W], by the separate graphs."""
+        z = self.encode(x0) if self.manifest["kind"] == "pdae" else None
+        return self.decode(z, self.invert(x0, z))

@@ -1,0 +1,60 @@
+"""A small model and its exports, made once for all tests of this folder."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import images, tiny_pdae, tiny_prior
+
+STEPS, ENCODE_STEPS, MAX_BATCH = 5, 7, 3
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Random weights whose loops are calm: at full strength a random network multiplies rounding at every step."""
+    model = tiny_pdae()
+    with torch.no_grad():
+        for head in (model.decoder.out, model.decoder.shift_out):
+            head[2].weight.mul_(0.2)
+            head[2].bias.mul_(0.2)
+    return model
+
+
+def _export(tmp_path_factory, name, model, **settings):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    from pdae_fast.export.onnx import Settings, export_onnx
+
+    out = tmp_path_factory.mktemp("export") / name
+    export_onnx(model, out, Settings(STEPS, ENCODE_STEPS, max_batch=MAX_BATCH, **settings))
+    return out
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory, tiny):
+    """float32, everything that can be exported."""
+    return _export(tmp_path_factory, "float32", tiny, single_file=True, verify=True)
+
+
+@pytest.fixture(scope="session")
+def exported_half(tmp_path_factory, tiny):
+    return _export(tmp_path_factory, "float16", tiny, dtype="float16", norm="instance")
+
+
+@pytest.fixture(scope="session")
+def exported_bfloat16(tmp_path_factory, tiny):
+    return _export(tmp_path_factory, "bfloat16", tiny, dtype="bfloat16")
+
+
+@pytest.fixture(scope="session")
+def exported_prior(tmp_path_factory):
+    return _export(tmp_path_factory, "prior", tiny_prior())
+
+
+@pytest.fixture
+def x0():
+    """Images as numpy, more than one batch of them."""
+    return np.ascontiguousarray(images(MAX_BATCH + 1, seed=3).numpy())

@@ -31,6 +31,7 @@ TITLES = {
     "peak": "what the machine reaches: a large matrix product, a large copy (read plus written)",
     "quality": "the bundled model on the bundled images, encoded and decoded",
     "startup": "from the start of a new process to the end of its first step",
+    "deploy": "one DDIM step by exported graphs, beside the engine; all took turns; ratio: baseline over contender",
 }
 HEADERS = {
     "median_s": "ms",

@@ -20,6 +20,7 @@ BACKENDS = {
     "triton": (("triton",), "pip install 'pdae_fast[gpu]'"),
     "xformers": (("xformers",), "pip install 'pdae_fast[xformers]'"),
     "onnxruntime": (("onnxruntime", "onnxruntime-gpu"), "pip install 'pdae_fast[onnx]'"),
+    "openvino": (("openvino",), "pip install 'pdae_fast[openvino]'"),
     "tensorrt": (("tensorrt",), "pip install 'pdae_fast[tensorrt]'"),
     "tensorrt_rtx": (("tensorrt-rtx-cu13", "tensorrt-rtx"), "pip install 'pdae_fast[tensorrt-rtx]'"),
     "tensorboard": (("tensorboard",), "pip install 'pdae_fast[train]'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,15 @@ from .errors import UserError
 from .inversion import invert_implicit
 from .models import PDAE, Prior
 from .schedule import Trajectory, build_schedule
+
+# Ways to infer x_T and decode it, as arguments of Pipeline; what each leaves of the error is in the README. Fewer steps
+# are another, coarser decoder, which does not show where x_T is solved for it.
+PRESETS: dict[str, dict[str, Any]] = {
+    "published": {"steps": 100, "spacing": "uniform", "iterations": 0},
+    "fast": {"steps": 10, "spacing": "quadratic", "iterations": 2},
+    "balanced": {"steps": 13, "spacing": "quadratic", "iterations": 2},
+    "exact": {"steps": 30, "spacing": "quadratic", "iterations": 5},
+}
 
 
 class Pipeline:
@@ -29,6 +39,8 @@ class Pipeline:
         plan: "auto", "fused" (the engine's rewrites) or "eager" (the modules as they are).
         attention: "auto", "sdpa" or "xformers".
         spacing: of the time points of all trajectories: "uniform" as published, or "quadratic".
+        iterations: how x_T is inferred. 0: DDIM steps upward, as published. From 1 on: each of the ``steps`` that
+            decode is solved for its start by so many evaluations (see inversion.invert_implicit).
         progress: called as progress(n) whenever n images have advanced by one network evaluation.
 
     Images are float32 [B, C, H, W] in [-1, 1]; results come back float32 on the CPU. ``pipe.evaluations`` counts
@@ -46,12 +58,16 @@ class Pipeline:
         plan: str = "auto",
         attention: str = "auto",
         spacing: str = "uniform",
+        iterations: int = 0,
     ) -> None:
         if not isinstance(model, (PDAE, Prior)):
             raise UserError(f"Pipeline needs a PDAE or a Prior, not {type(model).__name__}")
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch size must be at least 1, not {batch_size}")
-        self.model, self.steps, self.progress, self.spacing = model, steps, progress, spacing
+        if iterations < 0:
+            raise UserError(f"iterations must not be negative, not {iterations}")
+        self.model, self.progress = model, progress
+        self.steps, self.spacing, self.iterations = steps, spacing, iterations
         self.schedule = build_schedule(model.config.schedule)
         self.schedule.timesteps(steps, spacing)
         self.device = resolve_device(device)
@@ -124,11 +140,10 @@ class Pipeline:
         model, x0 = self._pdae("encode"), self._images(x0, "x0")
         return self._batched(len(x0), lambda part: self.plan.encode(x0[part]), (model.config.latent_dim,))
 
-    def invert(self, x0: Tensor, z: Tensor | None = None, steps: int | None = None, *, iterations: int = 0) -> Tensor:
+    def invert(self, x0: Tensor, z: Tensor | None = None, steps: int | None = None) -> Tensor:
         """Inferred x_T [B, C, H, W] of x0 [B, C, H, W] given its z [B, latent_dim] (None: by the prior alone).
 
-        ``iterations`` 0 runs the DDIM steps upward, as published. From 1 on every step of the decoder is solved by so
-        many evaluations (inversion.invert_implicit): then ``steps`` must be those that will decode.
+        ``steps`` is how many go up; a pipeline with ``iterations`` solves the steps that decode, so it takes no other.
         """
         x0, steps = self._images(x0, "x0"), self.steps if steps is None else steps
         z = self._codes(z, len(x0))
@@ -136,16 +151,20 @@ class Pipeline:
         def field(part: slice) -> sampling.Field:
             return self.plan.field(None if z is None else z[part])
 
-        if iterations == 0:
+        if self.iterations == 0:
             return self._integrate(x0, self.schedule.inversion(steps, self.spacing), field)
-        if iterations < 0:
-            raise UserError(f"iterations must not be negative, not {iterations}")
+        if steps != self.steps:
+            raise UserError(
+                f"iterations solve the {self.steps} steps that decode; leave out encode steps (now {steps})"
+            )
         decoding = self.schedule.decoding(steps, spacing=self.spacing)
         self.plan.prepare([0, *(step.t for step in decoding)])
 
         def run(part: slice) -> Tensor:
             x = x0[part].to(self.device)
-            return invert_implicit(field(part), x, decoding, iterations=iterations, progress=self._tick(len(x))).x_T
+            return invert_implicit(
+                field(part), x, decoding, iterations=self.iterations, progress=self._tick(len(x))
+            ).x_T
 
         return self._batched(len(x0), run, self.model.image_shape)
 
@@ -195,17 +214,10 @@ class Pipeline:
         draws = [torch.randn(shape, generator=generator, device=generator.device).cpu() for _ in range(count)]
         return self._collect([d[None] for d in draws], shape)
 
-    def reconstruct(self, x0: Tensor, encode_steps: int | None = None, *, iterations: int = 0) -> Tensor:
-        """x0 -> z and inferred x_T -> x0 again [B, C, H, W]; ``encode_steps`` defaults to ``steps``.
-
-        ``iterations``: as in :meth:`invert`.
-        """
-        if iterations and encode_steps not in (None, self.steps):
-            raise UserError(
-                f"iterations solve the {self.steps} steps that decode; leave out encode_steps (now {encode_steps})"
-            )
+    def reconstruct(self, x0: Tensor, encode_steps: int | None = None) -> Tensor:
+        """x0 -> z and inferred x_T -> x0 again [B, C, H, W]; ``encode_steps`` defaults to ``steps``."""
         z = self.encode(x0)
-        return self.decode(z, self.invert(x0, z, encode_steps, iterations=iterations))
+        return self.decode(z, self.invert(x0, z, encode_steps))
 
     # -- what z is for ---------------------------------------------------------------------------------------------
 

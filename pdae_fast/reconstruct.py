@@ -19,7 +19,7 @@ from .engine.device import describe_device
 from .errors import UserError
 from .files import make_folder
 from .models import PDAE
-from .pipeline import Pipeline
+from .pipeline import PRESETS, Pipeline
 
 MODES = {
     "inferred": "inferred x_T",
@@ -52,11 +52,9 @@ class _Record:
         }
 
 
-def _run_mode(
-    pipe: Pipeline, mode: str, x0: Tensor, first: int, encode_steps: int, seed: int, iterations: int
-) -> Tensor:
+def _run_mode(pipe: Pipeline, mode: str, x0: Tensor, first: int, encode_steps: int, seed: int) -> Tensor:
     if mode == "inferred":
-        return pipe.reconstruct(x0, encode_steps, iterations=iterations)
+        return pipe.reconstruct(x0, encode_steps)
     z = pipe.encode(x0) if mode == "random" else None
     return pipe.decode(z, count=len(x0), seed=seed, first=first)
 
@@ -68,7 +66,6 @@ def reconstruct(
     out: Path,
     encode_steps: int,
     seed: int = 0,
-    iterations: int = 0,
 ) -> tuple[dict[str, _Record], list[str]]:
     """Run ``modes`` over ``batches``, write images as they come, and at the end the grid; memory stays constant."""
     records = {mode: _Record() for mode in modes}
@@ -80,7 +77,7 @@ def reconstruct(
         shown["input"].append(batch.images[:wanted])
         for mode in modes:
             record, before, start = records[mode], pipe.evaluations, time.perf_counter()
-            x = _run_mode(pipe, mode, batch.images, first, encode_steps, seed, iterations)
+            x = _run_mode(pipe, mode, batch.images, first, encode_steps, seed)
             record.seconds += time.perf_counter() - start
             for key, n in pipe.evaluations.items():
                 record.evaluations[key] = record.evaluations.get(key, 0) + n - before.get(key, 0)
@@ -111,7 +108,15 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--on-error", choices=("skip", "fail"), default="skip", help="what a broken image does")
     p.add_argument("--background", default="255,255,255", help="R,G,B that shows behind transparent images")
     p.add_argument("--limit", type=int, help="use only the first N images")
+    p.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        help="values for --steps, --spacing and --iterations; an option given beside it overrides its value",
+    )
     args = p.parse_args(argv)
+    if args.preset:
+        p.set_defaults(**PRESETS[args.preset])
+        args = p.parse_args(argv)
     model = PDAE.from_pretrained(args.model, **cli.foreign_options(args))
     out, modes = Path(args.out), list(dict.fromkeys(args.modes))
     pipe = Pipeline(
@@ -123,10 +128,9 @@ def main(argv: list[str] | None = None) -> None:
         plan=args.plan,
         attention=args.attention,
         spacing=args.spacing,
+        iterations=args.iterations,
     )
     encode_steps = args.steps if args.encode_steps is None else args.encode_steps
-    if args.iterations < 0:
-        raise UserError(f"--iterations must not be negative, not {args.iterations}")
     if args.iterations and encode_steps != args.steps:
         raise UserError("--iterations solves the steps that decode; leave out --encode-steps")
     points = {steps: len(pipe.schedule.timesteps(steps, args.spacing)) - 1 for steps in (args.steps, encode_steps)}
@@ -145,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     ) as bar:
         pipe.progress = bar.update
         batches = stream(dataset, pipe.batch_size, args.on_error, broken)
-        records, names = reconstruct(pipe, batches, modes, out, encode_steps, args.seed, args.iterations)
+        records, names = reconstruct(pipe, batches, modes, out, encode_steps, args.seed)
     if not names:
         raise UserError(f"none of the {len(broken)} images could be read; the first: {': '.join(broken[0])}")
     report = {
@@ -155,6 +159,7 @@ def main(argv: list[str] | None = None) -> None:
         "broken": [{"name": name, "reason": reason} for name, reason in broken],
         "steps": args.steps,
         "encode_steps": encode_steps,
+        "preset": args.preset,
         "spacing": args.spacing,
         "iterations": args.iterations,
         "seed": args.seed,

@@ -279,3 +279,16 @@ def test_info(capsys):
 def test_json_has_no_infinities(tmp_path):
     cli.write_json(tmp_path / "x.json", {"a": float("inf"), "b": [float("nan"), 1.5], "c": {"d": (1, float("-inf"))}})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": [None, 1.5], "c": {"d": [1, None]}}
+
+
+def test_presets_and_what_overrides_them(tmp_path, model_dir, capsys):
+    base = ["--model", model_dir, "--input", image_folder(tmp_path / "in", 2), "--modes", "inferred", "--device", "cpu"]
+    assert run(reconstruct.main, *base, "--out", tmp_path / "a", "--preset", "fast", "--steps", 3) == 0
+    report = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    assert (report["preset"], report["steps"], report["spacing"], report["iterations"]) == ("fast", 3, "quadratic", 2)
+    assert report["modes"]["inferred"]["network_evaluations_per_image"]["trunk"] == 1 + 2 * 3 + 3
+    assert "3 steps solved by 2 evaluations each and 3 down, quadratic spacing" in capsys.readouterr().out
+    assert run(reconstruct.main, *base, "--out", tmp_path / "b", "--preset", "fast", "--encode-steps", 5) == 2
+    assert "leave out --encode-steps" in capsys.readouterr().err
+    assert run(reconstruct.main, *base, "--out", tmp_path / "b", "--preset", "fastest") == 2
+    assert "published" in capsys.readouterr().err

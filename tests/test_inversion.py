@@ -9,6 +9,7 @@ from pdae_fast import PDAE, Pipeline, UserError, metrics
 from pdae_fast.config import ScheduleConfig
 from pdae_fast.data import open_dataset
 from pdae_fast.inversion import invert_implicit
+from pdae_fast.pipeline import PRESETS
 from pdae_fast.reconstruct import SAMPLES
 from pdae_fast.sampling import ddim_invert, integrate
 from pdae_fast.schedule import build_schedule
@@ -137,20 +138,21 @@ def test_a_tolerance_saves_evaluations():
 def test_random_networks_through_the_pipeline():
     model, x0 = tiny_pdae(), images(3)
     ticks = []
-    pipe = Pipeline(model, steps=20, device="cpu", dtype="float32", progress=ticks.append, batch_size=2)
+    shared = {"steps": 20, "iterations": 3, "device": "cpu", "dtype": "float32"}
+    pipe = Pipeline(model, **shared, progress=ticks.append, batch_size=2)
     z = pipe.encode(x0)
-    x_T = pipe.invert(x0, z, iterations=3)
+    x_T = pipe.invert(x0, z)
     assert sum(ticks) == 3 * 61 and pipe.evaluations["trunk"] == 3 * 61
     # The same numbers, whatever the batch.
-    whole = Pipeline(model, steps=20, device="cpu", dtype="float32", batch_size=3)
-    torch.testing.assert_close(whole.invert(x0, z, iterations=3), x_T, rtol=1e-3, atol=1e-3)
+    whole = Pipeline(model, **shared, batch_size=3)
+    torch.testing.assert_close(whole.invert(x0, z), x_T, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda p, x: p.invert(x, iterations=-1), "iterations must not be negative, not -1"),
-        (lambda p, x: p.reconstruct(x, 5, iterations=2), "leave out encode_steps .now 5"),
+        (lambda p, x: Pipeline(p.model, iterations=-1), "iterations must not be negative, not -1"),
+        (lambda p, x: p.reconstruct(x, 5), "leave out encode steps .now 5"),
         (
             lambda p, x: Pipeline(p.model, spacing="cubic"),
             "'cubic' is not known; expected uniform or quadratic",
@@ -158,7 +160,7 @@ def test_random_networks_through_the_pipeline():
     ],
 )
 def test_mistakes(call, words):
-    pipe = Pipeline(tiny_pdae(), steps=2, device="cpu", dtype="float32")
+    pipe = Pipeline(tiny_pdae(), steps=2, device="cpu", dtype="float32", iterations=1)
     with pytest.raises(UserError, match=words):
         call(pipe, images(1))
 
@@ -176,8 +178,8 @@ def test_forty_evaluations_beat_two_hundred_on_the_bundled_model():
     dataset = open_dataset([SAMPLES], 32, 1)
     x0 = torch.stack([dataset[i].image for i in range(4)])
     published = Pipeline(model, steps=100, device="cpu", dtype="float32")
-    quick = Pipeline(model, steps=13, device="cpu", dtype="float32", spacing="quadratic")
-    x = quick.reconstruct(x0, iterations=2)
+    quick = Pipeline(model, **PRESETS["balanced"], device="cpu", dtype="float32")
+    x = quick.reconstruct(x0)
     assert quick.evaluations["trunk"] == 4 * 40
     error, reference = (float(metrics.mse(x0, y).mean()) for y in (x, published.reconstruct(x0)))
     assert error < reference / 10

@@ -49,12 +49,27 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device, parameters: in
     return resolved
 
 
+def _cpuinfo(key: str) -> str:
+    """The first line of Linux's /proc/cpuinfo that starts with ``key``, its value; empty elsewhere."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith(key))
+    except (OSError, StopIteration):
+        return ""
+
+
+def _cpu_flags() -> list[str]:
+    return _cpuinfo("flags").split()
+
+
 @functools.cache
 def has_native_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 products run on instructions of their own here; elsewhere it is converted, and slower."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if not hasattr(torch.cpu, "get_capabilities"):  # PyTorch 2.11
+        return "avx512_bf16" in _cpu_flags() or "amx_bf16" in _cpu_flags()
+    capabilities = torch.cpu.get_capabilities()
     native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return bool(native) and torch.backends.mkldnn.is_available()
 
@@ -63,13 +78,7 @@ def describe_device(device: torch.device) -> str:
     """A name for reports: the GPU's, or the processor's with its thread count."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = "CPU"
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            name = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{name}, {torch.get_num_threads()} threads"
+    return f"{_cpuinfo('model name') or 'CPU'}, {torch.get_num_threads()} threads"
 
 
 def last_level_cache(device: torch.device) -> int:

@@ -107,7 +107,7 @@ def test_without_matplotlib_the_install_line(results, tmp_path, monkeypatch, cap
     target = tmp_path / "out.csv"
     arguments = [str(results), "--csv", str(target), "--plot", str(tmp_path / "speed.png")]
     assert cli.run(report.main, arguments) == 2
-    assert "pip install matplotlib" in capsys.readouterr().err and not target.exists()
+    assert "pip install 'pdae_fast[plot]'" in capsys.readouterr().err and not target.exists()
 
 
 def test_the_newest_run_is_the_default(tmp_path):

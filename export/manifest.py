@@ -28,6 +28,7 @@ from ..files import atomic_write
 
 FORMAT = "pdae_fast-export-1"
 NAME = "manifest.json"
+DIGEST = "manifest_sha256"
 BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 GRAPHS = {
     "pdae": ("encoder", "conditioning", "decode_step", "invert_step"),
@@ -95,8 +96,10 @@ def signature(
 
 
 def write(directory: str | Path, manifest: dict[str, Any]) -> None:
-    """Write ``manifest`` (without its ``format``, which is added); call it when all other files are in place."""
-    text = json.dumps({"format": FORMAT, **manifest}, indent=2, allow_nan=False)
+    """Write ``manifest``, with its format and its own digest; call it when all other files are in place."""
+    content = {**manifest, "format": FORMAT}
+    content[DIGEST] = _own_digest(content)
+    text = json.dumps(content, indent=2, allow_nan=False)
     with atomic_write(Path(directory) / NAME, "w") as file:
         file.write(text + "\n")
 
@@ -126,7 +129,17 @@ def read(directory: str | Path, backends: Iterable[str] = BACKENDS) -> dict[str,
     _check_fields(manifest, path)
     if manifest["backend"] not in backends:
         raise UserError(f"{directory}: made for {manifest['backend']}; expected {' or '.join(backends)}")
+    if manifest.get(DIGEST) != _own_digest(manifest):
+        raise UserError(
+            f"{path}: its content does not match its own {DIGEST}: edited after the export; export once more"
+        )
     return manifest
+
+
+def _own_digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of everything the manifest says but this."""
+    content = {name: value for name, value in manifest.items() if name != DIGEST}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def is_export(directory: str | Path) -> bool:

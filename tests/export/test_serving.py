@@ -350,7 +350,7 @@ def test_shared_weights_travel_with_the_graphs_that_refer_to_them(tmp_path):
     onnx.save(model, path, save_as_external_data=True, location="step.weights", size_threshold=100)
     content["graphs"]["decode_step"].update(manifests.file_entry(path))
     content["files"]["step.weights"] = manifests.file_entry(source / "step.weights")
-    (source / "manifest.json").write_text(json.dumps(content))
+    manifests.write(source, content)
     out = tmp_path / "serving"
     assert serve("--onnx", source, "--out", out, "--quiet") == 0
     assert (out / "models/pdae_decode_step/1/step.weights").is_file()

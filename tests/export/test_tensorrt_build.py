@@ -165,7 +165,7 @@ def edited(directory, model=None, rehash=True, **entry):
     if model is not None:
         path.write_bytes(model)
     content["graphs"]["encoder"].update(manifests.file_entry(path) if rehash else {}, **entry)
-    (directory / "manifest.json").write_text(json.dumps(content))
+    manifests.write(directory, content)
     return directory
 
 

@@ -76,7 +76,7 @@ EDITS = [
     (lambda m: m["graphs"]["encoder"].pop("sha256"), "'encoder' names no file with its hash"),
     (lambda m: m["files"].update({"../x": {"sha256": "", "bytes": 1}}), "names no file"),
     (lambda m: m["graphs"].update(encoder="encoder.onnx"), "'encoder' names no file"),
-    (lambda m: m.update(steps=2), "not what its own manifest_sha256 says: edited after the export"),
+    (lambda m: m.update(steps=2), "does not match its own manifest_sha256: edited after the export"),
     (lambda m: m.update(schedule={"kind": "cosine"}), "edited after the export"),
     (lambda m: m.pop("manifest_sha256"), "edited after the export"),
 ]

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from pdae_fast import PDAE, PDAEConfig, UNetConfig, available, presets
 
@@ -75,6 +74,9 @@ def flops(model: PDAE, batch: int) -> int:
     x = torch.empty(batch, *model.image_shape, device="meta")
     t = torch.zeros(batch, dtype=torch.int64, device="meta")
     z = torch.empty(batch, model.config.latent_dim, device="meta")
+    # Imports Triton, which tests/kernels must be the first to import.
+    from torch.utils.flop_counter import FlopCounterMode
+
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         decoder(x, t, z)
     return counter.get_total_flops()

@@ -39,7 +39,8 @@ extras = {
     "train": ["tensorboard"],
     "convert": ["pyyaml"],
     "metrics": ["torchmetrics>=1.9"],
-    "data": ["dicebear-core", "dicebear-styles", "resvg-py", "lmdb"],
+    # Pinned: the avatars' pixels are those of these versions, and a folder's manifest refuses others.
+    "data": ["dicebear-core==10.7.0", "dicebear-styles==10.6.0", "resvg-py==0.5.0", "lmdb"],
     "dev": [
         "pytest>=8",
         "pytest-benchmark>=5",
@@ -53,7 +54,7 @@ extras = {
 }
 
 # The tests export the bundled model, build engines without a GPU, and check the serving layout against its schema.
-extras["dev"] += [*extras["onnx"], *extras["tensorrt-rtx"], *extras["serving"], *extras["plot"]]
+extras["dev"] += [*extras["onnx"], *extras["tensorrt-rtx"], *extras["serving"], *extras["plot"], *extras["data"]]
 
 setup(
     name="pdae_fast",

@@ -1,5 +1,8 @@
 """Readers that yield images in [-1, 1], with labels where they are known, and writers for results."""
 
+from pdae_fast.data.attributes import Attributes, Labels, labels_for, read_attributes
+from pdae_fast.data.avatars import make_avatars
+from pdae_fast.data.diffae_lmdb import DiffAELMDB
 from pdae_fast.data.folder import ImageFiles
 from pdae_fast.data.idx import FASHION_CLASSES, FashionMNIST, read_idx
 from pdae_fast.data.images import save_grid, save_images
@@ -10,14 +13,20 @@ from pdae_fast.data.stream import stream
 
 __all__ = [
     "FASHION_CLASSES",
+    "Attributes",
     "Batch",
     "BrokenImage",
+    "DiffAELMDB",
     "FashionMNIST",
     "ImageFiles",
+    "Labels",
     "Sample",
     "collate",
+    "labels_for",
     "load_image",
+    "make_avatars",
     "open_dataset",
+    "read_attributes",
     "read_idx",
     "save_grid",
     "save_images",

@@ -17,8 +17,14 @@ def main(argv: list[str] | None = None) -> None:
     add = commands.add_parser(
         "avatars", help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     ).add_argument
-    add("--out", required=True, metavar="DIR", help="folder for the data set; drawn images in it are kept")
-    add("--count", required=True, type=int, metavar="N", help="images")
+    add(
+        "--out",
+        required=True,
+        metavar="DIR",
+        default=argparse.SUPPRESS,
+        help="folder for the data set; drawn images in it are kept",
+    )
+    add("--count", required=True, type=int, metavar="N", default=argparse.SUPPRESS, help="images")
     add("--size", type=int, default=64, help="pixels, both ways")
     add("--seed", type=int, default=0, help="seed of everything random")
     add("--pairs", type=int, default=0, metavar="M", help="pairs of images that differ in one attribute")

@@ -28,13 +28,13 @@ _COLOURS = (
     (0, 0, 0), (237, 185, 138), (81, 153, 228), (201, 51, 5), (253, 152, 65), (255, 255, 255), (114, 65, 51),
     (44, 27, 24), (167, 255, 196), (165, 87, 40), (255, 72, 142),
 )  # fmt: skip
-# Fainter than this is a shadow or a clear lens: what shows is the part below. The drawings have nothing
+# Fainter than this is a shadow or a blush: what shows is the part below. The drawings have nothing
 # between 0.3 and 0.5.
 _FAINT = 0.4
 
 
 class Renderer:
-    """Draws avatars; one for each process, as it parses the style once.
+    """Draws avatars; one for a process will do: making it is slow, because the style is checked.
 
     Raises UserError with the line to install where a package is missing or lacks a drawing that is needed.
     """
@@ -61,7 +61,7 @@ class Renderer:
     def mask(self, avatar: Avatar, size: int) -> Image.Image:
         """Which part each pixel shows: mode "P", values are places in PARTS.
 
-        Sampled at pixel centres without anti-aliasing. Shadows and clear lenses count as what is below them.
+        Sampled at pixel centres without anti-aliasing. Faint shadows count as what is below them.
         """
         pixels = np.asarray(self._render(self._mask_style, _options(avatar), size).convert("RGBA"))
         part, alpha = pixels[..., 0], pixels[..., 3]

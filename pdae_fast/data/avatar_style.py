@@ -153,8 +153,8 @@ def draw_pair(seed: int, index: int) -> tuple[Avatar, Avatar, str]:
 
 
 def shown(choices: Mapping[str, str]) -> dict[str, str]:
-    """The choices as they can be seen: "none" for the colour of a part that is absent and for eyes behind
-    opaque glasses ("kurt"; the others let them through)."""
+    """The choices as they can be seen: "none" for the colour of a part that is absent, for eyes behind
+    opaque glasses ("kurt"; the others let them through) and for clothes under a hijab."""
     return {name: value if _is_shown(name, choices) else "none" for name, value in choices.items()}
 
 
@@ -205,7 +205,9 @@ def _is_shown(name: str, choices: Mapping[str, str]) -> bool:
     if name == "accessories_color":
         return choices["accessories"] != "none"
     if name == "graphic":
-        return choices["clothes"] == "graphicShirt"
+        return choices["clothes"] == "graphicShirt" and choices["top"] != "hijab"
+    if name == "clothes":  # a hijab covers all by which they are told apart
+        return choices["top"] != "hijab"
     if name == "eyes":
         return choices["accessories"] != "kurt"
     return True

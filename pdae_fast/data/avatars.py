@@ -6,11 +6,13 @@ import csv
 import json
 import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from functools import cache
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import connection, get_context, parent_process
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -45,7 +47,7 @@ use, drawn with DiceBear.
 
 - `images/NUMBER.png`: RGB.
 - `masks/NUMBER.png`: the part that each pixel shows, as a palette image; the values are the places in `parts` of
-  `manifest.json`. Hidden parts are not in it, faint shadows and clear lenses count as what is below them.
+  `manifest.json`. Hidden parts are not in it, faint shadows count as what is below them.
 - `attributes.csv`: a row for each image; columns of 0 and 1, then columns of categories ("none": nothing to see).
 - `landmarks.csv`: pixels from the outer corner of the first pixel, x right, y down, hidden or not; left is the
   image's left. Then the pose: scale and rotation (degrees, clockwise) about the centre, shift in percent.
@@ -191,10 +193,8 @@ def _complete(folder: str) -> set[str]:
 def _draw_all(jobs: Iterator[_Job], size: int, workers: int, left: int) -> Iterator[int]:
     """Draw the jobs; yields how many were done since the last time."""
     if workers == 1 or left <= _CHUNK:
-        renderer = Renderer()
         for job in jobs:
-            _draw(job, size, renderer)
-            yield 1
+            yield _draw_chunk([job], size)
         return
     # Not fork: this process has threads, and a lock that one of them holds would stay locked.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker)
@@ -213,26 +213,30 @@ def _draw_all(jobs: Iterator[_Job], size: int, workers: int, left: int) -> Itera
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_renderer: Renderer | None = None
-
-
 def _start_worker() -> None:
-    global _renderer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
-    _renderer = Renderer()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # The pool's workers would wait for work for ever if the first process were killed.
+    connection.wait([parent_process().sentinel])
+    os._exit(1)
+
+
+@cache
+def _renderer() -> Renderer:
+    return Renderer()
 
 
 def _draw_chunk(jobs: Sequence[_Job], size: int) -> int:
+    renderer = _renderer()
     for job in jobs:
-        _draw(job, size, _renderer)
+        avatar = _decide(job.seed, job.index, job.half)
+        name = job.stem + ".png"
+        _save(renderer.mask(avatar, size), os.path.join(job.folder, "masks", name))
+        _save(renderer.image(avatar, size), os.path.join(job.folder, "images", name))
     return len(jobs)
-
-
-def _draw(job: _Job, size: int, renderer: Renderer) -> None:
-    avatar = _decide(job.seed, job.index, job.half)
-    name = job.stem + ".png"
-    _save(renderer.mask(avatar, size), os.path.join(job.folder, "masks", name))
-    _save(renderer.image(avatar, size), os.path.join(job.folder, "images", name))
 
 
 def _save(picture: Image.Image, path: str) -> None:

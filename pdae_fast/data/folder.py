@@ -79,39 +79,46 @@ def _find(root: str, recursive: bool) -> Iterator[str]:
 def _walk(root: str, recursive: bool) -> Iterator[str]:
     """Paths below the folder `root`, in natural order. An explicit stack: folders may nest deeper than
     Python's recursion."""
-    stack = [("", iter(_listing(root)), _identity(root))]
+    names, folders = _listing(root)
+    stack = [("", iter(names), folders, _identity(root))]
     while stack:
-        prefix, entries, _ = stack[-1]
-        for name, is_folder in entries:
+        prefix, names, folders, _ = stack[-1]
+        for name in names:
             below = prefix + name
-            if not is_folder:
+            if name not in folders:
                 yield below
             elif recursive:
                 folder = os.path.join(root, below)
                 identity = _identity(folder)
                 # A link to a folder that we are inside of would go round for ever.
-                if all(identity != outer for _, _, outer in stack):
-                    stack.append((below + "/", iter(_listing(folder)), identity))
+                if all(identity != outer for *_, outer in stack):
+                    inner_names, inner_folders = _listing(folder)
+                    stack.append((below + "/", iter(inner_names), inner_folders, identity))
                     break
         else:
             stack.pop()
 
 
-def _listing(folder: str) -> list[tuple[str, bool]]:
-    """(name, is a folder) of images and subfolders, in natural order; strings only, as many as a million."""
+def _listing(folder: str) -> tuple[list[str], set[str]]:
+    """Names of images and subfolders in natural order, and which of them are folders. Of a million files only
+    the names are asked: no file is opened or looked at, and the lists hold nothing but strings."""
+    names, folders = [], set()
     try:
         with os.scandir(folder) as entries:
-            kept = [
-                (entry.name, is_folder)
-                for entry in entries
-                if not entry.name.startswith(".")
+            for entry in entries:
+                name = entry.name
+                if name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    folders.add(name)
                 # A dangling link is kept: it is a broken image to report, not a file to overlook.
-                and ((is_folder := entry.is_dir()) or _is_image_name(entry.name))
-            ]
+                elif not _is_image_name(name):
+                    continue
+                names.append(name)
     except OSError as error:
         raise UserError(f"cannot read the folder {folder}: {error.strerror}") from error
-    kept.sort(key=lambda item: _natural(item[0]))
-    return kept
+    names.sort(key=_natural)
+    return names, folders
 
 
 def _identity(folder: str) -> tuple[int, int]:
@@ -126,11 +133,20 @@ def _is_image_name(path: str) -> bool:
     return path.lower().endswith(EXTENSIONS)
 
 
-def _natural(name: str) -> tuple[list[str | int], str]:
-    """Sort key: runs of digits compare as numbers. Splitting puts text at even places and digits at odd ones,
-    so keys always compare like with like; the name itself decides between "1" and "01"."""
-    parts = re.split(r"([0-9]+)", name)
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
+_digit_runs = re.compile("([0-9]+)").split
+
+
+def _natural(name: str) -> str:
+    """Sort key: runs of digits compare as numbers; the name itself decides between "1" and "01".
+
+    One string: a million lists of text and numbers are slow to make and to compare. A number is written as
+    a mark below every character, how many digits it has, and the digits; two marks close the key.
+    """
+    parts = _digit_runs(name)  # text at even places, digits at odd ones
+    for i in range(1, len(parts), 2):
+        digits = parts[i].lstrip("0")
+        parts[i] = f"\0{chr(len(digits) + 1)}{digits}"
+    return f"{''.join(parts)}\0\0{name}"
 
 
 def _unique_names(relative: Sequence[tuple[str, str]]) -> list[str]:
@@ -141,8 +157,10 @@ def _unique_names(relative: Sequence[tuple[str, str]]) -> list[str]:
             name = below
         else:
             name = os.path.basename(os.path.abspath(root)) + "/" + below
-        # Control characters and undecodable bytes cannot go into a table or a JSON file.
-        return re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", "_", name).lstrip("/")
+        if not (name.isascii() and name.isprintable()):
+            # Control characters and undecodable bytes cannot go into a table or a JSON file.
+            name = re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", "_", name)
+        return name.lstrip("/")
 
     names = [longer(root, below, 0) for root, below in relative]
     for level in (1, 2):

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from io import BytesIO
 
 import numpy as np
 import torch
@@ -41,16 +42,23 @@ _DEEP_INTEGER = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _FLOAT_SLACK = 1e-3  # float images that were resized overshoot [0, 1] a little
 
 
-def load_image(path: str | os.PathLike, size: int, channels: int = 3, background: Sequence[int] = WHITE) -> Tensor:
+def load_image(
+    path: str | os.PathLike,
+    size: int,
+    channels: int = 3,
+    background: Sequence[int] = WHITE,
+    content: bytes | None = None,
+) -> Tensor:
     """Read an image file as float32 [channels, size, size] in [-1, 1]; the module's text says how.
 
     channels: 1 or 3. background: the RGB colour, 0 ... 255, that shows through transparent pixels.
+    content: the bytes of the file, for one that lies inside another; `path` then only names it in errors.
     Raises UserError for a bad argument and BrokenImage, naming the file, for one that is missing,
     truncated, not an image, empty, too many pixels for Pillow (`Image.MAX_IMAGE_PIXELS`), or deep with
     values out of range.
     """
     background = check_target(size, channels, background)
-    square = _centre_square(_decode(path))
+    square = _centre_square(_decode(path, content))
     if square.mode in _DEEP_INTEGER or square.mode == "F":
         planes = _deep_planes(path, square, channels, background)
         resized = [np.asarray(_resize(Image.fromarray(plane), size)) for plane in planes]
@@ -81,13 +89,13 @@ def check_target(size: int, channels: int, background: Sequence[int] = WHITE) ->
     return tuple(int(value) for value in colour)
 
 
-def _decode(path: str | os.PathLike) -> Image.Image:
-    if not os.path.isfile(path):  # opening a pipe would wait for ever
+def _decode(path: str | os.PathLike, content: bytes | None) -> Image.Image:
+    if content is None and not os.path.isfile(path):  # opening a pipe would wait for ever
         raise BrokenImage(path, "not a plain file" if os.path.exists(path) else "no such file")
-    if os.path.getsize(path) == 0:
+    if (os.path.getsize(path) if content is None else len(content)) == 0:
         raise BrokenImage(path, "the file is empty")
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        with Image.open(path if content is None else BytesIO(content), formats=_FORMATS) as image:
             image.load()
             _turn_upright(image)
             return image

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from pdae_fast.data.avatars import is_avatars
+from pdae_fast.data.diffae_lmdb import DiffAELMDB
 from pdae_fast.data.folder import ImageFiles
 from pdae_fast.data.idx import FashionMNIST, find_idx
 from pdae_fast.data.preprocess import EXTENSIONS, WHITE
@@ -12,7 +14,7 @@ from pdae_fast.errors import UserError
 
 CHOICES = (
     f"expected image files or folders ({' '.join(EXTENSIONS)}), a folder of MNIST-style IDX files, "
-    "'fashion-mnist', or 'fashion-mnist:DIR'"
+    "'fashion-mnist', 'fashion-mnist:DIR', or a Diff-AE LMDB ('lmdb:DIR' or 'lmdb:DIR:SIZE')"
 )
 
 
@@ -24,12 +26,13 @@ def open_dataset(
     *,
     background: Sequence[int] = WHITE,
     recursive: bool = True,
-) -> ImageFiles | FashionMNIST:
+) -> ImageFiles | FashionMNIST | DiffAELMDB:
     """Open the data that `spec` names, as [channels, size, size] images in [-1, 1].
 
     spec: "fashion-mnist" (the installed Debian package), "fashion-mnist:DIR", a folder that holds MNIST-style
-    IDX files, or an image file, a folder, or a list of both. The words win over a folder of the same name,
-    which can be given as "./fashion-mnist".
+    IDX files, a Diff-AE LMDB as "lmdb:DIR" or "lmdb:DIR:SIZE" (SIZE as in its keys) or a folder that holds
+    `data.mdb`, or an image file, a folder, or a list of both. Of a folder of avatars the images are read, not the
+    masks and pairs. The words win over a folder of the same name, which can be given as "./fashion-mnist".
     split: "train" or "test"; a data set without splits (image files) is used whole either way.
     background, recursive: for image files, see `ImageFiles`.
     Raises UserError for anything else, naming what was not understood and the choices.
@@ -47,9 +50,27 @@ def open_dataset(
                 raise UserError(f"{path} cannot be combined with other inputs")
             root = (folder or None) if is_named else path
             return FashionMNIST(root, split == "train", size, channels)
+        if name == "lmdb" or _is_lmdb(path):
+            if len(specs) > 1:
+                raise UserError(f"{path} cannot be combined with other inputs")
+            root, stored = _split_stored(folder) if name == "lmdb" else (path, None)
+            if not root:
+                raise UserError(f"no folder in {path!r}; expected 'lmdb:DIR' or 'lmdb:DIR:SIZE'")
+            return DiffAELMDB(root, size, channels, background, stored)
         if not os.path.exists(path):
             raise UserError(f"no such input: {path}; {CHOICES}")
+    specs = [os.path.join(path, "images") if is_avatars(path) else path for path in specs]
     return ImageFiles(specs, size, channels, background, recursive)
+
+
+def _is_lmdb(path: str) -> bool:
+    return os.path.isfile(os.path.join(path, "data.mdb"))
+
+
+def _split_stored(folder: str) -> tuple[str, str | None]:
+    """DIR and SIZE of "DIR:SIZE"; a colon before anything else belongs to DIR."""
+    root, _, stored = folder.rpartition(":")
+    return (root, stored) if root and (stored.isdigit() or stored == "None") else (folder, None)
 
 
 def _holds_idx(path: str) -> bool:

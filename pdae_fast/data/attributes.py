@@ -1,0 +1,225 @@
+"""Attribute tables: CelebA's and CelebAMask-HQ's text files, and CSV files."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pdae_fast.data.preprocess import EXTENSIONS
+from pdae_fast.errors import UserError
+
+EXPECTED = "expected CelebA's text format (the number of images, the attributes, then rows) or a CSV file"
+
+
+class Attributes(NamedTuple):
+    """An attribute table: images without their extension, attribute names, and uint8 [images, attributes]
+    (1: positive)."""
+
+    images: list[str]
+    columns: list[str]
+    values: np.ndarray
+
+
+class Labels(NamedTuple):
+    """Labels of a dataset's images.
+
+    values: uint8 [K, attributes], 1 for positive. columns: names of the attributes.
+    indices: the K places in the dataset that have a row, ascending; `Subset(dataset, labels.indices)` goes with
+    `values`. missing: names of the dataset's images without a row. extra: images of the table that are not in
+    the dataset.
+    """
+
+    values: Tensor
+    columns: list[str]
+    indices: list[int]
+    missing: list[str]
+    extra: list[str]
+
+    def report(self) -> str:
+        """One line about missing and extra images; empty when all fits."""
+        parts = []
+        if self.missing:
+            parts.append(f"{len(self.missing)} images have no attributes ({_some(self.missing)})")
+        if self.extra:
+            parts.append(f"{len(self.extra)} rows have no image ({_some(self.extra)})")
+        return "; ".join(parts)
+
+
+def read_attributes(path: str | os.PathLike, columns: Sequence[str] | None = None) -> Attributes:
+    """Read `list_attr_celeba.txt`, `CelebAMask-HQ-attribute-anno.txt`, or a CSV file with a header whose first
+    column names the image (the avatars' `attributes.csv`, Kaggle's `list_attr_celeba.csv`).
+
+    A value above 0 is positive, anything else (-1, 0) negative.
+    columns: attributes to read, in this order; by default every column of numbers. A column of words (a category)
+    may be named as "hair_color=black", one attribute, or as "hair_color", one attribute for each of its values
+    in alphabetical order.
+    Raises UserError naming the file, and the line where there is one, for anything else: a wrong number of rows or
+    values, an image twice, an unknown column.
+    """
+    path = os.fspath(path)
+    header, _ = _header(path)
+    values: list[set[str]] = [set() for _ in header]
+    images: list[str] = []
+    seen: set[str] = set()
+    for number, image, row in _rows(path):
+        if image in seen:
+            raise UserError(f"{path}, line {number}: the image {image} a second time")
+        seen.add(image)
+        images.append(image)
+        for found, value in zip(values, row, strict=True):
+            found.add(value)
+    if not images:
+        raise UserError(f"{path}: no images; {EXPECTED}")
+    names, chosen = _choose(path, header, values, columns)
+    content = bytearray()
+    for _, _, row in _rows(path):  # again: a million rows of words would not fit where their flags do
+        content += bytes([flags[row[place]] for place, flags in chosen])
+    flags = np.frombuffer(content, np.uint8).reshape(len(images), len(names))
+    return Attributes(images, names, flags)
+
+
+def labels_for(
+    names: Sequence[str], path: str | os.PathLike, columns: Sequence[str] | None = None, allow_missing: bool = True
+) -> Labels:
+    """The labels of images called `names` (a dataset's `names`) from the attribute file `path`.
+
+    Names are compared without image extensions: a row "000001.jpg" belongs to an image read from 000001.png. A name
+    with folders that has no row of its own is looked up by its last part.
+    columns: see `read_attributes`. allow_missing: whether images without a row are left out, else an error.
+    Raises UserError for an unusable file, when no image has a row, and when two images would share one.
+    """
+    table = read_attributes(path, columns)
+    place = {image: i for i, image in enumerate(table.images)}
+    rows: list[int] = []
+    indices: list[int] = []
+    missing: list[str] = []
+    for i, name in enumerate(names):
+        stem = _stem(name)
+        row = place.get(stem)
+        if row is None:
+            row = place.get(stem.rpartition("/")[2])
+        if row is None:
+            missing.append(name)
+        else:
+            rows.append(row)
+            indices.append(i)
+    if not rows:
+        first = names[0] if len(names) else "none"
+        raise UserError(f"{os.fspath(path)} has no row for any image: they are called {first} ..., its rows "
+                        f"{table.images[0]} ...")  # fmt: skip
+    used = Counter(rows)
+    if len(used) != len(rows):
+        row = used.most_common(1)[0][0]
+        twice = [names[indices[k]] for k, r in enumerate(rows) if r == row]
+        raise UserError(f"{os.fspath(path)}: the row {table.images[row]} fits several images ({_some(twice)})")
+    if missing and not allow_missing:
+        raise UserError(f"{os.fspath(path)}: {len(missing)} images have no row ({_some(missing)})")
+    extra = [image for i, image in enumerate(table.images) if i not in used]
+    return Labels(torch.from_numpy(table.values[rows]), table.columns, indices, missing, extra)
+
+
+def _stem(name: str) -> str:
+    stem, end = os.path.splitext(name)
+    return stem if end.lower() in EXTENSIONS else name
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+
+
+def _header(path: str) -> tuple[list[str], int | None]:
+    """Column names without the image's, and the announced number of images in CelebA's format (None: CSV)."""
+    with _open(path) as file:
+        lines = _lines(path, file)
+        first = next(lines, "").strip()
+        if first.isdigit():
+            header, count = next(lines, "").split(), int(first)
+        elif "," in first:
+            header, count = next(csv.reader([first.removeprefix("\ufeff")]))[1:], None
+        else:
+            raise UserError(f"{path}: starts with {first[:40]!r}; {EXPECTED}")
+    twice = [name for name, times in Counter(header).items() if times > 1]
+    if not header or twice:
+        raise UserError(f"{path}: {f'two columns {twice[0]}' if twice else 'no attributes'}; {EXPECTED}")
+    return header, count
+
+
+def _rows(path: str) -> Iterator[tuple[int, str, list[str]]]:
+    """Line number, image without extension, and values of each row."""
+    header, count = _header(path)
+    done = 0
+    with _open(path) as file:
+        lines = _lines(path, file)
+        split = csv.reader(lines, strict=True) if count is None else (line.split() for line in lines)
+        start = 1 if count is None else 2
+        try:
+            for number, cells in enumerate(split, 1):
+                if number <= start or not cells:
+                    continue
+                if len(cells) != len(header) + 1:
+                    raise UserError(
+                        f"{path}, line {number}: {len(cells) - 1} values, expected {len(header)} after the image's name"
+                    )
+                done += 1
+                yield number, _stem(cells[0]), cells[1:]
+        except csv.Error as error:
+            raise UserError(f"{path}, line {number + 1}: {error}") from error
+    if count is not None and done != count:
+        raise UserError(f"{path}: {done} rows, but its first line says {count}")
+
+
+def _choose(
+    path: str, header: list[str], values: list[set[str]], columns: Sequence[str] | None
+) -> tuple[list[str], list[tuple[int, dict[str, int]]]]:
+    """Names of the attributes and, for each, its place in a row and the flag of every value."""
+    positive = [_positive(found) for found in values]
+    if columns is None:
+        columns = [name for name, flags in zip(header, positive, strict=True) if flags is not None]
+        if not columns:
+            raise UserError(f"{path}: no column holds numbers; name the columns to use: {_some(header)}")
+    names, chosen = [], []
+    for column in columns:
+        name, _, value = column.partition("=")
+        if column in header and positive[header.index(column)] is not None:
+            names.append(column)
+            chosen.append((header.index(column), positive[header.index(column)]))
+            continue
+        if name not in header or (value and value not in values[header.index(name)]):
+            known = header if name not in header else sorted(values[header.index(name)])
+            raise UserError(f"{path}: no attribute {column}; there are {', '.join(known)}")
+        place = header.index(name)
+        for word in [value] if value else sorted(values[place]):
+            names.append(f"{name}={word}")
+            chosen.append((place, {other: int(other == word) for other in values[place]}))
+    return names, chosen
+
+
+def _positive(values: set[str]) -> dict[str, int] | None:
+    """The flag of each value where all are numbers, else None."""
+    try:
+        return {value: int(float(value) > 0) for value in values}
+    except ValueError:
+        return None
+
+
+def _open(path: str):
+    try:
+        return open(path, encoding="utf-8", newline="")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _lines(path: str, file) -> Iterator[str]:
+    try:
+        yield from file
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file; {EXPECTED}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error

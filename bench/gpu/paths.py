@@ -31,6 +31,9 @@ TIMES = (999, 420, 9)
 # One evaluation in float32 through some sixty layers: other summation orders (1e-6 seen on the CPU), on CUDA other
 # convolution algorithms too. After 100 steps: the bound.
 FLOAT32_BOUND, LOOP_BOUND = {"cpu": 2e-5, "cuda": 1e-4}, 1e-4
+# Another batch size is another order of summation, and running a random network upward multiplies rounding about a
+# thousandfold (1.4e-4 seen on the CPU); an image that took another's place is off by about 1.
+RAGGED_BOUND = 1e-2
 # A low precision need not be better than the first, however good the modules happen to be, and never worse than the
 # second, however bad.
 FLOORS, CEILINGS = {"bfloat16": 5e-3, "float16": 1e-3}, {"bfloat16": 0.06, "float16": 0.01}
@@ -209,7 +212,7 @@ def _ragged(network: str, context: Context, steps: int) -> dict[str, Any]:
     for size in (7, 3):
         pipe = Pipeline(model, steps, device=context.device, dtype="float32", batch_size=size, plan="fused")
         results.append(pipe.reconstruct(x0))
-    return _held(relative(results[1], results[0]))
+    return _held(relative(results[1], results[0]), RAGGED_BOUND)
 
 
 def _mixture(network: str, context: Context) -> dict[str, Any]:

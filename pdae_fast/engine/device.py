@@ -34,8 +34,8 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device, parameters: int) -> torch.dtype:
     """What ``dtype`` means on ``device`` for a model of so many parameters.
 
-    "auto" is bfloat16 where the device multiplies it natively and the networks are large, else float32, the reference: a
-    small network is quick enough not to be rounded unasked. UserError for a dtype that ``device`` cannot compute in.
+    "auto" is bfloat16 where the device multiplies it natively and the networks are large, else float32, the reference:
+    a small network is quick enough not to be rounded unasked. UserError for a dtype that ``device`` cannot compute in.
     """
     if dtype == "auto":
         native = parameters >= LARGE_PARAMETERS and has_native_bfloat16(device)

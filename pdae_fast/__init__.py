@@ -35,7 +35,9 @@ _HOME = {
     **dict.fromkeys(("PDAE", "Prior"), "models"),
     "Pipeline": "pipeline",
 }
-_SUBMODULES = ("checkpoints", "config", "engine", "errors", "files", "models", "pipeline", "sampling", "schedule")
+_SUBMODULES = (
+    "checkpoints", "config", "engine", "errors", "files", "inversion", "models", "pipeline", "sampling", "schedule",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ from helpers import images, tiny_pdae
 from pdae_fast import PDAE, Pipeline, UserError, metrics
 from pdae_fast.config import ScheduleConfig
 from pdae_fast.data import open_dataset
-from pdae_fast.inversion import invert_implicit
+from pdae_fast.inversion import _FixedPoint, invert_implicit
 from pdae_fast.pipeline import PRESETS
 from pdae_fast.reconstruct import SAMPLES
 from pdae_fast.sampling import ddim_invert, integrate
@@ -126,6 +126,18 @@ def test_an_image_that_diverges_keeps_its_best_point_and_disturbs_no_other():
     torch.testing.assert_close(both.residual[:, 1:], alone.residual)
     fewer = invert_implicit(field, x0, trajectory, iterations=1)
     assert bool((both.residual[0] <= fewer.residual[0] * 1.0001).all())  # never worse than the published step
+
+
+def test_a_growing_residual_goes_back_to_the_best_point_evaluated():
+    solver = _FixedPoint(torch.zeros(2, 1, 1, 1))
+    solver.add(torch.ones(2, 1, 1, 1))
+    second = solver.u.clone()
+    solver.add(second + torch.tensor([0.1, 7.0])[:, None, None, None])
+    last = solver.u.clone()
+    assert bool((last[1] != 0).all())
+    # The first image's residual shrank: on to where it points. The second's grew: back to the guess.
+    assert torch.equal(solver.result(), torch.stack([last[0], torch.zeros(1, 1, 1)]))
+    torch.testing.assert_close(solver.residual, torch.tensor([0.1, 1.0]))
 
 
 def test_a_tolerance_saves_evaluations():

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from .. import kernels
 from ..config import NORM_GROUPS
 from . import rewrites
+from .rewrites import EPS
 
-EPS = 1e-5
 Affine = tuple[Tensor, Tensor]  # multiplier and addend on the normalised map, float32, each [1, C] or [B, C]
 
 
@@ -36,13 +36,8 @@ def materialise(x: Tensor | Join) -> Tensor:
 
 
 def normalise(x: Tensor, affine: Affine, silu: bool = True) -> Tensor:
-    """SiLU(GN(x) * multiplier + addend) by the framework; in one pass over x when all images share the affine."""
-    multiplier, addend = affine
-    if len(multiplier) == 1:
-        y = rewrites.group_norm(x, multiplier[0], addend[0])
-    else:
-        normal = rewrites.group_norm(x)
-        y = torch.addcmul(addend.to(x.dtype)[:, :, None, None], normal, multiplier.to(x.dtype)[:, :, None, None])
+    """SiLU(GN(x) * multiplier + addend) by the framework."""
+    y = rewrites.group_norm(x, *affine)
     return F.silu(y, inplace=True) if silu else y
 
 

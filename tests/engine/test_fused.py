@@ -171,14 +171,18 @@ def test_attention_on_tokens(new_order):
         torch.testing.assert_close(found, block(x), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("C", "side"), [(32, 5), (96, 8), (512, 4), (32, 32)])
+# Every way the CPU takes: narrow and wide groups, small and large maps, one affine for all images or one for each.
+@pytest.mark.parametrize(("C", "side"), [(32, 5), (96, 8), (512, 4), (32, 32), (160, 16), (256, 17)])
+@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_group_norm_of_small_maps(C, side, dtype):
-    x, weight, bias = (noise(2, C, side, side) - 2.3).to(dtype), noise(C, seed=1), noise(C, seed=2)
+def test_group_norm_with_affines(C, side, B, own, dtype):
+    n = B if own else 1
+    x, multiplier, addend = (noise(B, C, side, side) - 2.3).to(dtype), noise(n, C, seed=1), noise(n, C, seed=2)
     x = x.contiguous(memory_format=torch.channels_last)
-    found = rewrites.group_norm(x, weight, bias)
+    found = rewrites.group_norm(x, multiplier, addend)
     assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
-    expected = F.group_norm(x.double(), 32, weight.double(), bias.double())
+    expected = F.group_norm(x.double(), 32) * multiplier.double()[..., None, None] + addend.double()[..., None, None]
     assert relative(found, expected) < (3e-6 if dtype == torch.float32 else 3e-3)
 
 

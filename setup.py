@@ -36,6 +36,8 @@ extras = {
     "serving": ["tritonclient", "protobuf"],
     "openvino": ["openvino"],
     "plot": ["matplotlib"],
+    "experiments": ["scikit-learn>=1.4", "matplotlib"],
+    "parquet": ["pyarrow"],
     "train": ["tensorboard"],
     "convert": ["pyyaml"],
     "metrics": ["torchmetrics>=1.9"],
@@ -54,7 +56,7 @@ extras = {
 }
 
 # The tests export the bundled model, build engines without a GPU, and check the serving layout against its schema.
-extras["dev"] += [*extras["onnx"], *extras["tensorrt-rtx"], *extras["serving"], *extras["plot"], *extras["data"]]
+extras["dev"] += [*extras["onnx"], *extras["tensorrt-rtx"], *extras["serving"], *extras["experiments"], *extras["data"]]
 
 setup(
     name="pdae_fast",

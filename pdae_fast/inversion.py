@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
-from .sampling import Field, Progress
+from .sampling import Field, Progress, estimate_noise, state
 from .schedule import Step, Trajectory
 
 MAX_EXTRAPOLATION = 2.0  # beyond it two residuals in a row were nearly the same, and their difference is rounding
@@ -61,9 +61,9 @@ def invert_implicit(
         raise UserError(f"iterations must be at least 1, not {iterations}")
     if not tolerance >= 0:
         raise UserError(f"tolerance must not be negative, not {tolerance}")
-    x, residuals, evaluations = x0.float(), [], 1
+    x, residuals, evaluations = state(x0), [], 1
     last = decoding[-1]
-    u = _noise(field, x, Step(0, last.alpha_bar_next, last.alpha_bar, last.use_gradient), clamp)
+    u = estimate_noise(field, x, Step(0, last.alpha_bar_next, last.alpha_bar, last.use_gradient), clamp)
     if progress:
         progress()
     for step in reversed(decoding):
@@ -71,7 +71,7 @@ def invert_implicit(
         gain = (1 - step.alpha_bar) ** 0.5 - r * (1 - step.alpha_bar_next) ** 0.5
         solver = _FixedPoint(u)
         for _ in range(iterations):
-            solver.add(_noise(field, r * x + gain * solver.u, step, clamp))
+            solver.add(estimate_noise(field, r * x + gain * solver.u, step, clamp))
             evaluations += 1
             if progress:
                 progress()
@@ -82,17 +82,6 @@ def invert_implicit(
         x = r * x + gain * u
         residuals.append(gain / r * solver.residual)
     return Inversion(x, torch.stack(residuals), evaluations)
-
-
-def _noise(field: Field, x: Tensor, step: Step, clamp: float | None) -> Tensor:
-    """u(x): eps' of Algorithm 3 re-derived from the clamped x0_hat."""
-    eps, gradient = field(x, step.t, step.use_gradient)
-    if gradient is not None:
-        eps = eps - (1 - step.alpha_bar) ** 0.5 * gradient
-    if clamp is None:
-        return eps
-    scaled, ratio = x / step.alpha_bar**0.5, (1 / step.alpha_bar - 1) ** 0.5
-    return (scaled - (scaled - ratio * eps).clamp(-clamp, clamp)) / ratio
 
 
 class _FixedPoint:

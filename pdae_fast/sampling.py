@@ -2,8 +2,9 @@
 
 A field is called as ``field(x, t, use_gradient)`` with x float32 [B, ...], an integer t and a flag; it returns
 eps_hat and G of x's shape, and None for G when it was not asked for (or there is none). What conditions it (z, a
-mixture of several z, nothing) is the field's business. State and arithmetic are float32; coefficients are computed
-in float64. Symbols and algorithm numbers are those of PDAE (arXiv 2212.12990).
+mixture of several z, nothing) is the field's business. State and arithmetic are float32 (float64 where x comes as
+such, with a field that takes it); coefficients are computed in float64. Symbols and algorithm numbers are those of
+PDAE (arXiv 2212.12990).
 """
 
 from __future__ import annotations
@@ -15,13 +16,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .schedule import Schedule, Trajectory
+from .schedule import Schedule, Step, Trajectory
 
 Progress = Callable[[], None]
 
 
 class Field(Protocol):
     def __call__(self, x: Tensor, t: int, use_gradient: bool) -> tuple[Tensor, Tensor | None]: ...
+
+
+def shifted_eps(eps: Tensor, gradient: Tensor | None, alpha_bar: float) -> Tensor:
+    """eps' = eps - sqrt(1 - alpha_bar) G (Algorithm 3); eps itself without G."""
+    return eps if gradient is None else eps - (1 - alpha_bar) ** 0.5 * gradient
+
+
+def estimate_x0(field: Field, x: Tensor, step: Step, clamp: float | None = 1.0) -> Tensor:
+    """x0_hat at x, clamped: what the solvers in data prediction integrate. One evaluation of ``field``."""
+    eps, gradient = field(x, step.t, step.use_gradient)
+    x0 = x / step.alpha_bar**0.5 - (1 / step.alpha_bar - 1) ** 0.5 * shifted_eps(eps, gradient, step.alpha_bar)
+    return x0 if clamp is None else x0.clamp(-clamp, clamp)
+
+
+def estimate_noise(field: Field, x: Tensor, step: Step, clamp: float | None = 1.0) -> Tensor:
+    """u(x): the noise that leads from the clamped x0_hat to x, a function of x alone. One evaluation of ``field``."""
+    eps, gradient = field(x, step.t, step.use_gradient)
+    eps = shifted_eps(eps, gradient, step.alpha_bar)
+    if clamp is None:
+        return eps
+    scaled, ratio = x / step.alpha_bar**0.5, (1 / step.alpha_bar - 1) ** 0.5
+    return (scaled - (scaled - ratio * eps).clamp(-clamp, clamp)) / ratio
+
+
+def state(x: Tensor) -> Tensor:
+    """x as the samplers carry it: float32, or float64 as it is."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def ddim_step(
@@ -37,9 +65,8 @@ def ddim_step(
     eps' = eps - sqrt(1 - alpha_bar) G; x0_hat = clamp(x / sqrt(alpha_bar) - sqrt(1 / alpha_bar - 1) eps'); the noise
     that leads from that x0_hat to x then carries on. ``clamp`` None leaves x0_hat as it is.
     """
-    shifted = eps if gradient is None else eps - (1 - alpha_bar) ** 0.5 * gradient
     scaled, ratio = x / alpha_bar**0.5, (1 / alpha_bar - 1) ** 0.5
-    x0 = scaled - ratio * shifted
+    x0 = scaled - ratio * shifted_eps(eps, gradient, alpha_bar)
     if clamp is not None:
         x0 = x0.clamp(-clamp, clamp)
     direction = (scaled - x0) / ratio
@@ -62,7 +89,7 @@ def integrate(
     own = getattr(field, "integrate", None)
     if own is not None and clamp in (None, 1.0):
         return own(x.float(), trajectory, clamp, progress)
-    x = x.float()
+    x = state(x)
     for step in trajectory:
         eps, gradient = field(x, step.t, step.use_gradient)
         x = ddim_step(x, eps, gradient, step.alpha_bar, step.alpha_bar_next, clamp)
@@ -125,6 +152,30 @@ def ddpm(
         if progress:
             progress()
     return x
+
+
+def guided(field: Field, log_probability: Callable[[Tensor, int], Tensor], scale: float = 1.0) -> Field:
+    """``field`` with classifier guidance: eps' = eps - sqrt(1 - alpha_bar_t) scale grad log p_t(y | x_t).
+
+    That is the step of Algorithm 3 with the classifier's gradient where PDAE has G (section 2 of the paper), so the
+    gradient is handed out as G, added to one that ``field`` has of its own, in the steps that use G.
+
+    log_probability: a classifier that knows the noise of time t, as log p_t(y | x_t) of every image's own y:
+    (x [B, ...], t) -> [B]; it is differentiated by autograd. The field runs step by step; it captures no graphs.
+    """
+
+    def evaluate(x: Tensor, t: int, use_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        eps, gradient = field(x, t, use_gradient)
+        if not use_gradient:
+            return eps, None
+        # Networks hand out tensors of inference mode, which autograd refuses.
+        with torch.inference_mode(False), torch.enable_grad():
+            point = x.detach().clone().requires_grad_(True)
+            (ascent,) = torch.autograd.grad(log_probability(point, t).sum(), point)
+        ascent = scale * ascent.to(eps.dtype)
+        return eps, ascent if gradient is None else gradient + ascent
+
+    return evaluate
 
 
 def lerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:

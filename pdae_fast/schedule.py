@@ -27,7 +27,8 @@ def _betas(config: ScheduleConfig) -> np.ndarray:
     return np.array([min(1 - alpha_bar((i + 1) / T) / alpha_bar(i / T), 0.999) for i in range(T)], dtype=np.float64)
 
 
-SPACINGS = ("uniform", "quadratic")
+SPACINGS = ("uniform", "quadratic", "logsnr", "karras")
+KARRAS_RHO = 7  # arXiv 2206.00364, section 3
 
 
 class Step(NamedTuple):
@@ -66,19 +67,40 @@ class Schedule:
     def T(self) -> int:
         return len(self.beta)
 
+    @property
+    def half_log_snr(self) -> np.ndarray:
+        """lambda_t = log(sqrt(alpha_bar_t / (1 - alpha_bar_t))), falling with t."""
+        return 0.5 * np.log(self.alpha_bar / (1 - self.alpha_bar))
+
     def timesteps(self, steps: int, spacing: str = "uniform") -> np.ndarray:
-        """Time points of an S-step DDIM trajectory, ascending, int64 [<= S+1].
+        """Time points of an S-step trajectory, ascending from 0 to T-1, int64 [<= S+1].
 
         "uniform": unique(int(linspace(0, T-1, S+1))), as published. "quadratic": the same with the square of
-        linspace(0, 1, S+1) (DDIM, arXiv 2010.02502, appendix D.2): more points where there is little noise.
+        linspace(0, 1, S+1) (DDIM, arXiv 2010.02502, appendix D.2): more points where there is little noise. "logsnr":
+        equal steps of :attr:`half_log_snr` (DPM-Solver, arXiv 2206.00927, section 3.4). "karras": equal steps of
+        sigma^(1/7), sigma = sqrt((1 - alpha_bar) / alpha_bar) (EDM, arXiv 2206.00364, eq. 5). The networks know whole
+        t only, so the last three are rounded to the nearest, and points that fall together are one: at many steps
+        there are then fewer of them than asked for, and as many evaluations fewer.
         """
         if not 1 <= steps <= self.T:
             raise UserError(f"steps must be between 1 and {self.T}, not {steps}")
+        share = np.linspace(0, 1, steps + 1)
         if spacing == "uniform":
             return np.unique(np.linspace(0, self.T - 1, steps + 1).astype(np.int64))
         if spacing == "quadratic":
-            return np.unique(np.rint((self.T - 1) * np.linspace(0, 1, steps + 1) ** 2).astype(np.int64))
-        raise UserError(f"spacing {spacing!r} is not known; expected {' or '.join(SPACINGS)}")
+            return np.unique(np.rint((self.T - 1) * share**2).astype(np.int64))
+        ends = self.half_log_snr[[0, -1]]
+        if spacing == "logsnr":
+            return self._nearest(ends[0] + share * (ends[1] - ends[0]))
+        if spacing == "karras":
+            low, high = np.exp(-ends / KARRAS_RHO)
+            return self._nearest(-KARRAS_RHO * np.log(low + share * (high - low)))
+        raise UserError(f"spacing {spacing!r} is not known; expected {', '.join(SPACINGS[:-1])} or {SPACINGS[-1]}")
+
+    def _nearest(self, half_log_snr: np.ndarray) -> np.ndarray:
+        # It falls with t, and np.interp wants rising abscissae.
+        t = np.interp(-half_log_snr, -self.half_log_snr, np.arange(self.T))
+        return np.unique(np.rint(t).astype(np.int64))
 
     def decoding(self, steps: int, stop_percent: float = 0.0, spacing: str = "uniform") -> Trajectory:
         """The steps of Algorithm 3, from T to 0.

@@ -167,7 +167,7 @@ def test_random_networks_through_the_pipeline():
         (lambda p, x: p.reconstruct(x, 5), "leave out encode steps .now 5"),
         (
             lambda p, x: Pipeline(p.model, spacing="cubic"),
-            "'cubic' is not known; expected uniform or quadratic",
+            "'cubic' is not known; expected uniform, quadratic, logsnr or karras",
         ),
     ],
 )

@@ -134,11 +134,23 @@ class Decoder(Part):
 
     def __call__(self, skips: list[Skip], affine: Affine) -> Tensor:
         """Map [B, C, H, W] from what the trunk left, first to last."""
-        h = self.run(0, skips[-1].x, affine)
-        for i, skip in enumerate(reversed(skips), start=1):
+        return self.outer(self.deep(skips, affine, len(skips)), skips, affine)
+
+    def deep(self, skips: list[Skip], affine: Affine, outer: int) -> Tensor:
+        """The map that the stages which read the first ``outer`` of ``skips`` start from."""
+        return self._join(1, self.run(0, skips[-1].x, affine), skips[outer:], affine)
+
+    def outer(self, h: Tensor, skips: list[Skip], affine: Affine) -> Tensor:
+        """Map [B, C, H, W] from the deep map ``h`` by the last stages, which read ``skips``, and the head."""
+        h = self._join(len(self.stages) - len(skips), h, skips, affine)
+        return self.head(self.norm(h))
+
+    def _join(self, first: int, h: Tensor, skips: list[Skip], affine: Affine) -> Tensor:
+        """``h`` after the stages from ``first`` on, which read ``skips``, the last one first."""
+        for i, skip in enumerate(reversed(skips), start=first):
             x = Join(h, skip)
             h = self.run(i, x if self.split else materialise(x), affine)
-        return self.head(self.norm(h))
+        return h
 
 
 def leave(x: Tensor, share: bool, last_level_cache: int) -> Skip:

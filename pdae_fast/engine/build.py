@@ -11,6 +11,7 @@ from ..models import PDAE, Prior
 from .fused import FusedPlan
 from .options import Rewrites
 from .plan import Plan
+from .reuse import NOTHING, Reuse
 
 PLANS = ("eager", "fused")
 # Relative difference from the modules in the same dtype that two correct plans stay under on one evaluation.
@@ -25,20 +26,22 @@ def build_plan(
     *,
     attention: str = "auto",
     options: Rewrites | None = None,
+    reuse: Reuse = NOTHING,
 ) -> Plan:
     """The plan for ``model`` on ``device``; the model itself is never changed.
 
     "auto" is "fused"; both compute the same function up to rounding. On CUDA, where kernels of this project run on
     whatever driver and chip the user has, the fused plan is compared with the modules before it is handed out: "auto"
     then falls back to "eager" with a warning, "fused" is a UserError. ``options`` (fused only) switches single
-    rewrites off. UserError for a plan or an attention backend that does not exist or cannot run on ``device``.
+    rewrites off. ``reuse`` are approximations, which the comparison leaves out. UserError for a plan, an attention
+    backend or a reuse that does not exist or cannot run on ``device``.
     """
     if name != "auto" and name not in PLANS:
         raise UserError(f"plan {name!r} is not known; expected auto, {' or '.join(PLANS)}")
     if name == "eager":
         if attention not in ("auto", "sdpa"):
             raise UserError(f"the eager plan runs PyTorch's attention; {attention!r} needs --plan fused")
-        return Plan(model, device, dtype)
+        return Plan(model, device, dtype).reusing(reuse)
     plan = FusedPlan(model, device, dtype, options, attention)
     if device.type == "cuda":
         difference = disagreement(plan)
@@ -49,8 +52,8 @@ def build_plan(
             if name == "fused":
                 raise UserError(f"{found}, more than rounding; use --plan eager")
             warnings.warn(f"{found}; running the modules instead", stacklevel=2)
-            return Plan(model, device, dtype)
-    return plan
+            return Plan(model, device, dtype).reusing(reuse)
+    return plan.reusing(reuse)
 
 
 def disagreement(plan: FusedPlan) -> float:

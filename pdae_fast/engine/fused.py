@@ -17,9 +17,10 @@ from . import rewrites
 from .attention import resolve_attention
 from .blocks import Decoder, Part, leave, repeat
 from .device import last_level_cache
-from .norms import Affine
+from .norms import Affine, Skip
 from .options import Rewrites
 from .plan import Plan
+from .reuse import Kept, Reuse, Turn, Turns
 from .trajectory import Conditioning, DeviceTrajectory
 
 # Pixels of a batch up to which the two decoders leave most of a large GPU idle when they run one after the other.
@@ -32,6 +33,7 @@ class FusedPlan(Plan):
 
     name = "fused"
     tunes = True
+    can_keep = True
 
     def __init__(
         self,
@@ -71,6 +73,12 @@ class FusedPlan(Plan):
         block = max(blocks, key=lambda b: b.norm.num_channels)
         return 1, side * side, block.heads, block.norm.num_channels // block.heads
 
+    def reusing(self, reuse: Reuse) -> FusedPlan:
+        """As :meth:`Plan.reusing`."""
+        plan = super().reusing(reuse)
+        plan._trajectories = OrderedDict()
+        return plan
+
     # -- tables ----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -107,42 +115,77 @@ class FusedPlan(Plan):
 
     # -- the networks ----------------------------------------------------------------------------------------------
 
-    def evaluate(self, x: Tensor, row: Tensor, codes: Conditioning | None) -> tuple[Tensor, Tensor | None]:
-        """(eps_hat, G) of x float32 [B, C, H, W] at the time whose table row [1, W] is given; G None without codes."""
-        affines = self._affines(row)
+    def evaluate(
+        self, x: Tensor, row: Tensor, codes: Conditioning | None, turn: Turn, kept: Kept
+    ) -> tuple[Tensor, Tensor | None]:
+        """(eps_hat, G) of x float32 [B, C, H, W] at the time whose table row [1, W] is given.
+
+        ``turn`` says what is computed and what is taken from ``kept``, where this evaluation leaves what later ones
+        may take over; G is None when it says "none". A G that is run needs ``codes``.
+        """
+        affines, run_gradient = self._affines(row), turn.gradient == "run"
+        skips = self._features(x, affines[0], turn, kept, self.options.shared_statistics and run_gradient)
+        if self._side is None or not run_gradient or len(x) * x.shape[2] * x.shape[3] > PARALLEL_PIXELS:
+            eps = self._decode_eps(skips, affines, turn, kept)
+            gradient = self._decode_gradient(skips, affines, codes, turn, kept) if run_gradient else None
+        else:
+            # The side stream waits for the trunk and is waited for: memory that either frees is not reused too early.
+            main = torch.cuda.current_stream(self.device)
+            self._side.wait_stream(main)
+            with torch.cuda.stream(self._side):
+                eps = self._decode_eps(skips, affines, turn, kept)
+            gradient = self._decode_gradient(skips, affines, codes, turn, kept)
+            main.wait_stream(self._side)
+        if run_gradient and self.reuse.gradient > 1:
+            kept.keep("gradient", gradient)
+        return eps, kept["gradient"] if turn.gradient == "kept" else gradient
+
+    def _features(self, x: Tensor, affine: Affine, turn: Turn, kept: Kept, share: bool) -> list[Skip]:
+        """What the trunk leaves for the decoders, first to last: all maps, or the outer ones."""
+        if turn.features == "kept":
+            return [Skip(kept[f"skip {i}"]) for i in range(len(self.trunk.stages))]
         h, skips = x.to(self.dtype).contiguous(memory_format=torch.channels_last), []
-        for i in range(len(self.trunk.stages)):
-            h = self.trunk.run(i, h, affines[0])
-            skips.append(leave(h, self.options.shared_statistics and codes is not None, self._cache))
-        if self._side is None or codes is None or len(x) * x.shape[2] * x.shape[3] > PARALLEL_PIXELS:
-            eps = self._decode_eps(skips, affines)
-            return eps, None if codes is None else self._decode_gradient(skips, affines, codes)
-        # The side stream waits for the trunk and is waited for: memory that either frees is not reused too early.
-        main = torch.cuda.current_stream(self.device)
-        self._side.wait_stream(main)
-        with torch.cuda.stream(self._side):
-            eps = self._decode_eps(skips, affines)
-        gradient = self._decode_gradient(skips, affines, codes)
-        main.wait_stream(self._side)
-        return eps, gradient
+        for i in range(len(self.trunk.stages) if turn.features == "all" else self.outer):
+            h = self.trunk.run(i, h, affine)
+            skips.append(leave(h, share, self._cache))
+            if self.reuse.trunk > 1:
+                kept.keep(f"skip {i}", h)
+        return skips
 
-    def _decode_eps(self, skips, affines: list[Affine]) -> Tensor:
-        return self.eps(skips, affines[1])[:, : self.unet.config.input_channel]
+    def _decode(
+        self, decoder: Decoder, name: str, skips: list[Skip], repeats: int, affine: Affine, turn: Turn, kept: Kept
+    ) -> Tensor:
+        if self.reuse.deep == 1:
+            return decoder(repeat(skips, repeats), affine)
+        if turn.features == "all":
+            repeated = repeat(skips, repeats)
+            kept.keep(name, decoder.deep(repeated, affine, self.outer))
+            return decoder.outer(kept[name], repeated[: self.outer], affine)
+        return decoder.outer(kept[name], repeat(skips, repeats), affine)
 
-    def _decode_gradient(self, skips, affines: list[Affine], codes: Conditioning) -> Tensor:
+    def _decode_eps(self, skips: list[Skip], affines: list[Affine], turn: Turn, kept: Kept) -> Tensor:
+        return self._decode(self.eps, "deep eps", skips, 1, affines[1], turn, kept)[:, : self.unet.config.input_channel]
+
+    def _decode_gradient(
+        self, skips: list[Skip], affines: list[Affine], codes: Conditioning, turn: Turn, kept: Kept
+    ) -> Tensor:
         multiplier, addend = affines[2]
         K = 1 if codes.weights is None else len(codes.weights)
         affine = (codes.scale * multiplier, codes.scale * addend + codes.shift)
-        gradient = self.gradient(repeat(skips, K), affine)
+        gradient = self._decode(self.gradient, "deep gradient", skips, K, affine, turn, kept)
         if codes.weights is None:
             return gradient
         return (codes.weights * gradient.float().unflatten(0, (K, -1))).sum(0)
 
-    def count(self, images: int, codes: Conditioning | None) -> None:
-        """Enter one evaluation of ``images`` images into ``evaluations``."""
-        self.evaluations.update(trunk=images, eps=images)
-        if codes is not None:
-            self.evaluations["gradient"] += images * (1 if codes.weights is None else len(codes.weights))
+    def count(self, images: int, codes: Conditioning | None, turn: Turn) -> None:
+        """Enter one evaluation of ``images`` images into ``evaluations``; outer parts have counters of their own."""
+        prefix = "outer_" if turn.features == "outer" else ""
+        if turn.features != "kept":
+            self.evaluations[f"{prefix}trunk"] += images
+        self.evaluations[f"{prefix}eps"] += images
+        if turn.gradient == "run":
+            K = 1 if codes.weights is None else len(codes.weights)
+            self.evaluations[f"{prefix}gradient"] += images * K
 
     # -- what samplers get -----------------------------------------------------------------------------------------
 
@@ -179,17 +222,21 @@ class FusedPlan(Plan):
 
 
 class FusedField:
-    """The field of a :class:`FusedPlan`: called as field(x, t, use_gradient)."""
+    """The field of a :class:`FusedPlan`: called as field(x, t, use_gradient).
+
+    Where the plan reuses anything, what is kept lives here: a field then carries one trajectory.
+    """
 
     def __init__(self, plan: FusedPlan, codes: Conditioning | None) -> None:
         self.plan, self.codes = plan, codes
+        self.turns, self.kept = Turns(plan.reuse), Kept()
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, t: int, use_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        codes = self.codes if use_gradient else None
-        with self.plan.precision():
-            eps, gradient = self.plan.evaluate(x, self.plan.time_rows([t]), codes)
-        self.plan.count(len(x), codes)
+        plan, turn = self.plan, self.turns(t, use_gradient and self.codes is not None)
+        with plan.precision():
+            eps, gradient = plan.evaluate(x, plan.time_rows([t]), self.codes, turn, self.kept)
+        plan.count(len(x), self.codes, turn)
         return eps.float(), None if gradient is None else gradient.float()
 
 

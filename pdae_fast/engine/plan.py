@@ -6,6 +6,7 @@ import contextlib
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,8 +14,11 @@ from torch import Tensor
 from ..config import UNetConfig
 from ..errors import UserError
 from ..models import PDAE, Prior
+from .cost import equivalents
 from .device import available_memory
+from .reuse import NOTHING, Reuse
 
+P = TypeVar("P", bound="Plan")
 Field = Callable[[Tensor, int, bool], tuple[Tensor, Tensor | None]]
 
 
@@ -22,18 +26,35 @@ class Plan:
     """Runs ``model`` eagerly on ``device`` in ``dtype``; x and all results are float32 on that device.
 
     ``evaluations`` counts network evaluations in images: one for every image that passes a trunk, an eps-decoder, a
-    G-decoder or the encoder.
+    G-decoder or the encoder; what is taken from an earlier evaluation (``reuse``) is not counted, and where only the
+    outer part of a network ran, that is counted apart ("outer_eps"). This plan knows of reuse only the window of G.
     """
 
     name = "eager"
     tunes = False
+    can_keep = False
 
     def __init__(self, model: PDAE | Prior, device: torch.device, dtype: torch.dtype) -> None:
         own = next(model.parameters())
         if own.device != device or own.dtype != dtype:
             model = copy.deepcopy(model).to(device, dtype)
         self.model, self.device, self.dtype = model.eval(), device, dtype
+        self.reuse = NOTHING
         self.evaluations: Counter[str] = Counter()
+
+    def reusing(self: P, reuse: Reuse) -> P:
+        """This plan with other approximations: weights and tables are shared, evaluations are counted anew.
+
+        UserError for approximations that this plan, or its network, cannot run.
+        """
+        if reuse.keeps and not self.can_keep:
+            raise UserError(f"reuse {reuse} needs the fused plan; the {self.name} one computes everything anew")
+        skips = len(self.unet.input_blocks)
+        if reuse.outer > skips:
+            raise UserError(f"reuse {reuse}: this network has {skips} skips, not {reuse.outer}")
+        plan = copy.copy(self)
+        plan.reuse, plan.evaluations = reuse, Counter()
+        return plan
 
     def precision(self):
         """A context on the plan's device in which float32 means float32: cuDNN would otherwise round to TF32.
@@ -82,7 +103,7 @@ class Plan:
             features = self.unet.trunk(x, torch.full((B,), t, dtype=torch.int64, device=self.device))
             eps = self.unet.decode_eps(features).float()
             self.evaluations.update(trunk=B, eps=B)
-            if z is None or not use_gradient:
+            if z is None or not use_gradient or not self.reuse.wants_gradient(t):
                 return eps, None
             if z.ndim == 2:
                 self.evaluations["gradient"] += B
@@ -113,7 +134,17 @@ class Plan:
 
     def describe(self) -> dict[str, object]:
         """What ran, for reports: the plan, and where it has choices, what it chose."""
-        return {"plan": self.name}
+        return {"plan": self.name, "reuse": str(self.reuse)}
+
+    def equivalents(self) -> float:
+        """``evaluations`` in evaluations of the whole network (trunk, eps-decoder and one G-decoder) of equally many
+        multiplications, the encoder and the latent DPM left out; in images."""
+        return equivalents(self.model, self.evaluations, self.outer)
+
+    @property
+    def outer(self) -> int:
+        """How many skips are of the outer part of the networks, where one is evaluated alone."""
+        return self.reuse.outer or self.unet.config.num_residual_blocks_of_a_block + 1
 
     def check_memory(self, batch: int) -> None:
         """UserError when ``batch`` images cannot fit what is free on the device: a kernel would be killed for it."""

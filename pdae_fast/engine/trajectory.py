@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import kernels
 from ..schedule import Trajectory
 from . import graphs
+from .reuse import Kept, Turn, Turns
 
 if TYPE_CHECKING:
     from .fused import FusedPlan
@@ -32,8 +33,9 @@ class DeviceTrajectory:
     """Runs ``steps`` on ``batch`` images: static buffers, coefficients and time tables by step, an index on the device.
 
     The step reads its row of the tables by that index, moves x in place and advances the index, so one captured step
-    serves the whole trajectory; steps with and without G are two graphs. Where graphs are off or capture fails the
-    same step runs as it is. x is overwritten by the next call: a call returns a copy.
+    serves the whole trajectory; steps that compute different things (with and without G, say) are different graphs.
+    Where graphs are off or capture fails the same step runs as it is. x is overwritten by the next call: a call returns
+    a copy.
     """
 
     def __init__(
@@ -55,23 +57,24 @@ class DeviceTrajectory:
                 buffers = [torch.empty(K * batch, width, device=device) for _ in (0, 1)]
                 weights = None if codes.weights is None else torch.empty(K, batch, 1, 1, 1, device=device)
                 self.codes = Conditioning(*buffers, weights)
-        self.graphs: dict[bool, graphs.Graph] = {}
+        turns = Turns(plan.reuse)
+        self.turns = [turns(step.t, step.use_gradient and codes is not None) for step in steps]
+        self.kept = Kept(static=plan.options.graphs)
+        self.graphs: dict[Turn, graphs.Graph] = {}
 
-    def _step(self, use_gradient: bool) -> None:
+    def _step(self, turn: Turn) -> None:
         row = self.rows.index_select(0, self.index[None])
-        eps, gradient = self.plan.evaluate(self.x, row, self.codes if use_gradient else None)
+        eps, gradient = self.plan.evaluate(self.x, row, self.codes, turn, self.kept)
         self.x.copy_(kernels.ddim_update(self.x, eps, gradient, self.coefficients, self.index, self.clamp))
         self.index.add_(1)
 
-    def _capture(self, use_gradient: bool) -> None:
+    def _capture(self, turn: Turn) -> None:
         """Capture one step; on failure the plan says why and runs uncaptured from then on."""
         plan = self.plan
         if plan.graph_pool is None:
             plan.graph_pool = torch.cuda.graph_pool_handle()
         try:
-            self.graphs[use_gradient] = graphs.capture(
-                lambda: self._step(use_gradient), self.index.zero_, plan.device, plan.graph_pool
-            )
+            self.graphs[turn] = graphs.capture(lambda: self._step(turn), self.index.zero_, plan.device, plan.graph_pool)
         except graphs.CaptureError as error:
             plan.capture_failure = f"off: capture failed ({error})"
             warnings.warn(f"CUDA graphs are {plan.capture_failure}; running uncaptured", stacklevel=2)
@@ -94,21 +97,21 @@ class DeviceTrajectory:
         plan, B = self.plan, len(x)
         with plan.precision():
             if plan.options.graphs and plan.capture_failure is None:
-                for use_gradient in {step.use_gradient and codes is not None for step in self.steps} - set(self.graphs):
+                # In their order on the trajectory: what a turn takes over, an earlier one has left.
+                for turn in [turn for turn in dict.fromkeys(self.turns) if turn not in self.graphs]:
                     self._load(x, codes)
-                    self._capture(use_gradient)
+                    self._capture(turn)
                     if plan.capture_failure:
                         break
             self._load(x, codes)
             self.index.zero_()
             queued: deque[torch.cuda.Event] = deque()
-            for step in self.steps:
-                use_gradient = step.use_gradient and codes is not None
-                if use_gradient in self.graphs:
-                    self.graphs[use_gradient].replay()
+            for turn in self.turns:
+                if turn in self.graphs:
+                    self.graphs[turn].replay()
                 else:
-                    self._step(use_gradient)
-                plan.count(B, codes if use_gradient else None)
+                    self._step(turn)
+                plan.count(B, codes, turn)
                 if progress:
                     self._wait(queued)
                     progress()

@@ -33,6 +33,9 @@ TITLES = {
     "peak": "what the machine reaches: a large matrix product, a large copy (read plus written)",
     "quality": "the bundled model on the bundled images, encoded and decoded",
     "startup": "from the start of a new process to the end of its first step",
+    "training": "one step of mean-shift training with all around it (loading, draws, Adam, EMA); contenders and the "
+    "published loop took turns; ratio: published loop over contender; memory: building the side and its first steps; "
+    "error: largest relative difference of the losses of those steps",
     "deploy": "one DDIM step by exported graphs, beside the engine; all took turns; ratio: baseline over contender",
 }
 HEADERS = {
@@ -47,6 +50,7 @@ HEADERS = {
     "memory_bytes": "memory",
     "moved_bytes": "moves",
     "error_framework": "framework's error",
+    "error_losses": "losses differ",
 }
 
 

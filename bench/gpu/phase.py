@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import environment, kernel_tests, paths, speed
+from . import environment, kernel_tests, paths, speed, training
 from .journal import Cases, Context, run_cases
 
 
@@ -34,6 +34,7 @@ PHASES = {
     "rewrites": Phase("every rewrite turned around, against the defaults", 40, speed.rewrites),
     "quality": Phase("loss of precision on the bundled model", 35, speed.quality_loss),
     "startup": Phase("from process start to the first step", 20, speed.start_up),
+    "training": Phase("training steps against the published loop", 50, training.cases),
     "compile": Phase("steps against torch.compile of the baseline", None, speed.compile_opponent),
 }
 

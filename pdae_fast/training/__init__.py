@@ -1,6 +1,7 @@
-"""Trainers: the prior, and PDAE on a frozen prior."""
+"""Trainers: the prior, PDAE on a frozen prior, and the latent DPM and the attribute classifier on its latents."""
 
 from .settings import TrainSettings
+from .tasks import ClassifierTask, LatentTask, PDAETask, PriorTask, Task
 from .trainer import Trainer
 
-__all__ = ["TrainSettings", "Trainer"]
+__all__ = ["ClassifierTask", "LatentTask", "PDAETask", "PriorTask", "Task", "TrainSettings", "Trainer"]

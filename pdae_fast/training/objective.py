@@ -1,40 +1,94 @@
-"""What is minimised: the simple loss for the prior, the weighted shift loss of Algorithm 1 for PDAE."""
+"""What is minimised: the simple loss for the prior, the weighted shift loss of Algorithm 1 for PDAE, and the losses of
+the two networks on z."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..models import PDAE, Prior
+from ..models.latent import LatentMLP
+from ..models.unet import Features, PDAEDecoder
 from ..schedule import Schedule
 
 
-def _column(values, t: Tensor) -> Tensor:
-    """Float64 constants [T] gathered at t [B] -> float32 [B, 1, 1, 1]."""
-    table = torch.as_tensor(values.copy(), device=t.device)
-    return table[t].float()[:, None, None, None]
+class Tables(nn.Module):
+    """The constants of ``schedule`` that the losses gather at t, float32 [T], rounded once from float64.
+
+    Buffers, so that they go where the networks go and no step has to copy them there; no part of any state dict.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__()
+        for name, values in (
+            ("signal", schedule.alpha_bar**0.5),
+            ("spread", (1 - schedule.alpha_bar) ** 0.5),
+            ("shift_coef", schedule.shift_coef),
+            ("loss_weight", schedule.loss_weight),
+        ):
+            self.register_buffer(name, torch.from_numpy(values.copy()).float(), persistent=False)
 
 
-def q_sample(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) noise; x0 and noise [B, C, H, W], t int64 [B]."""
-    return _column(schedule.alpha_bar**0.5, t) * x0 + _column((1 - schedule.alpha_bar) ** 0.5, t) * noise
+def _tables(schedule: Schedule | Tables, device: torch.device) -> Tables:
+    return schedule if isinstance(schedule, Tables) else Tables(schedule).to(device)
 
 
-def prior_loss(model: Prior, schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+def _column(values: Tensor, t: Tensor, ndim: int = 4) -> Tensor:
+    """Constants [T] gathered at t [B] -> [B, 1, ...] of ``ndim`` dimensions."""
+    return values[t].reshape(-1, *(1,) * (ndim - 1))
+
+
+def q_sample(schedule: Schedule | Tables, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) noise; x0 and noise [B, ...], t int64 [B]."""
+    tables = _tables(schedule, x0.device)
+    return _column(tables.signal, t, x0.ndim) * x0 + _column(tables.spread, t, x0.ndim) * noise
+
+
+def prior_loss(model: Prior, schedule: Schedule | Tables, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """Mean squared error of eps_hat (DDPM's L_simple); a scalar."""
     return (noise - model(q_sample(schedule, x0, t, noise), t).float()).square().mean()
 
 
-def pdae_loss(model: PDAE, schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+def _frozen_half(decoder: PDAEDecoder, x_t: Tensor, t: Tensor) -> tuple[Features, Tensor]:
+    features = decoder.trunk(x_t, t)
+    return features, decoder.decode_eps(features)
+
+
+def pdae_loss(
+    model: PDAE,
+    schedule: Schedule | Tables,
+    x0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    frozen: Callable[[Tensor, Tensor], tuple[Features, Tensor]] | None = None,
+) -> Tensor:
     """lambda_t (eps - (eps_hat + c_t G))^2, mean over batch and pixels (Algorithm 1); a scalar.
 
     The trunk and the eps-decoder are frozen: they run without a graph, and only G and the encoder get gradients.
+    ``frozen``: another way to compute both, (x_t, t) -> (features, eps_hat).
     """
-    x_t = q_sample(schedule, x0, t, noise)
+    tables = _tables(schedule, x0.device)
+    x_t = q_sample(tables, x0, t, noise)
     decoder = model.decoder
     with torch.no_grad():
-        features = decoder.trunk(x_t, t)
-        eps = decoder.decode_eps(features).float()
+        features, eps = frozen(x_t, t) if frozen else _frozen_half(decoder, x_t, t)
+    if features.h.device.type == "cpu" and not features.h.is_contiguous() and not torch.compiler.is_compiling():
+        # PyTorch 2.13's GroupNorm on the CPU writes the gradient of a channels-last input also where nobody wants one
+        # and no memory was made for it: a segmentation fault.
+        features.h.requires_grad_()
     gradient = decoder.decode_gradient(features, model.encode(x0)).float()
-    error = noise - (eps + _column(schedule.shift_coef, t) * gradient)
-    return (_column(schedule.loss_weight, t) * error.square()).mean()
+    error = noise - (eps.float() + _column(tables.shift_coef, t) * gradient)
+    return (_column(tables.loss_weight, t) * error.square()).mean()
+
+
+def latent_loss(model: LatentMLP, schedule: Schedule | Tables, z: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """Mean absolute error of eps_hat on normalised latents z [B, D], t int64 [B], noise [B, D]; a scalar."""
+    return (noise - model(q_sample(schedule, z, t, noise), t).float()).abs().mean()
+
+
+def classifier_loss(model: nn.Linear, z: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross entropy, mean over batch and attributes; normalised z [B, D], labels [B, n] of 0 and 1; a scalar."""
+    return F.binary_cross_entropy_with_logits(model(z).float(), labels.float())

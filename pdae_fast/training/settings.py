@@ -9,16 +9,26 @@ from typing import Any
 
 from ..errors import UserError
 
-TASKS = ("prior", "pdae")
+TASKS = ("prior", "pdae", "latent", "classifier")
+# Where a task's usual values are not those of TrainSettings. The latent DPM's batch is the paper's (Table 2); the
+# classifier is a convex problem of one layer.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "prior": {},
+    "pdae": {},
+    "latent": {"batch_size": 512, "flip": False},
+    "classifier": {"steps": 10_000, "batch_size": 512, "lr": 1e-3, "flip": False},
+}
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     """One training run. Published values: batch 128, Adam 1e-4, constant rate, EMA 0.9999, flips.
 
-    ``batch_size`` counts images per forward pass; an optimiser step sees ``batch_size * accumulate`` of them.
+    ``batch_size`` counts images (or latents) per forward pass of all processes together, however many they are; an
+    optimiser step sees ``batch_size * accumulate``.
     ``ema_decay`` is reached gradually, min(ema_decay, (1 + n) / (10 + n)) after n steps, so that short runs do not
-    average in their random start. ``amp`` is "off" or "bfloat16" (bfloat16 needs no loss scaling).
+    average in their random start. ``amp`` is "off" or "bfloat16" (bfloat16 needs no loss scaling). ``flip`` goes with
+    images; latents are encoded once, from images as they are.
     """
 
     task: str
@@ -49,6 +59,10 @@ class TrainSettings:
         )
         require(self.warmup >= 0, f"warmup must not be negative, not {self.warmup}")
         require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), not {self.ema_decay}")
+        require(
+            not self.flip or self.task in ("prior", "pdae"),
+            f"flip mirrors images; {self.task} is trained on latents of images as they are (flip=False)",
+        )
         require(self.amp in ("off", "bfloat16"), f"amp must be off or bfloat16, not {self.amp!r}")
 
     def learning_rate(self, step: int) -> float:

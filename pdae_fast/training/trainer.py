@@ -1,15 +1,16 @@
-"""The plain, correct trainer: Adam, EMA, accumulation, optional bfloat16, and resumption bit for bit."""
+"""The plain, correct trainer of every task: Adam, EMA, accumulation, optional bfloat16, resumption bit for bit."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +21,35 @@ from tqdm import tqdm
 
 from .. import config as configs
 from ..errors import UserError
+from ..experiments.shards import Group
 from ..files import atomic_write, make_folder
 from ..models import PDAE, Prior
-from ..schedule import build_schedule
-from . import state
-from .objective import pdae_loss, prior_loss
+from . import distributed, state
+from .distributed import PeerGone
+from .feed import Prefetcher, Prepared
+from .graphed import GraphedStep
+from .losses import Losses
 from .order import BatchOrder, global_seed, step_generator
 from .settings import TrainSettings
+from .step import StepOptions, arrange, build_forward, build_optimizer, load_optimizer, move, set_rate
+from .tasks import Task
 
 Scalars = Callable[[int, dict[str, float]], None]
 
 
-def _images(samples: list[Any]) -> Tensor:
-    return torch.stack([sample.image for sample in samples])
-
-
 class Trainer:
-    """Trains ``model`` (a Prior, or a PDAE around a frozen prior) on ``dataset`` into the directory ``out``.
+    """Trains ``task`` on ``dataset`` into the directory ``out``.
 
-    ``out`` receives train.json (settings), checkpoint.pt (everything a resumed run needs), log.jsonl (one line per
-    ``log_every`` steps), samples/*.png, and at every save the EMA weights as config.json + model.safetensors, so that
-    ``from_pretrained(out)`` always works. ``preview(model, step, path)`` draws a sample grid; ``scalars(step, values)``
-    receives what is logged. Raises UserError for an unusable ``out``, a mismatch on resume or a non-finite loss.
+    ``out`` receives train.json (settings, and ``notes``), checkpoint.pt (everything a resumed run needs), log.jsonl
+    (one line per ``log_every`` steps), samples/*.png, and at every save the model of the EMA weights as config.json +
+    model.safetensors, so that ``from_pretrained(out)`` always works. ``preview(model, step, path)`` draws a sample
+    grid; ``scalars(step, values)`` receives what is logged. Raises UserError for an unusable ``out``, a mismatch on
+    resume, data that cannot be read or a non-finite loss.
     """
 
     def __init__(
         self,
-        model: Prior | PDAE,
+        task: Task,
         dataset: Dataset,
         settings: TrainSettings,
         out: str | Path,
@@ -58,32 +61,34 @@ class Trainer:
         sample_every: int = 0,
         preview: Callable[[Prior | PDAE, int, Path], None] | None = None,
         scalars: Scalars | None = None,
+        notes: dict[str, Any] | None = None,
         quiet: bool = False,
+        options: StepOptions | None = None,
+        group: Group | None = None,
     ) -> None:
-        if (settings.task == "pdae") != isinstance(model, PDAE):
-            raise ValueError(f"task {settings.task} needs a {'PDAE' if settings.task == 'pdae' else 'Prior'}")
+        if settings.task != task.name:
+            raise ValueError(f"the settings are for task {settings.task}, not {task.name}")
         if len(dataset) == 0:
-            raise UserError("the data set is empty; expected at least one image")
+            raise UserError(f"the data set is empty; expected {task.units}")
         self.settings, self.dataset, self.out = settings, dataset, Path(out)
         self.device = torch.device(device)
         self.workers, self.log_every, self.save_every, self.sample_every = workers, log_every, save_every, sample_every
-        self.preview, self.scalars, self.quiet = preview, scalars, quiet
-        self.model = model.to(self.device)
-        self.schedule = build_schedule(model.config.schedule)
-        if isinstance(model, PDAE):
-            model.requires_grad_(False)
-            model.encoder.requires_grad_(True)
-            model.decoder.freeze_prior()
-        else:
-            model.requires_grad_(True)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.ema = copy.deepcopy(model).eval().requires_grad_(False)
-        trained = {id(p) for p in self.parameters}
-        names = [name for name, p in model.named_parameters() if id(p) in trained]
-        ema = dict(self.ema.named_parameters())
-        self.ema_parameters = [ema[name] for name in names]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=settings.lr, betas=(0.9, 0.999), eps=1e-8)
-        self.step = 0
+        self.preview, self.scalars, self.notes, self.quiet = preview, scalars, dict(notes or {}), quiet
+        self.options, self.group = options or StepOptions(), group or Group()
+        self.options.check(task.name, self.device, self.group.size)
+        distributed.rows(self.group, settings.batch_size)  # says so where it cannot be shared
+        self.task = task.to(self.device)
+        arrange(self.task, self.options)
+        self.model = task.model
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.parameters = list(trained.values())
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.ema_parameters = [p for name, p in self.ema.named_parameters() if name in trained]
+        self.optimizer = build_optimizer(self.parameters, settings.lr, self.device, self.options)
+        self.step, self.saved_step = 0, None
+        self._forward = self._graphed = None
+        deferred = self.device.type == "cuda" or self.group.size > 1
+        self.losses = Losses(self.device, deferred, functools.partial(distributed.gather, self.group))
         self._stop: str | None = None
 
     # -- state -----------------------------------------------------------------------------------------------------
@@ -92,102 +97,186 @@ class Trainer:
         """Continue the run in ``out`` exactly where its last checkpoint left it."""
         saved = state.load(self.out / state.CHECKPOINT_NAME)
         self.settings.check_resumable(saved["settings"])
-        found, own = saved["config"], json.loads(configs.dumps(self.model.config))
-        if found != own:
-            raise UserError(f"cannot resume: the model in {self.out} has another configuration than the one asked for")
+        difference = _difference(self._config(), saved["config"])
+        if difference:
+            raise UserError(
+                f"cannot resume: the model in {self.out} has another configuration than was asked for ({difference})"
+            )
         if saved["images"] != len(self.dataset):
             raise UserError(
-                f"cannot resume: the data set has {len(self.dataset)} images but the saved run saw {saved['images']}"
+                f"cannot resume: the data set has {len(self.dataset)} {self.task.units} but the saved run saw "
+                f"{saved['images']}"
             )
+        for what, value in self.task.record.items():
+            if saved["record"].get(what) != value:
+                raise UserError(
+                    f"cannot resume: other {what} than those of the saved run ({value}, not "
+                    f"{saved['record'].get(what)}); give what it was started with, or a new --out"
+                )
         self.model.load_state_dict(saved["model"])
         self.ema.load_state_dict(saved["ema"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.step = saved["step"]
+        load_optimizer(self.optimizer, saved["optimizer"])
+        self.step = self.saved_step = saved["step"]
 
     def save(self) -> None:
-        """Write the checkpoint, then the EMA model; each is replaced whole."""
+        """Write the checkpoint, then the users' model; each is replaced whole. All processes call it, one writes.
+
+        UserError, and nothing is written, when a loss was not finite.
+        """
+        with self._advice():
+            self.losses.check()
+        self.saved_step = self.step
+        if not self.group.first:
+            return
         state.save(
             self.out / state.CHECKPOINT_NAME,
             {
                 "step": self.step,
                 "settings": dataclasses.asdict(self.settings),
-                "config": json.loads(configs.dumps(self.model.config)),
+                "config": self._config(),
                 "images": len(self.dataset),
+                "record": self.task.record,
                 "model": self.model.state_dict(),
                 "ema": self.ema.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
             },
         )
-        self.ema.save_pretrained(self.out)
+        self.task.export(self.ema).save_pretrained(self.out)
+
+    def _config(self) -> dict[str, Any]:
+        return json.loads(configs.dumps(self.task.config))
 
     # -- one step --------------------------------------------------------------------------------------------------
 
-    def _loss(self, images: Tensor, micro_step: int) -> Tensor:
+    def _prepare(self, batch: Any, micro_step: int) -> tuple[Tensor, ...]:
+        """This process's arguments of the forward pass ``micro_step``, on the CPU."""
         generator = step_generator(self.settings.seed, micro_step)
-        B = len(images)
-        t = torch.randint(0, self.schedule.T, (B,), generator=generator)
-        noise = torch.randn(images.shape, generator=generator)
-        if self.settings.flip:
-            flipped = torch.rand(B, generator=generator) < 0.5
-            images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
-        torch.manual_seed(global_seed(self.settings.seed, micro_step))
-        images, t, noise = (v.to(self.device, non_blocking=True) for v in (images, t, noise))
-        objective = pdae_loss if isinstance(self.model, PDAE) else prior_loss
+        return distributed.draw(self.task, batch, generator, self.settings.flip, self.group)
+
+    def _build(self) -> None:
+        """What computes the loss. Not before the first step, when a resumed run's weights are final; and before that
+        step's seed is set, because building may draw."""
+        if self._forward is None:
+            forward = build_forward(self.task, self.options)
+            many = self.group.size > 1
+            self._forward = distributed.Replicas(forward, self.group, self.device) if many else forward
+
+    def _loss(self, tensors: tuple[Tensor, ...]) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp == "bfloat16"):
-            return objective(self.model, self.schedule, images, t, noise)
+            return self._forward(*tensors)
 
-    def train_step(self, batches: Iterator[Tensor]) -> float:
-        """One optimiser step over ``accumulate`` batches; returns the mean loss."""
-        n, total = self.settings.accumulate, 0.0
-        self._set_mode()
-        for i in range(n):
-            micro_step = self.step * n + i
-            loss = self._loss(next(batches), micro_step)
-            value = loss.item()
-            if not math.isfinite(value):
-                self.optimizer.zero_grad()
-                raise UserError(
-                    f"the loss is {value} at step {self.step}; nothing was written after the last checkpoint. "
-                    f"Try a lower --lr (now {self.settings.lr:g}), --amp off, or look for broken images"
-                )
-            (loss / n).backward()
-            total += value / n
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate(self.step)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        with torch.no_grad():
-            torch._foreach_lerp_(self.ema_parameters, self.parameters, 1 - self.settings.ema_rate(self.step))
-        self.step += 1
-        return total
-
-    def _set_mode(self) -> None:
-        if isinstance(self.model, PDAE):
-            # The frozen half must compute what it will compute at inference: no dropout there.
-            self.model.eval()
-            for name in self.model.decoder.TRAINED:
-                getattr(self.model.decoder, name).train()
-            self.model.encoder.train()
+    def train_step(self, batches: Iterator[Any]) -> float | Tensor:
+        """One optimiser step over ``accumulate`` batches; returns this process's mean loss, a float, or where reading
+        it would mean waiting (``losses.deferred``) a scalar on the device."""
+        n = self.settings.accumulate
+        first = self.step * n
+        fetched = self._fetch(batches)
+        ready = [b if isinstance(b, Prepared) else self._prepare(b, first + i) for i, b in enumerate(fetched)]
+        ready = [move(tensors, self.device, self.options) for tensors in ready]
+        self._build()
+        self.task.train()
+        set_rate(self.optimizer, self.settings.learning_rate(self.step))
+        if self.options.cuda_graph:
+            losses = self._replay(ready)
         else:
-            self.model.train()
+            losses = self._gradients(ready)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        if self.group.first:
+            with torch.no_grad():
+                torch._foreach_lerp_(self.ema_parameters, self.parameters, 1 - self.settings.ema_rate(self.step))
+        self.losses.steps += 1
+        self.step += 1
+        loss = losses.double().mean()
+        return loss if self.losses.deferred else float(loss)
+
+    def _gradients(self, ready: list[tuple[Tensor, ...]]) -> Tensor:
+        """Forward and backward of the batches of a step."""
+        n, losses = len(ready), []
+        for i, tensors in enumerate(ready):
+            torch.manual_seed(global_seed(self.settings.seed, self.step * n + i, self.group.rank))
+            last = i == n - 1
+            with self._forward.accumulate() if self.group.size > 1 and not last else nullcontext():
+                loss = self._loss(tensors)
+                self._count(loss, n)
+                with distributed.peers(self.group):
+                    (loss / n).backward()
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+    def _replay(self, ready: list[tuple[Tensor, ...]]) -> Tensor:
+        """The same by a captured graph, Adam included. Its dropout draws from the seed of the first batch."""
+        if self._graphed is None:
+            self._graphed = GraphedStep(self._passes, self.optimizer, self.device)
+        self._graphed.build(ready)  # draws, so it comes before the seed
+        torch.manual_seed(global_seed(self.settings.seed, self.step * len(ready)))
+        losses = self._graphed(ready).clone()
+        for loss in losses:
+            self._count(loss, len(ready))
+        return losses
+
+    def _passes(self, batches: Sequence[tuple[Tensor, ...]]) -> Tensor:
+        """Forward and backward without anything that a capture forbids; the losses [accumulate]."""
+        losses = []
+        for tensors in batches:
+            loss = self._loss(tensors)
+            (loss / len(batches)).backward()
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+    def _count(self, loss: Tensor, n: int) -> None:
+        with self._advice():
+            self.losses.add(loss, self.step, 1 / n)
+
+    @contextmanager
+    def _advice(self) -> Iterator[None]:
+        """Says what may help when a loss is not finite."""
+        try:
+            yield
+        except UserError as error:
+            self.optimizer.zero_grad()
+            lr = self.settings.lr
+            raise UserError(f"{error}. Try a lower --lr (now {lr:g}), --amp off, or look for broken images") from None
+
+    def _fetch(self, batches: Iterator[Any]) -> list[Any]:
+        """The batches of a step. Data that cannot be read ends the run, but costs none of its finished steps."""
+        reason, failure = None, None
+        try:
+            fetched = [next(batches) for _ in range(self.settings.accumulate)]
+        except (UserError, OSError) as error:
+            reason, failure = str(error), error
+            if "Original Traceback" in reason:
+                # A loader worker rebuilds the error from its whole traceback; the last line is the error itself.
+                reason = reason.strip().splitlines()[-1].partition(": ")[2]
+        if distributed.agree(self.group, int(reason is not None)):
+            if self.out.is_dir():
+                self.save()
+                note = f"step {self.step} is saved in {self.out}, --resume continues once the file is whole"
+                reason = f"{reason or 'another process could not read its images'}; {note}"
+            distributed.agree(self.group, 0)  # nobody leaves before the checkpoint is written
+            raise UserError(reason) from failure
+        return fetched
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
-    def _batches(self) -> Iterator[Tensor]:
+    def _batches(self) -> Iterator[Any]:
         n = self.settings.accumulate
         order = BatchOrder(
-            len(self.dataset), self.settings.batch_size, self.settings.seed, self.step * n, self.settings.steps * n
-        )
-        return iter(
+            len(self.dataset), self.settings.batch_size, self.settings.seed, self.step * n, self.settings.steps * n,
+            distributed.rows(self.group, self.settings.batch_size),
+        )  # fmt: skip
+        loaded = iter(
             DataLoader(
                 self.dataset,
                 batch_sampler=order,
                 num_workers=self.workers,
-                collate_fn=_images,
-                pin_memory=self.device.type == "cuda",
+                collate_fn=self.task.collate,
                 persistent_workers=self.workers > 0,
             )
         )
+        if self.device.type != "cuda":  # nothing to overlap the loading with
+            return loaded
+        return Prefetcher(loaded, self._prepare, self.step * n, self.device)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -207,44 +296,114 @@ class Trainer:
 
     def run(self) -> str | None:
         """Train up to ``settings.steps``; returns None, or the name of the signal that stopped it (state is saved)."""
-        make_folder(self.out)
-        with atomic_write(self.out / "train.json", "w") as file:
-            file.write(json.dumps(dataclasses.asdict(self.settings), indent=2) + "\n")
-        self._trim_log()
+        try:
+            return self._run()
+        except PeerGone:
+            where = "nothing was saved yet" if self.saved_step is None else (
+                f"step {self.saved_step} is saved in {self.out}, --resume continues from there"
+            )  # fmt: skip
+            raise UserError(f"another process of this run ended at step {self.step}; {where}") from None
+
+    def _run(self) -> str | None:
+        self._start()
         per_step = self.settings.batch_size * self.settings.accumulate
-        losses, since = [], time.perf_counter()
+        steps, since = 0, time.perf_counter()
         with (
             self._signals(),
             tqdm(total=self.settings.steps, initial=self.step, unit="step", disable=self.quiet or None) as bar,
+            closing_feed(self._batches()) as batches,
         ):
-            batches = self._batches()
-            while self.step < self.settings.steps and self._stop is None:
-                losses.append(self.train_step(batches))
+            while self.step < self.settings.steps and not self._stopped():
+                self.train_step(batches)
+                steps += 1
                 bar.update()
                 if self.step % self.log_every == 0 or self.step == self.settings.steps:
+                    with self._advice():
+                        loss = self.losses.mean()
                     seconds = time.perf_counter() - since
-                    values = {"loss": sum(losses) / len(losses), "images_per_second": len(losses) * per_step / seconds}
+                    values = {"loss": loss, "images_per_second": steps * per_step / seconds}
                     bar.set_postfix(loss=f"{values['loss']:.4g}", images=f"{values['images_per_second']:.1f}/s")
                     self._log(values)
-                    losses, since = [], time.perf_counter()
+                    steps, since = 0, time.perf_counter()
                 if self.step % self.save_every == 0:
                     self.save()
                 if self.preview and self.sample_every and self.step % self.sample_every == 0:
-                    make_folder(self.out / "samples")
-                    self.preview(self.ema, self.step, self.out / "samples" / f"{self.step:07d}.png")
+                    with self._advice():
+                        self.losses.check()
+                    self._preview()
             self.save()
+            distributed.agree(self.group, 0)  # nobody leaves before the checkpoint is written
         return self._stop
 
+    def _start(self) -> None:
+        """What is written before the first step."""
+        if distributed.gather(self.group, torch.tensor([float(self.step)], dtype=torch.float64)).unique().numel() > 1:
+            raise UserError(f"the processes of this run see different checkpoints; is {self.out} on a shared disk?")
+        if not self.group.first:
+            return
+        make_folder(self.out)
+        state.discard_unfinished(self.out)
+        with atomic_write(self.out / "train.json", "w") as file:
+            values = {**dataclasses.asdict(self.settings), **self.notes, **self.task.record}
+            if self.options.chosen():
+                values["step_options"] = self.options.chosen()
+            file.write(json.dumps(values, indent=2) + "\n")
+        self._trim_log()
+
+    def _stopped(self) -> bool:
+        """Whether any process was told to stop: then all do, after the same step."""
+        number = distributed.agree(self.group, signal.Signals[self._stop].value if self._stop else 0)
+        self._stop = signal.Signals(number).name if number else None
+        return number > 0
+
+    def _preview(self) -> None:
+        if self.group.first:
+            make_folder(self.out / "samples")
+            self.preview(self.task.export(self.ema), self.step, self.out / "samples" / f"{self.step:07d}.png")
+
     def _trim_log(self) -> None:
-        """Drop lines that a killed run wrote after the checkpoint it resumes from."""
+        """Drop lines that a killed run wrote after the checkpoint it resumes from, the last maybe only in part."""
         path = self.out / "log.jsonl"
         if path.exists():
-            lines = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= self.step]
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= self.step]
             with atomic_write(path, "w") as file:
-                file.write("".join(line + "\n" for line in lines))
+                file.write("".join(line + "\n" for line in kept))
 
     def _log(self, values: dict[str, float]) -> None:
-        with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self.step, **values}) + "\n")
+        if not self.group.first:
+            return
+        path = self.out / "log.jsonl"
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.step, **values}) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
         if self.scalars:
             self.scalars(self.step, values)
+
+
+@contextmanager
+def closing_feed(batches: Iterator[Any]) -> Iterator[Iterator[Any]]:
+    """``batches``, whose thread (if it has one) ends with the block."""
+    try:
+        yield batches
+    finally:
+        if isinstance(batches, Prefetcher):
+            batches.close()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of the log; infinity for a line that was cut off."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
+
+
+def _difference(asked: Any, saved: Any, name: str = "") -> str | None:
+    """The first field in which two configurations differ, in words; None where they agree."""
+    if isinstance(asked, dict) and isinstance(saved, dict):
+        fields = [*asked, *(key for key in saved if key not in asked)]
+        found = (_difference(asked.get(key), saved.get(key), f"{name}.{key}".lstrip(".")) for key in fields)
+        return next((words for words in found if words), None)
+    return None if asked == saved else f"{name} is {asked}, not {saved}"

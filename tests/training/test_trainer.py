@@ -21,6 +21,7 @@ from pdae_fast.training import Trainer, TrainSettings
 from pdae_fast.training.objective import prior_loss
 from pdae_fast.training.order import BatchOrder, step_generator
 from pdae_fast.training.state import CHECKPOINT_NAME
+from pdae_fast.training.tasks import TASKS
 
 SETTINGS = TrainSettings("prior", "x", steps=6, batch_size=4, lr=1e-3, seed=3)
 
@@ -38,7 +39,7 @@ def trainer(out, dataset, model=None, **changes):
         if settings.task == "prior"
         else PDAE.from_prior(tiny_prior(), latent_dim=16, encoder_channel=32)
     )
-    return Trainer(model, dataset, settings, out, log_every=1, save_every=2, quiet=True)
+    return Trainer(TASKS[settings.task](model), dataset, settings, out, log_every=1, save_every=2, quiet=True)
 
 
 def test_every_epoch_sees_every_image_once_in_a_new_order():
@@ -123,7 +124,7 @@ def test_accumulation_equals_the_larger_batch(tmp_path, dataset):
     model = Prior(run.model.config)
     model.load_state_dict(start)
     optimizer = torch.optim.Adam(model.parameters(), lr=run.settings.lr)
-    prior_loss(model, run.schedule, x0, t, noise).backward()
+    prior_loss(model, run.task.schedule, x0, t, noise).backward()
     optimizer.step()
     for name, value in model.state_dict().items():
         # Adam's first step is lr * sign(gradient): a gradient of rounding size may come out either way.
@@ -287,5 +288,5 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, dataset, monkeypatch):
 
 
 def test_a_model_of_the_wrong_task(tmp_path, dataset):
-    with pytest.raises(ValueError, match="needs a Prior"):
-        Trainer(tiny_pdae(), dataset, SETTINGS, tmp_path)
+    with pytest.raises(ValueError, match="for task prior, not pdae"):
+        Trainer(TASKS["pdae"](tiny_pdae()), dataset, SETTINGS, tmp_path)

@@ -1,0 +1,200 @@
+"""How a step is executed: options that change its speed and memory, and no more than the rounding of its result."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import UserError
+from ..kernels import group_norm
+from ..models.layers import ResBlock, Stage
+from ..models.unet import Features, PDAEDecoder, UNet
+from .tasks import PDAETask, Task
+
+HELP = {
+    "compile": "compile the step with torch.compile; the first step then takes minutes, on the CPU too",
+    "fused_adam": "Adam as one operation over all weights",
+    "frozen_bfloat16": "pdae: the frozen half runs on a bfloat16 copy of its weights, whatever --amp says",
+    "channels_last": "keep images and weights channels-last",
+    "checkpointing": "compute activations again in the backward pass instead of keeping them: slower, less memory",
+    "fused_norms": "GroupNorm, its affines and SiLU as one operation (a Triton kernel on a GPU)",
+    "cuda_graph": "GPU: capture forward, backward and Adam once and replay them",
+}
+IMAGES_ONLY = ("frozen_bfloat16", "channels_last", "checkpointing", "fused_norms")
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """All off: the plain step. HELP says what each is. They are no settings of the run: it may be resumed with others,
+    as it may be on another device, and is bit for bit the same only with the same ones."""
+
+    compile: bool = False
+    fused_adam: bool = False
+    frozen_bfloat16: bool = False
+    channels_last: bool = False
+    checkpointing: bool = False
+    fused_norms: bool = False
+    cuda_graph: bool = False
+
+    def check(self, task: str, device: torch.device, processes: int = 1) -> None:
+        """UserError for an option that ``task`` does not have, or that cannot run here."""
+
+        def refuse(name: str, reason: str) -> None:
+            raise UserError(f"--{name.replace('_', '-')} {reason}")
+
+        for name in IMAGES_ONLY:
+            if getattr(self, name) and task not in ("prior", "pdae"):
+                refuse(name, f"is for networks on images; train {task} trains one on latents")
+        if self.frozen_bfloat16 and task != "pdae":
+            refuse("frozen_bfloat16", f"needs a frozen half, which train {task} does not have")
+        if self.cuda_graph:
+            if device.type != "cuda":
+                refuse("cuda_graph", f"needs a CUDA device, not {device.type}")
+            if processes > 1:
+                refuse("cuda_graph", f"is for one process, not {processes}")
+            if self.checkpointing:
+                refuse("cuda_graph", "cannot be combined with --checkpointing, which reads the random state")
+
+    def chosen(self) -> list[str]:
+        return [field.name for field in dataclasses.fields(self) if getattr(self, field.name)]
+
+
+# -- the forward pass ----------------------------------------------------------------------------------------------
+
+
+def arrange(task: Task, options: StepOptions) -> None:
+    """Lay out the weights of ``task``; before anything refers to them or copies them."""
+    if options.channels_last:
+        task.model.to(memory_format=torch.channels_last)
+
+
+def move(tensors: tuple[Tensor, ...], device: torch.device, options: StepOptions) -> tuple[Tensor, ...]:
+    """The arguments of ``task`` on ``device`` in the layout of its weights."""
+    moved = (v.to(device, non_blocking=True) for v in tensors)
+    if not options.channels_last:
+        return tuple(moved)
+    return tuple(v.contiguous(memory_format=torch.channels_last) if v.ndim == 4 else v for v in moved)
+
+
+def build_forward(task: Task, options: StepOptions) -> Callable[..., Tensor]:
+    """``task`` as ``options`` want it run. Its weights must be final: copies of the frozen ones are made here."""
+    if options.frozen_bfloat16 and isinstance(task, PDAETask):
+        task.frozen = FrozenHalf(task.model.decoder, options.channels_last)
+    if options.fused_norms:
+        fuse_norms(task)
+    if options.checkpointing:
+        for module in task.model.modules():
+            if type(module) is Stage and any(p.requires_grad for p in module.parameters()):
+                module.__class__ = CheckpointedStage
+    return torch.compile(task, dynamic=False) if options.compile else task
+
+
+class FrozenHalf(nn.Module):
+    """Trunk and eps-decoder of ``decoder`` on a bfloat16 copy of their weights.
+
+    Autocast converts frozen weights again in every pass; here they were converted once.
+    """
+
+    def __init__(self, decoder: PDAEDecoder, channels_last: bool = False) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            self.unet = UNet(decoder.config)
+        own = decoder.state_dict()
+        # A copy of its own also where the decoder is bfloat16 already: it must not follow the training.
+        state = {name: own[name].to(torch.bfloat16, copy=True) for name in self.unet.state_dict()}
+        self.unet.load_state_dict(state, assign=True)
+        self.unet.requires_grad_(False)
+        if channels_last:
+            self.unet.to(memory_format=torch.channels_last)
+        self.eval()
+
+    def train(self, mode: bool = True) -> FrozenHalf:
+        return super().train(False)  # no dropout, whatever the rest does
+
+    @torch.no_grad()
+    def forward(self, x_t: Tensor, t: Tensor) -> tuple[Features, Tensor]:
+        """x_t [B, C, H, W], t int64 [B] -> features (bfloat16 under autocast, else float32) and eps_hat."""
+        wide = not torch.is_autocast_enabled(x_t.device.type)
+        with torch.autocast(x_t.device.type, enabled=False):
+            features = self.unet.trunk(x_t, t)
+            eps = self.unet.decode_eps(features)
+        if wide:
+            h, skips, emb = features
+            features = Features(h.float(), tuple(skip.float() for skip in skips), emb.float())
+        return features, eps.float()
+
+
+class CheckpointedStage(Stage):
+    """A Stage that keeps its inputs only; dropout repeats its draws."""
+
+    def forward(self, x: Tensor, emb: Tensor | None = None, emb_z: Tensor | None = None) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(x, emb, emb_z)
+        return checkpoint(super().forward, x, emb, emb_z, use_reentrant=False)
+
+
+def fuse_norms(module: nn.Module) -> None:
+    """Let every ResBlock in ``module`` run its two norms by `pdae_fast.kernels.group_norm`."""
+    for part in module.modules():
+        if type(part) is ResBlock:
+            part.__class__ = FusedResBlock
+
+
+class FusedResBlock(ResBlock):
+    """The same function: both affines after the second norm collapse into one, (1 + s_z) (1 + s_t) and
+    (1 + s_z) b_t + b_z. Under autocast the norms' results stay in the dtype of their input."""
+
+    def forward(self, x: Tensor, emb: Tensor, emb_z: Tensor | None = None) -> Tensor:
+        norm, _, conv = self.in_layers
+        h = group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=True)
+        h = conv(self._resample(h))
+        scale, shift = self.emb_layers(emb).chunk(2, dim=1)
+        scale = 1 + scale
+        if self.emb_z_layers is not None:
+            scale_z, shift_z = self.emb_z_layers(emb_z).chunk(2, dim=1)
+            scale, shift = (1 + scale_z) * scale, (1 + scale_z) * shift + shift_z
+        norm, _, dropout, last = self.out_layers
+        h = group_norm(h, norm.weight, norm.bias, norm.num_groups, norm.eps, scale=scale, shift=shift, silu=True)
+        return self.skip_connection(self._resample(x)) + last(dropout(h))
+
+
+# -- the optimiser -------------------------------------------------------------------------------------------------
+
+
+def build_optimizer(parameters: list[nn.Parameter], lr: float, device: torch.device, options: StepOptions):
+    """Adam as published: betas (0.9, 0.999), eps 1e-8."""
+    keywords: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
+    if options.fused_adam or options.cuda_graph:
+        keywords["fused"] = True
+    if options.cuda_graph:
+        # A captured step reads its rate from the device.
+        return torch.optim.Adam(parameters, lr=torch.tensor(lr, device=device), capturable=True, **keywords)
+    return torch.optim.Adam(parameters, lr=lr, **keywords)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Take over moments and step count of ``saved``, but not how they were computed: a run may go on in another way."""
+    own = optimizer.state_dict()["param_groups"]
+    groups = [
+        {**old, **{k: v for k, v in mine.items() if k != "params"}}
+        for old, mine in zip(saved["param_groups"], own, strict=True)
+    ]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter).copy_(value)

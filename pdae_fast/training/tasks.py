@@ -1,0 +1,175 @@
+"""The things that can be trained: which weights, what one step's loss is, and what a user gets.
+
+A task is a module whose ``forward`` is the loss, so that it can be compiled or wrapped as it is; the Trainer does all
+the rest and knows none of them.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import PDAEConfig, PriorConfig
+from ..models import PDAE, Prior
+from ..schedule import build_schedule
+from .objective import Tables, classifier_loss, latent_loss, pdae_loss, prior_loss
+
+
+def _images(samples: list[Any]) -> Tensor:
+    return torch.stack([sample.image for sample in samples])
+
+
+def _as_they_are(batch: Any) -> Any:
+    return batch
+
+
+class Task(nn.Module):
+    """One thing to train.
+
+    ``model`` is what the optimiser changes (where ``requires_grad`` is set), what the EMA follows and what the
+    checkpoint holds. ``record`` says what else decides a run's course: a resumed run must have the same. ``collate``
+    makes a batch of what the data set hands out; it runs in loader workers. ``units`` is what the data set consists of.
+    """
+
+    name: str
+    units = "images"
+    collate = staticmethod(_images)
+
+    def __init__(self, model: nn.Module, record: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(True)
+        self.record = dict(record or {})
+
+    @property
+    def config(self) -> PriorConfig | PDAEConfig:
+        """Configuration of what :meth:`export` gives."""
+        return self.model.config
+
+    def draw(self, batch: Any, generator: torch.Generator, flip: bool) -> tuple[Tensor, ...]:
+        """``batch`` with all random numbers of its step (dropout's excepted): the arguments of ``forward``, all on the
+        CPU. The order of draws is part of what a resumed run must repeat."""
+        raise NotImplementedError
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """The loss, a scalar, of what :meth:`draw` gave, on the model's device."""
+        raise NotImplementedError
+
+    def export(self, ema: nn.Module) -> Prior | PDAE:
+        """What users load, with the weights of ``ema`` (a copy of ``model``)."""
+        return ema
+
+
+class _ImageTask(Task):
+    """Noise prediction on images that may be mirrored."""
+
+    def __init__(self, model: Prior | PDAE) -> None:
+        super().__init__(model)
+        self.schedule = build_schedule(model.config.schedule)
+        self.tables = Tables(self.schedule)
+
+    def draw(self, images: Tensor, generator: torch.Generator, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """images [B, C, H, W] -> (images, t [B], noise [B, C, H, W])."""
+        B = len(images)
+        t = torch.randint(0, self.schedule.T, (B,), generator=generator)
+        noise = torch.randn(images.shape, generator=generator)
+        if flip:
+            flipped = torch.rand(B, generator=generator) < 0.5
+            images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+        return images, t, noise
+
+
+class PriorTask(_ImageTask):
+    """The pre-trained diffusion model itself: all of a Prior."""
+
+    name = "prior"
+
+    def forward(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        return prior_loss(self.model, self.tables, x0, t, noise)
+
+
+class PDAETask(_ImageTask):
+    """Encoder and G of a PDAE; what it has from its prior is frozen (Algorithm 1)."""
+
+    name = "pdae"
+
+    def __init__(self, model: PDAE) -> None:
+        super().__init__(model)
+        model.requires_grad_(False)
+        model.encoder.requires_grad_(True)
+        model.decoder.freeze_prior()
+        self.register_module("frozen", None)  # another way to run the frozen half: step.FrozenHalf
+
+    def train(self, mode: bool = True) -> PDAETask:
+        # The frozen half must compute what it will compute at inference: no dropout there.
+        super().train(False)
+        self.training = mode
+        for name in self.model.decoder.TRAINED:
+            getattr(self.model.decoder, name).train(mode)
+        self.model.encoder.train(mode)
+        return self
+
+    def forward(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        return pdae_loss(self.model, self.tables, x0, t, noise, self.frozen)
+
+
+class _CodeTask(Task):
+    """A network on normalised latents: it is trained alone, and put back into ``pdae`` for users."""
+
+    units = "latents"
+    collate = staticmethod(_as_they_are)
+    part: str
+
+    def __init__(self, pdae: PDAE, record: dict[str, Any] | None = None) -> None:
+        # A copy: export() puts averaged weights into the original while this one goes on learning.
+        super().__init__(copy.deepcopy(getattr(pdae, self.part)), record)
+        # In a tuple, where it is no submodule: it is neither trained nor moved to the device.
+        self._whole = (pdae,)
+
+    @property
+    def config(self) -> PDAEConfig:
+        return self._whole[0].config
+
+    def export(self, ema: nn.Module) -> PDAE:
+        (pdae,) = self._whole
+        getattr(pdae, self.part).load_state_dict(ema.state_dict())
+        return pdae
+
+
+class LatentTask(_CodeTask):
+    """The latent DPM of ``pdae``, which has one in its configuration."""
+
+    name = "latent"
+    part = "latent_denoiser"
+
+    def __init__(self, pdae: PDAE, record: dict[str, Any] | None = None) -> None:
+        super().__init__(pdae, record)
+        self.schedule = build_schedule(pdae.config.latent.schedule)
+        self.tables = Tables(self.schedule)
+
+    def draw(self, z: Tensor, generator: torch.Generator, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised z [B, D] -> (z, t [B], noise [B, D])."""
+        t = torch.randint(0, self.schedule.T, (len(z),), generator=generator)
+        return z, t, torch.randn(z.shape, generator=generator)
+
+    def forward(self, z: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        return latent_loss(self.model, self.tables, z, t, noise)
+
+
+class ClassifierTask(_CodeTask):
+    """The linear attribute classifier of ``pdae``, which has attributes in its configuration."""
+
+    name = "classifier"
+    part = "classifier"
+
+    def draw(self, batch: tuple[Tensor, Tensor], generator: torch.Generator, flip: bool) -> tuple[Tensor, Tensor]:
+        """(normalised z [B, D], labels [B, attributes]); nothing is random."""
+        return batch
+
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+        return classifier_loss(self.model, z, labels)
+
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (PriorTask, PDAETask, LatentTask, ClassifierTask)}

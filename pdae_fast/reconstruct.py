@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from . import cli, metrics
-from .data import open_dataset, save_grid, save_images, stream
-from .engine.device import describe_device
+from .data import load_image, save_grid, save_images
 from .errors import UserError
-from .files import make_folder
-from .models import PDAE
-from .pipeline import PRESETS, Pipeline
+from .experiments import common
+from .experiments.common import MODES, Cost
+from .experiments.shards import Block, Journal, processes
 
-MODES = {
-    "inferred": "inferred x_T",
-    "random": "random x_T",
-    "prior": "random x_T without G",
-}
 METRICS = {"ssim": metrics.ssim, "psnr": metrics.psnr, "mse": metrics.mse}
 GRID_IMAGES = 16
 SAMPLES = Path(__file__).resolve().parent / "pretrained" / "samples"
@@ -36,155 +26,100 @@ class _Record:
 
     def __init__(self) -> None:
         self.quality: dict[str, list[float]] = {name: [] for name in METRICS}
-        self.seconds = 0.0
-        self.evaluations: dict[str, int] = {}
+        self.cost = Cost()
 
-    def add(self, x0: Tensor, x: Tensor) -> None:
-        for name, function in METRICS.items():
-            self.quality[name] += function(x0, x).tolist()
+    def add(self, values: dict[str, Any]) -> None:
+        for name, list_ in values["quality"].items():
+            self.quality[name] += list_
+        self.cost.add(values["cost"])
 
     def report(self, count: int) -> dict[str, Any]:
-        return {
-            "mean": {name: fmean(values) for name, values in self.quality.items()},
-            "network_evaluations_per_image": {k: round(n / count, 6) for k, n in self.evaluations.items()},
-            "seconds": self.seconds,
-            "images_per_second": count / self.seconds,
-        }
+        return {"mean": {name: fmean(values) for name, values in self.quality.items()}, **self.cost.report(count)}
 
 
-def _run_mode(pipe: Pipeline, mode: str, x0: Tensor, first: int, encode_steps: int, seed: int) -> Tensor:
-    if mode == "inferred":
-        return pipe.reconstruct(x0, encode_steps)
-    z = pipe.encode(x0) if mode == "random" else None
-    return pipe.decode(z, count=len(x0), seed=seed, first=first)
+def reconstruct(run: common.Run, modes: list[str], block: Block) -> dict[str, Any]:
+    """Decode the images of ``block`` in every mode and write them; returns each mode's quality and cost."""
+    values = {}
+    for mode in modes:
+        cost = Cost()
+        with cost.of(run.pipe):
+            x = common.autoencode(run.pipe, mode, block.images, block.indices, run.encode_steps, run.args.seed)
+        save_images(x, run.out / "images" / mode, block.names)
+        quality = {name: function(block.images, x).tolist() for name, function in METRICS.items()}
+        values[mode] = {"quality": quality, "cost": cost.values()}
+    return values
 
 
-def reconstruct(
-    pipe: Pipeline,
-    batches: Iterable,
-    modes: list[str],
-    out: Path,
-    encode_steps: int,
-    seed: int = 0,
-) -> tuple[dict[str, _Record], list[str]]:
-    """Run ``modes`` over ``batches``, write images as they come, and at the end the grid; memory stays constant."""
-    records = {mode: _Record() for mode in modes}
-    names: list[str] = []
-    shown: dict[str, list[Tensor]] = {key: [] for key in ("input", *modes)}
-    for batch in batches:
-        first = len(names)
-        wanted = max(0, GRID_IMAGES - first)
-        shown["input"].append(batch.images[:wanted])
-        for mode in modes:
-            record, before, start = records[mode], pipe.evaluations, time.perf_counter()
-            x = _run_mode(pipe, mode, batch.images, first, encode_steps, seed)
-            record.seconds += time.perf_counter() - start
-            for key, n in pipe.evaluations.items():
-                record.evaluations[key] = record.evaluations.get(key, 0) + n - before.get(key, 0)
-            if not bool(torch.isfinite(x).all()):
-                raise UserError(f"the {MODES[mode]} reconstruction holds NaN or infinite values; try --dtype float32")
-            record.add(batch.images, x)
-            save_images(x, out / "images" / mode, batch.names)
-            shown[mode].append(x[:wanted])
-        names += batch.names
-    if names:
-        rows = [torch.cat(shown[key]) for key in ("input", *modes)]
-        save_grid(rows, out / "grid.png", ["input", *(MODES[mode] for mode in modes)])
-    return records, names
+def _grid(run: common.Run, modes: list[str], shown: list[tuple[str, int]]) -> None:
+    """The first images over what was decoded from them; these are read again, as other processes wrote them."""
+    rows = [common.load(run.dataset, [index for _, index in shown]).images]
+    channels, size, _ = run.model.image_shape
+    for mode in modes:
+        paths = [run.out / "images" / mode / f"{name}.png" for name, _ in shown]
+        rows.append(torch.stack([load_image(path, size, channels) for path in paths]))
+    save_grid(rows, run.out / "grid.png", ["input", *(MODES[mode] for mode in modes)])
 
 
 def main(argv: list[str] | None = None) -> None:
     p = cli.parser("reconstruct", "Encode images to (z, x_T) and decode them again; report how close they come.")
-    cli.add_run_options(p, out="reconstruction")
+    common.add_options(p, out="reconstruction")
     p.add_argument(
         "--modes", nargs="+", choices=list(MODES), default=["inferred", "random"], help="what to decode from"
     )
-    p.add_argument(
-        "--iterations",
-        type=int,
-        default=0,
-        help="evaluations that solve each step of the decoder when x_T is inferred; 0: DDIM upward, as published",
-    )
-    p.add_argument("--on-error", choices=("skip", "fail"), default="skip", help="what a broken image does")
-    p.add_argument("--background", default="255,255,255", help="R,G,B that shows behind transparent images")
-    p.add_argument("--limit", type=int, help="use only the first N images")
-    p.add_argument(
-        "--preset",
-        choices=list(PRESETS),
-        help="values for --steps, --spacing and --iterations; an option given beside it overrides its value",
-    )
-    args = p.parse_args(argv)
-    if args.preset:
-        p.set_defaults(**PRESETS[args.preset])
-        args = p.parse_args(argv)
-    model = PDAE.from_pretrained(args.model, **cli.foreign_options(args))
-    out, modes = Path(args.out), list(dict.fromkeys(args.modes))
-    pipe = Pipeline(
-        model,
-        args.steps,
-        args.device,
-        args.dtype,
-        args.batch_size,
-        plan=args.plan,
-        attention=args.attention,
-        spacing=args.spacing,
-        iterations=args.iterations,
-    )
-    encode_steps = args.steps if args.encode_steps is None else args.encode_steps
-    if args.iterations and encode_steps != args.steps:
-        raise UserError("--iterations solves the steps that decode; leave out --encode-steps")
-    points = {steps: len(pipe.schedule.timesteps(steps, args.spacing)) - 1 for steps in (args.steps, encode_steps)}
-    up = 1 + args.iterations * points[args.steps] if args.iterations else points[encode_steps]
-    channels, size, _ = model.image_shape
-    dataset = open_dataset(args.input or [SAMPLES], size, channels, split="test", background=_colour(args.background))
-    if args.limit is not None:
-        if args.limit < 1:
-            raise UserError(f"--limit must be at least 1, not {args.limit}")
-        dataset = _Head(dataset, args.limit)
-    make_folder(out)
-    cost = sum(points[args.steps] + (up if mode == "inferred" else 0) for mode in modes)
+    args = common.parse(p, argv)
+    modes = list(dict.fromkeys(args.modes))
+    with processes() as group:
+        args.device = group.device(args.device)
+        run = common.open_run(args, default_input=[SAMPLES])
+        settings = common.job_settings(run, modes=modes)
+        journal = Journal(run.out, settings, len(run.dataset), run.pipe.batch_size, group)
+        total = journal.left() * sum(common.evaluations(run.pipe, mode, run.encode_steps) for mode in modes)
+        with common.progress(run.pipe, total, "reconstruct", args.quiet or not group.first):
+            journal.run(run.dataset, lambda block: (reconstruct(run, modes, block), {}), args.on_error)
+        if group.first:
+            report = _merge(run, modes, journal, group.size)
+            if not args.quiet:
+                print(_summary(report, run.out))
+
+
+def _merge(run: common.Run, modes: list[str], journal: Journal, size: int) -> dict[str, Any]:
+    """Everything that all processes found, in the order of the images: metrics.json and the grid."""
+    records = {mode: _Record() for mode in modes}
+    places: list[tuple[str, int]] = []
     broken: list[tuple[str, str]] = []
-    with tqdm(
-        total=len(dataset) * cost, unit="eval", unit_scale=True, desc="reconstruct", disable=args.quiet or None
-    ) as bar:
-        pipe.progress = bar.update
-        batches = stream(dataset, pipe.batch_size, args.on_error, broken)
-        records, names = reconstruct(pipe, batches, modes, out, encode_steps, args.seed)
-    if not names:
-        raise UserError(f"none of the {len(broken)} images could be read; the first: {': '.join(broken[0])}")
-    report = {
-        "model": str(args.model),
-        "assumed": list(model.notes),
-        "images": len(names),
-        "broken": [{"name": name, "reason": reason} for name, reason in broken],
-        "steps": args.steps,
-        "encode_steps": encode_steps,
-        "preset": args.preset,
-        "spacing": args.spacing,
-        "iterations": args.iterations,
-        "seed": args.seed,
-        "batch_size": pipe.batch_size,
-        **pipe.plan.describe(),
-        "device": describe_device(pipe.device),
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-        "versions": cli.versions(),
-        "modes": {mode: record.report(len(names)) for mode, record in records.items()},
-        "per_image": [
+    for entry in journal.entries():
+        places += zip(entry.names, entry.indices, strict=True)
+        broken += entry.broken
+        for mode, values in entry.values.items():
+            records[mode].add(values)
+    if not places:
+        journal.remove()
+        raise UserError(f"none of the {len(broken)} images could be read; the first: {', '.join(broken[0])}")
+    _grid(run, modes, places[:GRID_IMAGES])
+    report = common.report(
+        run,
+        images=len(places),
+        processes=size,
+        broken=[{"name": name, "reason": reason} for name, reason in broken],
+        modes={mode: record.report(len(places)) for mode, record in records.items()},
+        per_image=[
             {"name": name, **{m: {k: v[i] for k, v in r.quality.items()} for m, r in records.items()}}
-            for i, name in enumerate(names)
+            for i, (name, _) in enumerate(places)
         ],
-    }
-    cli.write_json(out / "metrics.json", report)
-    if not args.quiet:
-        print(_summary(report, out))
+    )
+    cli.write_json(run.out / "metrics.json", report)
+    journal.remove()
+    return report
 
 
 def _trajectory(report: dict[str, Any]) -> str:
+    if report["solver"] == "belm":
+        return f"{report['steps']} steps of belm up and down, {report['spacing']} spacing"
     if report["iterations"]:
         up = f"{report['steps']} steps solved by {report['iterations']} evaluations each"
     else:
         up = f"{report['encode_steps']} steps up"
-    return f"{up} and {report['steps']} down, {report['spacing']} spacing"
+    return f"{up} and {report['steps']} down by {report['solver']}, {report['spacing']} spacing"
 
 
 def _summary(report: dict[str, Any], out: Path) -> str:
@@ -214,29 +149,6 @@ def _summary(report: dict[str, Any], out: Path) -> str:
     lines += [f"assumed about the model: {note}" for note in report["assumed"]]
     lines.append(f"wrote {out / 'grid.png'}, {out / 'images'} and {out / 'metrics.json'}")
     return "\n".join(lines)
-
-
-def _colour(text: str) -> tuple[int, ...]:
-    try:
-        values = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        values = ()
-    if len(values) != 3 or not all(0 <= v <= 255 for v in values):
-        raise UserError(f"--background {text!r} is not a colour; expected R,G,B with values 0 to 255")
-    return values
-
-
-class _Head:
-    """The first ``count`` images of a data set."""
-
-    def __init__(self, dataset: Any, count: int) -> None:
-        self.dataset, self.names = dataset, dataset.names[:count]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset[index]
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 from pdae_fast.data.avatars import is_avatars
+from pdae_fast.data.bundled import PREFIX, bundled_path
 from pdae_fast.data.diffae_lmdb import DiffAELMDB
 from pdae_fast.data.folder import ImageFiles
 from pdae_fast.data.idx import FashionMNIST, find_idx
@@ -14,7 +15,8 @@ from pdae_fast.errors import UserError
 
 CHOICES = (
     f"expected image files or folders ({' '.join(EXTENSIONS)}), a folder of MNIST-style IDX files, "
-    "'fashion-mnist', 'fashion-mnist:DIR', or a Diff-AE LMDB ('lmdb:DIR' or 'lmdb:DIR:SIZE')"
+    "'fashion-mnist', 'fashion-mnist:DIR', 'bundled:fashion', 'bundled:avatars', or a Diff-AE LMDB "
+    "('lmdb:DIR' or 'lmdb:DIR:SIZE')"
 )
 
 
@@ -29,10 +31,11 @@ def open_dataset(
 ) -> ImageFiles | FashionMNIST | DiffAELMDB:
     """Open the data that `spec` names, as [channels, size, size] images in [-1, 1].
 
-    spec: "fashion-mnist" (the installed Debian package), "fashion-mnist:DIR", a folder that holds MNIST-style
-    IDX files, a Diff-AE LMDB as "lmdb:DIR" or "lmdb:DIR:SIZE" (SIZE as in its keys) or a folder that holds
-    `data.mdb`, or an image file, a folder, or a list of both. Of a folder of avatars the images are read, not the
-    masks and pairs. The words win over a folder of the same name, which can be given as "./fashion-mnist".
+    spec: "fashion-mnist" (the installed Debian package), "fashion-mnist:DIR", "bundled:NAME" (see `bundled_path`), a
+    folder that holds MNIST-style IDX files, a Diff-AE LMDB as "lmdb:DIR" or "lmdb:DIR:SIZE" (SIZE as in its keys) or
+    a folder that holds `data.mdb`, or an image file, a folder, or a list of both. Of a folder of avatars the images
+    are read, not the masks and pairs. The words win over a folder of the same name, which can be given as
+    "./fashion-mnist".
     split: "train" or "test"; a data set without splits (image files) is used whole either way.
     background, recursive: for image files, see `ImageFiles`.
     Raises UserError for anything else, naming what was not understood and the choices.
@@ -40,6 +43,7 @@ def open_dataset(
     if split not in ("train", "test"):
         raise UserError(f"unknown split {split!r}; expected 'train' or 'test'")
     specs = [os.fspath(path) for path in ([spec] if isinstance(spec, (str, os.PathLike)) else spec)]
+    specs = [bundled_path(path.removeprefix(PREFIX)) if path.startswith(PREFIX) else path for path in specs]
     if not specs or "" in specs:
         raise UserError(f"no input was given; {CHOICES}")
     for path in specs:

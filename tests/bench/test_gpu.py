@@ -119,7 +119,7 @@ def test_a_line_cut_off_is_ignored(tmp_path):
     assert len(journal.rows()) == 1
 
 
-def fabricated(ratio=12.0, compiled=1.0, peak=0.6, ssim=0.001, failures=0):
+def fabricated(ratio=12.0, compiled=1.0, peak=0.6, ssim=0.001, failures=0, training=5.0):
     """Rows as a visit to a GPU leaves them."""
     rows = [{"phase": "environment", "case": "versions", "status": "INFO", "device": "A GPU", "torch": "2.11.0"}]
     for network in ("celeba64", "ffhq128"):
@@ -138,6 +138,14 @@ def fabricated(ratio=12.0, compiled=1.0, peak=0.6, ssim=0.001, failures=0):
         "phase": "quality", "case": "bfloat16", "status": "PASS", "table": "quality", "what": "bfloat16",
         "steps": "100+100", "ssim_difference": ssim, "ratio_mse": 1.01,
     })  # fmt: skip
+    rows += [
+        {
+            "phase": "training", "case": "celeba64", "status": "INFO", "table": "training", "network": "celeba64",
+            "batch": 128, "contender": contender, "median_s": 0.1, "ratio": found, "ratio_spread": [found, found],
+            "images_per_s": 10.0, "memory_bytes": 1 << 30, "error_losses": 1e-3,
+        }
+        for contender, found in (("baseline", 1.0), ("bfloat16", training / 2), ("bfloat16 fast", training))
+    ]  # fmt: skip
     rows += [{"phase": "kernels", "case": f"k{i}", "status": "PASS", "error": 1e-7} for i in range(3)]
     rows += [
         {"phase": "paths", "case": f"p{i}" * 30, "status": "FAIL", "error": 1.0, "allowed": 1e-4}
@@ -160,6 +168,7 @@ def test_bars():
     ]
     assert verdicts(fabricated(compiled=1.2)).count(False) == 4  # 1.5 / 1.2 = 1.25
     assert verdicts(fabricated(peak=0.54)).count(False) == 1
+    assert verdicts(fabricated(training=3.9)).count(False) == 1
     assert verdicts(fabricated(ssim=-0.003)).count(False) == 1
     assert verdicts(fabricated(failures=2)).count(False) == 1
 

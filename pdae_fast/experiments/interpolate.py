@@ -1,0 +1,167 @@
+"""Between two images: frames of both kinds of interpolation in one batched run, and how even their path is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import metrics, solvers
+from ..errors import UserError
+from ..pipeline import Pipeline
+from ..sampling import slerp
+from . import common
+from .timing import ROUNDS, alternate
+
+DEFAULT_PAIRS = 3
+COMPARED_STEPS = 4  # of a decoding; every step costs the same, so more would only take longer
+
+
+def find_pairs(names: Sequence[str], given: Sequence[Sequence[str]] | None) -> list[tuple[int, int]]:
+    """Places in ``names`` of the images to interpolate between.
+
+    given: pairs of names or places; None: the first images two by two, at most DEFAULT_PAIRS. Raises UserError for
+    fewer than two images, and for names and places that there are not.
+    """
+    if len(names) < 2:
+        raise UserError(f"interpolation needs two images; the input has {len(names)} ({', '.join(names)})")
+    if given is None:
+        return [(i, i + 1) for i in range(0, min(len(names) - 1, 2 * DEFAULT_PAIRS), 2)]
+    pairs = [(find_image(names, a), find_image(names, b)) for a, b in given]
+    for a, b in pairs:
+        if a == b:
+            raise UserError(f"a pair needs two different images, not {names[a]} twice")
+    return pairs
+
+
+def find_image(names: Sequence[str], word: str) -> int:
+    """The place of the image called ``word``, or number ``word``; UserError naming the choices."""
+    if word in names:
+        return list(names).index(word)
+    if word.isdecimal() and int(word) < len(names):
+        return int(word)
+    shown = ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
+    raise UserError(f"no image {word!r} in the input; there are numbers 0 to {len(names) - 1}, called {shown}")
+
+
+@dataclass
+class Interpolation:
+    """``ends``: x0 [2, P, C, H, W] of the pairs, and ``reconstructions`` of the same shape; ``frames``: [P, n, C, H, W]
+    of each kind. z [2, P, latent_dim] and x_T are the ends'."""
+
+    ends: Tensor
+    reconstructions: Tensor
+    frames: dict[str, Tensor]
+    z: Tensor
+    x_T: Tensor
+
+
+def interpolate(
+    pipe: Pipeline,
+    dataset: Any,
+    pairs: Sequence[tuple[int, int]],
+    weights: Tensor,
+    kinds: Sequence[str],
+    encode_steps: int | None = None,
+) -> Interpolation:
+    """Frames at ``weights`` (0: the first image, 1: the second) between the images of each pair of ``dataset``.
+
+    Each image is encoded and its x_T inferred once; all frames of a kind are one batched run.
+    """
+    places = sorted({place for pair in pairs for place in pair})
+    images = common.load(dataset, places).images
+    z = pipe.encode(images)
+    x_T = pipe.invert(images, z, encode_steps)
+    reconstructions = pipe.decode(z, x_T)
+    rows = torch.tensor([[places.index(pair[side]) for pair in pairs] for side in (0, 1)])
+    frames = {kind: pipe.blend(z[rows], x_T[rows], weights, kind) for kind in kinds}
+    if not all(bool(torch.isfinite(x).all()) for x in frames.values()):
+        raise UserError("the interpolated images hold NaN or infinite values; try --dtype float32")
+    return Interpolation(images[rows], reconstructions[rows], frames, z[rows], x_T[rows])
+
+
+# -- how even ------------------------------------------------------------------------------------------------------
+
+
+def smoothness(frames: Tensor) -> dict[str, Any]:
+    """How even the path through ``frames`` [n, C, H, W] is, by root mean square distances of pixels on [0, 1].
+
+    "steps": distances of neighbouring frames; "distance": of the last frame from the first. "length": the sum of the
+    steps over that distance, 1 for a straight line, which a cross-fade of pixels is. "largest_step": the largest step
+    over the step of a straight, even path (distance / (n - 1)): a jump would show as a number near n - 1. Both None
+    where the ends are the same.
+    """
+
+    def apart(a: Tensor, b: Tensor) -> Tensor:
+        return metrics.mse(a, b).sqrt()
+
+    steps = apart(frames[:-1], frames[1:])
+    distance = float(apart(frames[:1], frames[-1:]))
+    return {
+        "steps": steps.tolist(),
+        "distance": distance,
+        "length": float(steps.sum()) / distance if distance else None,
+        "largest_step": float(steps.max()) * len(steps) / distance if distance else None,
+    }
+
+
+def measure(found: Interpolation, weights: Tensor) -> list[dict[str, Any]]:
+    """For each pair and kind: `smoothness`; and where the weights have both ends, "ends_differ", the largest
+    difference of a pixel (on [0, 1]) of the first and last frame from the reconstructions, and "ends_mse", their error
+    against the images themselves."""
+    ended = float(weights[0]) == 0 and float(weights[-1]) == 1
+    rows = []
+    for pair in range(found.ends.shape[1]):
+        for kind, frames in found.frames.items():
+            row = {"pair": pair, "kind": kind, **smoothness(frames[pair])}
+            if ended:
+                outer = frames[pair][[0, -1]]
+                row["ends_differ"] = float((outer - found.reconstructions[:, pair]).abs().max()) / 2
+                row["ends_mse"] = float(metrics.mse(outer, found.ends[:, pair]).mean())
+            rows.append(row)
+    return rows
+
+
+# -- what sharing the trunk is worth -------------------------------------------------------------------------------
+
+
+def compare(pipe: Pipeline, found: Interpolation, weights: Tensor, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Time the trajectory interpolation of the first pair in one batch against frame by frame (see `alternate`).
+
+    "one by one, two passes": a frame at a time, and for each of the two G a pass of the whole network, as with a
+    decoder that returns eps and G together. "one by one, shared trunk": a frame at a time, trunk and eps once.
+    "one batch, shared trunk": what `Pipeline.blend` does. Decoding alone is timed, by COMPARED_STEPS steps.
+    """
+    short = common.variant(pipe, steps=min(COMPARED_STEPS, pipe.steps), progress=None)
+    n = len(weights)
+    z, mixed = found.z[:, :1].expand(-1, n, -1), torch.stack([1 - weights, weights])
+    start = slerp(*found.x_T[:, :1].expand(-1, n, *found.x_T.shape[2:]), weights)
+    parts = [slice(i, i + 1) for i in range(n)]
+    ways = {
+        "one by one, two passes": lambda: torch.cat([_two_passes(short, z[:, i], weights[i], start[i]) for i in parts]),
+        "one by one, shared trunk": lambda: torch.cat(
+            [short.decode_mixture(z[:, i], mixed[:, i], start[i]) for i in parts]
+        ),
+        "one batch, shared trunk": lambda: short.decode_mixture(z, mixed, start),
+    }
+    return {"frames": n, "steps": short.steps, **alternate(ways, rounds)}
+
+
+def _two_passes(pipe: Pipeline, z: Tensor, weight: Tensor, x_T: Tensor) -> Tensor:
+    """`Pipeline.decode_mixture` of one frame without sharing: the whole network for each end."""
+    trajectory = pipe.schedule.decoding(pipe.steps, spacing=pipe.spacing)
+    pipe.plan.prepare(step.t for step in trajectory)
+    field_a, field_b = pipe.plan.field(z[0]), pipe.plan.field(z[1])
+    weight = weight.to(pipe.device)
+
+    def field(x: Tensor, t: int, use_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        eps, gradient_a = field_a(x, t, use_gradient)
+        _, gradient_b = field_b(x, t, use_gradient)
+        return eps, None if gradient_a is None else (1 - weight) * gradient_a + weight * gradient_b
+
+    start, companion = (x_T[:, 0], x_T[:, 1]) if x_T.ndim == 5 else (x_T, None)
+    start = start.to(pipe.device)
+    return solvers.decode(field, start, trajectory, pipe.solver, companion=companion).cpu()

@@ -1,0 +1,253 @@
+"""Quality against cost for a table of settings: measured row by row, kept as it grows, and the rows nothing beats."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import cli, metrics
+from ..data import stream
+from ..engine.device import describe_device
+from ..engine.reuse import NOTHING
+from ..errors import UserError
+from ..files import atomic_write
+from ..pipeline import Pipeline
+from .common import MODES, Cost, Run, autoencode, fingerprint, names_digest, noise, variant
+from .pareto_settings import Setting
+
+# Evaluations that time the machine before every batch: decoding by that many plain steps.
+REFERENCE_STEPS = 4
+PARTS = ("trunk", "eps", "gradient")
+METRICS = {"ssim": metrics.ssim, "psnr": metrics.psnr, "mse": metrics.mse}
+COLUMNS = (
+    *("mode", "name", "family", "steps", "encode_steps", "spacing", "iterations", "solver", "reuse", "images"),
+    *("ssim", "psnr", "mse", "evaluations", "trunk", "eps", "gradient", "seconds_per_image"),
+    *("relative_seconds", "relative_low", "relative_high", "front_evaluations", "front_seconds"),
+)
+Row = dict[str, Any]
+
+
+# -- one row -------------------------------------------------------------------------------------------------------
+
+
+def measure(run: Run, setting: Setting, mode: str, broken: list | None = None) -> Row:
+    """One row of the table: ``setting`` on all images of ``run``, streamed.
+
+    evaluations: of the whole network (trunk and both decoders), by equal numbers of multiplications, per image.
+    relative_seconds: seconds over those of one such evaluation on the same batch, taken from a short plain decoding
+    just before it; the median over the batches with the 20th and 80th percentile. The encoder is in the seconds and
+    not in the evaluations; reading images is in neither.
+    """
+    pipe = setting.pipeline(run.pipe)
+    plain = reference(run.pipe)
+    quality: dict[str, list[float]] = {name: [] for name in METRICS}
+    pixels, cost, ratios, units, first = hashlib.sha256(), Cost(), [], [], 0
+    for batch in stream(run.dataset, run.pipe.batch_size, run.args.on_error, broken):
+        x0, indices = batch.images, range(first, first + len(batch.images))
+        first += len(x0)
+        pixels.update(x0.contiguous().numpy().tobytes())
+        z, x_T = plain.encode(x0), noise(plain, run.args.seed, indices)
+        start = time.perf_counter()
+        plain.decode(z, x_T)
+        units.append((time.perf_counter() - start) / REFERENCE_STEPS / len(x0))
+        one = Cost()
+        with one.of(pipe):
+            x = autoencode(pipe, mode, x0, indices, setting.encode_steps, run.args.seed)
+        cost.add(one.values())
+        ratios.append(one.seconds / len(x0) / units[-1])
+        for name, function in METRICS.items():
+            quality[name] += function(x0, x).tolist()
+    if not first:
+        raise UserError("no image could be read" + (f"; the first: {': '.join(broken[0])}" if broken else ""))
+    counts = {name: sum(cost.evaluations.get(p + name, 0) for p in ("", "outer_")) for name in PARTS}
+    low, high = _percentiles(ratios)
+    return {
+        "mode": mode,
+        **setting.values(),
+        "images": first,
+        **{name: statistics.fmean(values) for name, values in quality.items()},
+        "evaluations": pipe.plan.equivalents() / first,
+        **{name: n / first for name, n in counts.items()},
+        "seconds_per_image": cost.seconds / first,
+        "relative_seconds": statistics.median(ratios),
+        "relative_low": low,
+        "relative_high": high,
+        "reference_seconds": statistics.median(units),
+        "pixels": pixels.hexdigest()[:16],
+    }
+
+
+def reference(pipe: Pipeline) -> Pipeline:
+    """The plain decoding whose seconds are the unit of relative_seconds."""
+    plan = pipe.plan.reusing(NOTHING)
+    plain = {"spacing": "uniform", "iterations": 0, "solver": "ddim"}
+    return variant(pipe, plan=plan, reuse=plan.reuse, steps=REFERENCE_STEPS, **plain)
+
+
+def _percentiles(values: Sequence[float]) -> tuple[float, float]:
+    """20th and 80th; of one value, itself."""
+    if len(values) == 1:
+        return values[0], values[0]
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return fifths[0], fifths[-1]
+
+
+# -- what nothing beats --------------------------------------------------------------------------------------------
+
+
+def front(points: Iterable[tuple[float, float]]) -> list[bool]:
+    """Which (cost, loss) are not dominated: none is at least as good in both and better in one. NaN never is."""
+    points = list(points)
+    chosen = [False] * len(points)
+    best = float("inf")
+    order = sorted((cost, loss, i) for i, (cost, loss) in enumerate(points) if cost == cost and loss == loss)
+    last: tuple[float, float] | None = None
+    for cost, loss, i in order:
+        # Equal points do not dominate each other.
+        if loss < best or (cost, loss) == last:
+            chosen[i], best, last = True, loss, (cost, loss)
+    return chosen
+
+
+def mark(rows: list[Row]) -> list[Row]:
+    """The rows with front_evaluations and front_seconds, per mode, cheapest first."""
+    marked = []
+    for mode in MODES:
+        own = sorted((dict(row) for row in rows if row["mode"] == mode), key=lambda row: row["evaluations"])
+        for name, cost in (("front_evaluations", "evaluations"), ("front_seconds", "relative_seconds")):
+            for row, chosen in zip(own, front((row[cost], row["mse"]) for row in own), strict=True):
+                row[name] = chosen
+        marked += own
+    return marked
+
+
+# -- all rows, resumable -------------------------------------------------------------------------------------------
+
+
+def job(run: Run) -> dict[str, Any]:
+    """What all rows of one folder must share, or their numbers cannot be compared."""
+    args, pipe = run.args, run.pipe
+    return {
+        "model": str(args.model),
+        "weights": fingerprint(run.model),
+        "input": list(run.spec),
+        "images": len(run.dataset),
+        "names": names_digest(run.dataset),
+        "background": args.background,
+        "seed": args.seed,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "plan": pipe.plan.name,
+        "device": describe_device(pipe.device),
+        "batch_size": pipe.batch_size,
+        "torch": torch.__version__,
+    }
+
+
+def sweep(
+    run: Run, table: Sequence[Setting], after: Callable[[Row], None] | None = None, broken: list | None = None
+) -> list[Row]:
+    """Measure what ``run.out``/metrics.json does not hold yet; after every row all files are written anew.
+
+    Raises UserError when the folder holds rows of another model, other images, another dtype or another machine.
+    """
+    path, current = run.out / "metrics.json", job(run)
+    rows = _load(path, current)
+    for setting, mode in wanted(table):
+        if any(_is(row, setting, mode) for row in rows):
+            continue
+        row = measure(run, setting, mode, broken)
+        if rows and rows[0]["pixels"] != row["pixels"]:
+            raise UserError(f"the images are not those of the rows in {path} any more; choose another --out")
+        # A setting of this name whose definition was changed is replaced.
+        rows = [*(r for r in rows if (r["mode"], r["name"]) != (mode, setting.name)), row]
+        save(run.out, current, rows, broken or [])
+        if after:
+            after(row)
+    return rows
+
+
+def wanted(table: Sequence[Setting]) -> list[tuple[Setting, str]]:
+    return [(setting, mode) for setting in table for mode in setting.modes]
+
+
+def remaining(run: Run, table: Sequence[Setting]) -> list[tuple[Setting, str]]:
+    """What `sweep` would measure."""
+    rows = _load(run.out / "metrics.json", job(run))
+    return [(s, mode) for s, mode in wanted(table) if not any(_is(row, s, mode) for row in rows)]
+
+
+def _is(row: Row, setting: Setting, mode: str) -> bool:
+    return row["mode"] == mode and all(row.get(name) == value for name, value in setting.values().items())
+
+
+def _load(path: Path, current: dict[str, Any]) -> list[Row]:
+    if not path.exists():
+        return []
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        known, rows = values["job"], values["rows"]
+        if not all(row["pixels"] and row["name"] and row["mode"] for row in rows):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not one of this command; choose another --out") from None
+    for name, value in json.loads(json.dumps(current)).items():
+        if known.get(name) != value:
+            raise UserError(
+                f"{path} holds rows with {name} {known.get(name)}, now it is {value}: they cannot be compared; "
+                "choose another --out"
+            )
+    return rows
+
+
+def save(out: Path, job: dict[str, Any], rows: list[Row], broken: Sequence[tuple[str, str]] = ()) -> None:
+    """metrics.json (from which a run is continued) and pareto.csv."""
+    marked = mark(rows)
+    report = {"job": job, "versions": cli.versions(), "reference_steps": REFERENCE_STEPS, "rows": marked}
+    report["broken"] = [{"name": name, "reason": reason} for name, reason in dict(broken).items()]
+    cli.write_json(out / "metrics.json", report)
+    with atomic_write(out / "pareto.csv", "w") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: _cell(row[name]) for name in COLUMNS} for row in marked)
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "" if value is None else value
+
+
+def text(rows: list[Row], only_front: bool = True) -> str:
+    """The terminal's table, per mode, cheapest first; a front's rows have a star at their cost."""
+    shown = [
+        row for row in mark(rows) if not only_front or row["front_evaluations"] or row["front_seconds"] or _named(row)
+    ]
+    lines = [
+        [
+            row["mode"],
+            row["name"],
+            f"{row['ssim']:.4f}",
+            f"{row['psnr']:.2f}",
+            f"{row['mse']:.2e}",
+            f"{row['evaluations']:.1f}{'*' if row['front_evaluations'] else ' '}",
+            f"{row['relative_seconds']:.1f}{'*' if row['front_seconds'] else ' '}",
+            f"{row['relative_low']:.1f}-{row['relative_high']:.1f}",
+        ]
+        for row in shown
+    ]
+    header = ["x_T", "setting", "SSIM", "PSNR", "MSE", "evaluations", "relative s", "p20-p80"]
+    return cli.table(header, lines, left=2)
+
+
+def _named(row: Row) -> bool:
+    return row["family"] == "preset" or row["name"] in ("published 100+100", "published 1000+100")

@@ -1,0 +1,65 @@
+"""The labelled images of a data set with their z, divided into those to learn from and those to test on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..errors import UserError
+from ..training.labels import split
+from ..training.latents import encode_dataset
+from . import common
+from .targets import Targets, find_targets
+
+FEWEST = 8  # labelled images
+
+
+class Part(NamedTuple):
+    """The labelled images of one side: K names, z [K, D], images [K, C, H, W], and the targets of the same K rows."""
+
+    names: list[str]
+    z: np.ndarray
+    images: np.ndarray
+    targets: Targets
+
+
+def find_parts(run: common.Run, cache: Path, holdout: float) -> tuple[Part, Part, str]:
+    """Training and test images of ``run``, and how they were divided, in words: the data set's own split, or
+    ``holdout`` of the images drawn by the seed. z comes from ``cache`` (see `encode_dataset`)."""
+    args = run.args
+    # Only data with a training split of its own opens differently for it.
+    training = common.open_data(args, run.model, run.spec, "train")
+    if training.names[:1] != getattr(run.dataset, "names", [])[:1]:
+        if args.limit is not None:
+            training = common.Subset(training, range(min(args.limit, len(training))))
+        train, test = _part(run, training, cache), _part(run, run.dataset, cache)
+        return train, test, "the data set's own training and test files"
+    if not 0 < holdout < 1:
+        raise UserError(f"--holdout must be a fraction between 0 and 1, not {holdout}")
+    whole = _part(run, run.dataset, cache)
+    places = split(len(whole.z), holdout, args.seed)
+    train, test = (_rows(whole, part) for part in places)
+    return train, test, f"every image once: {holdout:g} of them drawn for testing by seed {args.seed}"
+
+
+def _part(run: common.Run, dataset: Any, cache: Path) -> Part:
+    targets = find_targets(run.args, run.spec, dataset)
+    count = len(targets.indices)
+    if count < FEWEST:
+        raise UserError(f"learning from z needs at least {FEWEST} labelled images, not {count}; give a larger --input")
+    latents = encode_dataset(run.pipe, dataset, cache, on_error=run.args.on_error, quiet=run.args.quiet)
+    # Broken images have no latents, and images without a row have no labels: what is left has both.
+    place = {name: i for i, name in enumerate(latents.names)}
+    rows = [r for r, index in enumerate(targets.indices) if dataset.names[index] in place]
+    indices = targets.indices[rows]
+    z = latents.z.numpy()[[place[dataset.names[i]] for i in indices]]
+    images = common.load(dataset, indices).images.numpy()
+    targets = targets._replace(values=targets.values[rows], indices=np.arange(len(rows)))
+    return Part([dataset.names[i] for i in indices], z, images, targets)
+
+
+def _rows(part: Part, rows: np.ndarray) -> Part:
+    targets = part.targets._replace(values=part.targets.values[rows], indices=np.arange(len(rows)))
+    return Part([part.names[i] for i in rows], part.z[rows], part.images[rows], targets)

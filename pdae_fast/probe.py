@@ -1,0 +1,208 @@
+"""Probe what is in z: `python -m pdae_fast.probe`."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import cli
+from .errors import UserError
+from .experiments import common, retrieval
+from .experiments import probe as probes
+from .experiments.parts import Part, find_parts
+from .experiments.plots import COLOURS, chart
+from .experiments.probe import CHOICES, SCALINGS, Estimate, Features
+from .files import atomic_write, make_folder
+
+SCALED = {"whiten": "whitened", "standardise": "standardised"}
+SHOWN = 6  # queries in the picture
+QUERIES = 2000  # test images whose neighbours are counted
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = cli.parser("probe", "Linear probes on z against pixels, and nearest neighbours in z.")
+    common.add_options(p, out="probe", labels=True)
+    add = p.add_argument
+    add("--holdout", type=float, default=0.25, help="fraction that is tested on, for data without splits of its own")
+    add("--scaling", choices=SCALINGS, default="whiten", help="of every feature set, by its training images")
+    add("--neighbours", type=int, default=8, help="how many training images each test image is compared with")
+    args = common.parse(p, argv)
+    for module in ("sklearn", "matplotlib"):
+        if importlib.util.find_spec(module) is None:
+            raise UserError("probe needs scikit-learn and matplotlib: pip install 'pdae_fast[experiments]'")
+    run = common.open_run(args)
+    cache = run.out / "latents"
+    train, test, how = find_parts(run, cache, args.holdout)
+    latent = Features(f"z ({train.z.shape[1]})", train.z, test.z)
+    sets = [latent, *probes.pixel_features(train.images, test.images, train.z.shape[1], args.seed)]
+    scaled = [probes.scale(features, args.scaling) for features in sets]
+    make_folder(run.out)
+    if train.targets.kind == "classes":
+        measure, rows, notes = _classes(scaled, train, test, args.seed)
+    else:
+        measure, rows, notes = _attributes(scaled, train, test, args.seed)
+    near = _neighbours(run, latent, train, test)
+    report = common.report(
+        run,
+        images=len(train.z) + len(test.z),
+        split=how,
+        train_images=len(train.z),
+        test_images=len(test.z),
+        targets={"kind": train.targets.kind, "names": train.targets.names},
+        scaling=args.scaling,
+        regularisation=f"L2, C from {list(CHOICES)} by log loss on a fifth of the training images",
+        measure=measure,
+        interval="95%, bootstrap over test images",
+        features=rows,
+        retrieval=near,
+        notes=notes,
+    )
+    cli.write_json(run.out / "metrics.json", report)
+    _chart(run.out / "probe.png", report)
+    if not args.quiet:
+        print(_summary(report, run.out))
+
+
+# -- results -------------------------------------------------------------------------------------------------------
+
+
+def _classes(sets: list[Features], train: Part, test: Part, seed: int) -> tuple[str, list[dict], list[str]]:
+    rows, right = [], []
+    for features in sets:
+        count = max(3, len(train.targets.names))  # two classes too: scores for each of them
+        fitted = probes.fit(features, train.targets.values, count, seed)
+        right.append(probes.accuracy(fitted.scores, test.targets.values))
+        row = {"name": features.name, "C": fitted.C, "accuracy": _estimate(probes.bootstrap_mean(right[-1], seed))}
+        if len(right) > 1:
+            row["z_minus_this"] = _estimate(probes.bootstrap_mean(right[0] - right[-1], seed))
+        rows.append(row)
+    return "accuracy", rows, []
+
+
+def _attributes(sets: list[Features], train: Part, test: Part, seed: int) -> tuple[str, list[dict], list[str]]:
+    usable, notes = [], []
+    for j, name in enumerate(train.targets.names):
+        sides = [np.bincount(part.targets.values[:, j] > 0, minlength=2) for part in (train, test)]
+        if sides[0].min() < 2 or sides[1].min() < 1:
+            notes.append(f"{name}: left out, too few images with or without it")
+        else:
+            usable.append(j)
+    if not usable:
+        raise UserError(f"no attribute can be probed: {'; '.join(notes)}")
+    rows, resampled = [], []
+    for features in sets:
+        found, samples, Cs = [], [], {}
+        for j in usable:
+            fitted = probes.fit(features, (train.targets.values[:, j] > 0).astype(np.int64), 2, seed)
+            estimate, drawn = probes.bootstrap_auroc(fitted.scores, test.targets.values[:, j], seed)
+            found.append(estimate)
+            samples.append(drawn)
+            Cs[train.targets.names[j]] = fitted.C
+        resampled.append(samples)
+        names = [train.targets.names[j] for j in usable]
+        row = {
+            "name": features.name,
+            "C": Cs,
+            "mean_auroc": _estimate(probes.mean_estimate(found, samples)),
+            "auroc": {name: _estimate(e) for name, e in zip(names, found, strict=True)},
+        }
+        if len(resampled) > 1:
+            difference = [a - b for a, b in zip(resampled[0], samples, strict=True)]
+            gap = [Estimate(rows[0]["auroc"][n]["value"] - e.value, 0, 0) for n, e in zip(names, found, strict=True)]
+            row["z_minus_this"] = _estimate(probes.mean_estimate(gap, difference))
+        rows.append(row)
+    return "mean_auroc", rows, notes
+
+
+def _estimate(estimate: Estimate) -> dict[str, float]:
+    return estimate._asdict()
+
+
+def _neighbours(run: common.Run, latent: Features, train: Part, test: Part) -> dict[str, Any]:
+    """Agreement of the neighbours in z and in pixels, neighbours.csv, and the picture."""
+    count, seed, k = min(QUERIES, len(test.z)), run.args.seed, run.args.neighbours
+    chosen = np.sort(np.random.default_rng((seed, 6)).permutation(len(test.z))[:count])
+    asked, known = test.targets.values[chosen], train.targets.values
+    flat = [part.images.reshape(len(part.images), -1) for part in (train, test)]
+    latent = latent._replace(test=latent.test[chosen])
+    sets = {f"z {SCALED[word]}": probes.scale(latent, word) for word in SCALINGS}
+    sets["pixels"] = Features("pixels", flat[0], flat[1][chosen])
+    found = {name: retrieval.neighbours(features, k) for name, features in sets.items()}
+    values = {name: retrieval.agreement(places, known, asked) for name, places in found.items()}
+    queries = np.random.default_rng((seed, 7)).permutation(count)[:SHOWN]
+    targets = (train.targets, test.targets._replace(values=asked))
+    shown = {"z": found[f"z {SCALED[run.args.scaling]}"], "pixels": found["pixels"]}
+    path = run.out / "neighbours.png"
+    retrieval.picture(path, queries, list(shown.items()), train.images, test.images[chosen], targets)
+    with atomic_write(run.out / "neighbours.csv", "w") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["image", "by", *range(1, k + 1)])
+        for i, place in enumerate(chosen):
+            for name, places in found.items():
+                writer.writerow([test.names[place], name, *(train.names[j] for j in places[i])])
+    return {
+        "k": k,
+        "queries": count,
+        "measure": "precision" if train.targets.kind == "classes" else "attribute agreement",
+        "found": {name: _estimate(probes.bootstrap_mean(row, seed)) for name, row in values.items()},
+        "chance": retrieval.chance(known, asked),
+    }
+
+
+def _chart(path: Path, report: dict[str, Any]) -> None:
+    rows = report["features"]
+    if report["measure"] == "accuracy":
+        groups = {"accuracy": [row["accuracy"] for row in rows]}
+    else:
+        groups = {"mean": [row["mean_auroc"] for row in rows]}
+        groups |= {name: [row["auroc"][name] for row in rows] for name in rows[0]["auroc"]}
+    height = 0.8 / len(rows)
+    with chart(path, 6.4, 1.4 + 0.5 * len(groups)) as axes:
+        for i, row in enumerate(rows):
+            values = [group[i] for group in groups.values()]
+            middle = [v["value"] for v in values]
+            error = [[v["value"] - v["low"] for v in values], [v["high"] - v["value"] for v in values]]
+            places = np.arange(len(groups)) + (i - (len(rows) - 1) / 2) * height
+            axes.errorbar(middle, places, xerr=error, fmt="o", label=row["name"], color=COLOURS[i], capsize=2)
+        axes.set_yticks(range(len(groups)), list(groups))
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        lowest = min(v["low"] for group in groups.values() for v in group)
+        axes.set_xlim(max(0.0, np.floor(10 * lowest - 0.5) / 10), 1)
+        axes.set_xlabel("test accuracy" if report["measure"] == "accuracy" else "AUROC on the test images")
+        axes.figure.legend(loc="outside upper center", ncols=len(rows))
+
+
+def _summary(report: dict[str, Any], out: Path) -> str:
+    def cell(e: dict[str, float]) -> str:
+        return f"{e['value']:.4f} ({e['low']:.4f} to {e['high']:.4f})"
+
+    measure = report["measure"]
+    title = {"accuracy": "test accuracy (95%)", "mean_auroc": "mean AUROC (95%)"}[measure]
+    lines = [
+        [row["name"], cell(row[measure]), cell(row["z_minus_this"]) if "z_minus_this" in row else ""]
+        for row in report["features"]
+    ]
+    near, targets = report["retrieval"], report["targets"]
+    text = [
+        cli.table(["features", title, "z minus this"], lines),
+        f"{near['measure']} at {near['k']} of {near['queries']} test images: "
+        + ", ".join(f"{name} {cell(value)}" for name, value in near["found"].items())
+        + f", chance {near['chance']:.4f}",
+        f"{len(targets['names'])} {targets['kind']}, {report['train_images']} training and {report['test_images']} "
+        f"test images of {' '.join(report['input'])}: {report['split']}",
+        f"model {report['model']}; logistic regression, features {SCALED[report['scaling']]}, "
+        f"{report['regularisation']}",
+        *report["notes"],
+        f"wrote {out / 'probe.png'}, {out / 'neighbours.png'} and {out / 'metrics.json'}",
+    ]
+    return "\n".join(text)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

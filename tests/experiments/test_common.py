@@ -1,0 +1,89 @@
+"""Bundled data, pipelines that share a plan, cost, charts."""
+
+import pytest
+import torch
+from PIL import Image
+
+from helpers import TINY_FULL, images, tiny_pdae
+from pdae_fast import Pipeline
+from pdae_fast.data import FashionMNIST, bundled, open_dataset
+from pdae_fast.errors import UserError
+from pdae_fast.experiments import common
+from pdae_fast.experiments.plots import chart
+
+
+def test_the_bundled_data_opens_by_its_word():
+    for split in ("train", "test"):
+        fashion = open_dataset("bundled:fashion", 32, 1, split=split)
+        assert isinstance(fashion, FashionMNIST) and len(fashion) == 1000 and set(fashion.labels) == set(range(10))
+    avatars = open_dataset("bundled:avatars", 64, 3)
+    assert len(avatars) == 400 and avatars[0].image.shape == (3, 64, 64)
+    with pytest.raises(UserError, match="no bundled data bundled:faces; there is bundled:avatars, bundled:fashion"):
+        open_dataset("bundled:faces", 32)
+
+
+def test_every_model_has_data():
+    assert bundled.bundled_for("fashion32", 1) == "bundled:fashion"
+    assert bundled.bundled_for("avatars64", 3) == "bundled:avatars"
+    assert [bundled.bundled_for("/some/where", channels) for channels in (1, 3)] == [
+        "bundled:fashion",
+        "bundled:avatars",
+    ]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return Pipeline(tiny_pdae(TINY_FULL), steps=3, device="cpu", plan="eager")
+
+
+def test_a_variant_is_a_pipeline_of_its_own_settings(pipe):
+    other = common.variant(pipe, steps=2, spacing="quadratic")
+    own = Pipeline(pipe.model, steps=2, spacing="quadratic", device="cpu", plan="eager")
+    x0 = images(2)
+    assert torch.equal(other.reconstruct(x0), own.reconstruct(x0))
+    assert (pipe.steps, pipe.spacing) == (3, "uniform") and other.plan is pipe.plan
+    with pytest.raises(ValueError, match="no setting 'step'"):
+        common.variant(pipe, step=2)
+    with pytest.raises(UserError, match="steps must be between"):
+        common.variant(pipe, steps=0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"iterations": 2}, {"solver": "belm"}, {"spacing": "quadratic", "steps": 7}])
+@pytest.mark.parametrize("mode", list(common.MODES))
+def test_the_cost_is_what_was_announced(pipe, mode, settings):
+    own, cost = common.variant(pipe, **settings), common.Cost()
+    with cost.of(own):
+        common.autoencode(own, mode, images(2), [4, 9], None, seed=0)
+    assert cost.report(2)["network_evaluations_per_image"]["trunk"] == common.evaluations(own, mode, None)
+    again = common.Cost()
+    again.add(cost.values())
+    again.add(cost.values())
+    assert again.evaluations["trunk"] == 2 * cost.evaluations["trunk"] and again.seconds == 2 * cost.seconds
+
+
+def test_random_x_T_depends_on_the_image_not_on_its_batch(pipe):
+    x0 = images(3)
+    assert torch.equal(common.noise(pipe, 1, [0, 5, 6])[2:], common.noise(pipe, 1, [6]))
+    together = common.autoencode(pipe, "random", x0, [0, 5, 6], None, seed=1)
+    # The random network multiplies what the batch size rounds; another x_T would be off by about 1.
+    assert torch.allclose(together[2:], common.autoencode(pipe, "random", x0[2:], [6], None, seed=1), atol=0.02)
+    assert (together[1] - common.autoencode(pipe, "random", x0[1:2], [6], None, seed=1)).abs().mean() > 0.2
+
+
+def test_a_fingerprint_sees_every_weight():
+    model = tiny_pdae()
+    before = common.fingerprint(model)
+    assert before == common.fingerprint(tiny_pdae())
+    with torch.no_grad():
+        model.decoder.out[2].bias[0] += 1e-3
+    assert common.fingerprint(model) != before
+
+
+def test_a_chart_is_written_whole_or_not_at_all(tmp_path):
+    with chart(tmp_path / "a.png", 2, 1) as axes:
+        axes.plot([0, 1], [0, 1])
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (300, 150)
+    with pytest.raises(RuntimeError), chart(tmp_path / "b.png") as axes:
+        raise RuntimeError
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]

@@ -112,10 +112,7 @@ class FrozenHalf(nn.Module):
         self.unet.requires_grad_(False)
         if channels_last:
             self.unet.to(memory_format=torch.channels_last)
-        self.eval()
-
-    def train(self, mode: bool = True) -> FrozenHalf:
-        return super().train(False)  # no dropout, whatever the rest does
+        self.eval()  # no dropout; PDAETask.train() leaves it so
 
     @torch.no_grad()
     def forward(self, x_t: Tensor, t: Tensor) -> tuple[Features, Tensor]:

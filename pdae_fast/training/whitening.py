@@ -22,7 +22,7 @@ def whiten_codes(model: PDAE, images: Tensor, batch_size: int = 64) -> None:
     directions below ``FLOOR`` of the mean variance, the identity as covariance; largest variance first.
 
     E_phi and ``label_emb`` change together: eps_hat and G of an image stay the same up to rounding. Latent statistics,
-    classifier and latent DPM belong to the old coordinates, so a model that has them is refused with a UserError, and so
+    classifier and latent DPM belong to the old coordinates: a model that has them is refused with a UserError, and so
     are fewer images than twice the latent dimensions.
     """
     config = model.config

@@ -109,7 +109,7 @@ def test_a_run_goes_on_with_other_options(tmp_path):
         assert state["exp_avg"].stride() == parameter.stride() and state["step"] == 2
     assert losses_of(other, 2) == pytest.approx(expected[2:], rel=1e-5)
     other.save()
-    back = trainer(tmp_path / "run", config=NO_DROPOUT)
+    back = trainer(tmp_path / "run", config=NO_DROPOUT, steps=5)
     back.resume()
     assert not back.optimizer.param_groups[0]["fused"] and isinstance(back.optimizer.param_groups[0]["lr"], float)
     losses_of(back, 1)
@@ -160,12 +160,14 @@ def test_the_frozen_half_in_bfloat16(tmp_path, amp):
     x, t = images(2), torch.tensor([3, 700])
     with torch.autocast("cpu", torch.bfloat16, enabled=amp == "bfloat16"):
         features, eps = half(x, t)
-    wanted = model.decoder.trunk(x, t)
+    with torch.no_grad():
+        wanted = model.decoder.trunk(x, t)
+        wanted_eps = model.decoder.decode_eps(wanted)
     assert features.h.dtype == (torch.float32 if amp == "off" else torch.bfloat16) and eps.dtype == torch.float32
     for got, expected in (
         (features.h, wanted.h),
         (features.skips[0], wanted.skips[0]),
-        (eps, model.decoder.decode_eps(wanted)),
+        (eps, wanted_eps),
     ):
         assert 1e-6 < float((got.float() - expected).norm() / expected.norm()) < 0.03
     task = TASKS["pdae"](model)
@@ -192,6 +194,7 @@ def test_the_frozen_copy_is_made_of_the_resumed_weights(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_compiling_takes_the_step_whole(tmp_path, monkeypatch):
     """One graph without breaks, by the compiler's front end alone (its back end takes minutes)."""
     calls, compile_ = [], torch.compile

@@ -36,7 +36,7 @@ extras = {
     "serving": ["tritonclient", "protobuf"],
     "openvino": ["openvino"],
     "plot": ["matplotlib"],
-    "experiments": ["scikit-learn>=1.4", "matplotlib"],
+    "experiments": ["scikit-learn>=1.4", "matplotlib", "jinja2"],
     "parquet": ["pyarrow"],
     "train": ["tensorboard"],
     "convert": ["pyyaml"],
@@ -68,7 +68,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["pdae_fast", "pdae_fast.*"]) + [p for folder in MAPPED for p in mapped(folder)],
     package_dir={"pdae_fast": "pdae_fast", **{f"pdae_fast.{folder}": folder for folder in MAPPED}},
-    package_data={"pdae_fast": ["py.typed", "pretrained/**/*"]},
+    package_data={"pdae_fast": ["py.typed", "pretrained/**/*", "experiments/*.html"]},
     # The upper bound keeps a CPU-only machine from resolving to a newer CUDA build with gigabytes of libraries.
     install_requires=["torch>=2.11,<2.14", "numpy>=1.26", "pillow>=10.1", "safetensors>=0.4", "tqdm>=4.60"],
     extras_require=extras,

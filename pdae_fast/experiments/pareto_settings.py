@@ -108,16 +108,28 @@ SOLVED = {
 }
 SOLVERS = {"quick": (10, 20), "standard": (5, 8, 10, 13, 16, 20, 25, 32), "full": (50, 100)}
 REVERSIBLE = {"quick": (20,), "standard": (5, 8, 10, 13, 16, 20, 32), "full": (50, 100)}
-SPACED = {"quick": (), "standard": (10, 20, 50), "full": (5, 100)}
+SPACED = {"quick": (), "standard": (10, 20), "full": (5, 50, 100)}
 
 
 # What is kept from step to step was made for many small steps and cannot be inverted by solving; what leaves G out can.
 KEPT = {
     "quick": ("gradient:2", "deep:2"),
-    "standard": ("gradient:2", "gradient:4", "trunk:2", "deep:2", "deep:4", "deep:2:1", "window:200-1000"),
-    "full": ("gradient:8", "trunk:4", "deep:8", "deep:4:1", "gradient:4,deep:2", "window:0-500", "window:100-700"),
+    "standard": ("trunk:2", "deep:2:1", "window:200-1000"),
+    "full": (
+        "gradient:2",
+        "gradient:4",
+        "deep:2",
+        "deep:4",
+        "gradient:8",
+        "trunk:4",
+        "deep:8",
+        "deep:4:1",
+        "gradient:4,deep:2",
+        "window:0-500",
+        "window:100-700",
+    ),
 }
-KEPT_STEPS = {"quick": (20,), "standard": (20, 50), "full": (20, 50, 100)}
+KEPT_STEPS = {"quick": (20,), "standard": (20,), "full": (20, 50, 100)}
 LEFT_OUT = {
     "quick": (("window:200-1000", 10, 2), ("window:500-1000", 10, 2), ("gradient:off", 13, 2)),
     "standard": (

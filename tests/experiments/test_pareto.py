@@ -235,7 +235,7 @@ def test_the_table_of_settings():
     assert {s.name for s in quick if s.family == "preset"} == set(PRESETS) - {"published"}
     assert [s.name for s in select(full, "published")][0] == "published 5+5"
     assert {s.spacing for s in select(full, "*logsnr*")} == {"logsnr"}
-    assert select(full, None) == full and len(select(full, "gradient:2")) == 2
+    assert select(full, None) == full and len(select(full, "gradient:2")) == 3
 
 
 def test_the_picture_holds_every_mode(tmp_path):

@@ -291,4 +291,19 @@ presets: dict[str, PDAEConfig] = {
             dropout=0.0,
         ),
     ),
+    # The bundled model of drawn avatars.
+    "avatars64": PDAEConfig(
+        image_size=64,
+        latent_dim=128,
+        encoder_channel=64,
+        unet=UNetConfig(
+            input_channel=3,
+            base_channel=32,
+            channel_multiplier=(1, 1, 2, 3),
+            num_residual_blocks_of_a_block=1,
+            attention_resolutions=(4,),
+            num_heads=4,
+            dropout=0.0,
+        ),
+    ),
 }

@@ -201,6 +201,9 @@ class Pipeline:
     ) -> Tensor:
         """x after ``trajectory``, batch by batch; ``field(part)`` is that of a part of the images."""
         self.plan.prepare(step.t for step in trajectory)
+        if solver in solvers.MULTISTEP:  # they must know where a window switches G, and not extrapolate across it
+            wants = self.reuse.wants_gradient
+            trajectory = tuple(step._replace(use_gradient=step.use_gradient and wants(step.t)) for step in trajectory)
 
         def run(part: slice) -> Tensor:
             start, companion = x[part].to(self.device), None

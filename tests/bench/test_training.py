@@ -19,12 +19,12 @@ def test_the_opponents_first_loss_is_algorithm_1():
     zero."""
     model = training.build("tiny")
     opponent = PublishedTraining(model, CPU, seed=4)
-    x0 = images(3)
+    x0 = images(8)
     loss = opponent.step(iter([x0]))
     generator = step_generator(4, 0)
-    t = torch.randint(0, 1000, (3,), generator=generator)
+    t = torch.randint(0, 1000, (8,), generator=generator)
     noise = torch.randn(x0.shape, generator=generator).double()
-    mirrored = torch.rand(3, generator=generator) < 0.5
+    mirrored = torch.rand(8, generator=generator) < 0.5
     assert mirrored.any() and not mirrored.all()
     x0[mirrored] = x0[mirrored].flip(-1)
     schedule = build_schedule(model.config.schedule)

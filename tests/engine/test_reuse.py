@@ -7,7 +7,7 @@ import torch
 
 from golden_rule import relative
 from helpers import images, tiny_pdae, tiny_prior
-from pdae_fast import PDAE, PDAEConfig, Pipeline, UNetConfig, UserError, metrics, presets, sampling
+from pdae_fast import PDAE, PDAEConfig, Pipeline, UNetConfig, UserError, metrics, presets, sampling, solvers
 from pdae_fast.data import load_image
 from pdae_fast.engine import Reuse, build_plan, graphs
 from pdae_fast.engine.cost import equivalents, network_costs
@@ -355,3 +355,16 @@ def test_a_window_is_inverted_as_it_is_decoded():
     own, other = (float(metrics.mse(x0, p.decode(z, x_T))) for p in (pipe, exact))
     assert own < 1e-4 and other > 2 * own
     assert pipe.evaluations["trunk"] == exact.evaluations["trunk"] + 25 and pipe.equivalents < 33
+
+
+@pytest.mark.parametrize("solver", ["dpm++2m", "unipc3"])
+def test_a_solver_does_not_extrapolate_across_the_edge_of_a_window(solver):
+    """As with stop_percent, it starts again where G switches: solvers.decode is told so by use_gradient."""
+    model, z, x_T = tiny_pdae(), noise(2, 16), noise(2, 1, 32, 32)
+    pipe = Pipeline(model, steps=8, device="cpu", dtype="float32", solver=solver, reuse="window:300-1000")
+    told = tuple(
+        step._replace(use_gradient=step.t >= 300) for step in pipe.schedule.decoding(pipe.steps, spacing=pipe.spacing)
+    )
+    exact = Pipeline(model, steps=8, device="cpu", dtype="float32")
+    expected = solvers.decode(exact.plan.field(z), x_T, told, solver)
+    torch.testing.assert_close(pipe.decode(z, x_T), expected, atol=1e-4, rtol=1e-4)

@@ -291,7 +291,7 @@ presets: dict[str, PDAEConfig] = {
             dropout=0.0,
         ),
     ),
-    # The bundled model of drawn avatars.
+    # For drawn avatars (`python -m pdae_fast.data avatars`): as small, in colour.
     "avatars64": PDAEConfig(
         image_size=64,
         latent_dim=128,

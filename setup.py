@@ -38,6 +38,7 @@ extras = {
     "plot": ["matplotlib"],
     "experiments": ["scikit-learn>=1.4", "matplotlib", "jinja2"],
     "parquet": ["pyarrow"],
+    "video": ["imageio[ffmpeg]"],
     "train": ["tensorboard"],
     "convert": ["pyyaml"],
     "metrics": ["torchmetrics>=1.9"],

@@ -1,7 +1,8 @@
 """Trainers: the prior, PDAE on a frozen prior, and the latent DPM and the attribute classifier on its latents."""
 
 from .settings import TrainSettings
+from .step import StepOptions
 from .tasks import ClassifierTask, LatentTask, PDAETask, PriorTask, Task
 from .trainer import Trainer
 
-__all__ = ["ClassifierTask", "LatentTask", "PDAETask", "PriorTask", "Task", "TrainSettings", "Trainer"]
+__all__ = ["ClassifierTask", "LatentTask", "PDAETask", "PriorTask", "StepOptions", "Task", "TrainSettings", "Trainer"]

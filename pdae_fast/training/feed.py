@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,3 +67,13 @@ class Prefetcher:
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def closing_feed(batches: Iterator[Any]) -> Iterator[Iterator[Any]]:
+    """``batches``, whose thread (if it has one) ends with the block."""
+    try:
+        yield batches
+    finally:
+        if isinstance(batches, Prefetcher):
+            batches.close()

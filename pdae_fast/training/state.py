@@ -43,3 +43,32 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise UserError(f"{path}: not the checkpoint of a training run of pdae_fast")
     return contents
+
+
+def check_same_run(
+    saved: dict[str, Any], out: Path, config: dict[str, Any], units: str, count: int, record: dict[str, Any]
+) -> None:
+    """UserError when the checkpoint ``saved`` of the run in ``out`` is of another model, of a data set of another size
+    (``count``; ``units``: what to call it) or differs in something that the task records."""
+    difference = _difference(config, saved["config"])
+    if difference:
+        raise UserError(
+            f"cannot resume: the model in {out} has another configuration than was asked for ({difference})"
+        )
+    if saved["images"] != count:
+        raise UserError(f"cannot resume: the data set has {count} {units} but the saved run saw {saved['images']}")
+    for what, value in record.items():
+        if saved["record"].get(what) != value:
+            raise UserError(
+                f"cannot resume: other {what} than those of the saved run ({value}, not "
+                f"{saved['record'].get(what)}); give what it was started with, or a new --out"
+            )
+
+
+def _difference(asked: Any, saved: Any, name: str = "") -> str | None:
+    """The first field in which two configurations differ, in words; None where they agree."""
+    if isinstance(asked, dict) and isinstance(saved, dict):
+        fields = [*asked, *(key for key in saved if key not in asked)]
+        found = (_difference(asked.get(key), saved.get(key), f"{name}.{key}".lstrip(".")) for key in fields)
+        return next((words for words in found if words), None)
+    return None if asked == saved else f"{name} is {asked}, not {saved}"

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import functools
 import json
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +23,9 @@ from ..errors import UserError
 from ..experiments.shards import Group
 from ..files import atomic_write, make_folder
 from ..models import PDAE, Prior
-from . import distributed, state
+from . import distributed, log, state
 from .distributed import PeerGone
-from .feed import Prefetcher, Prepared
+from .feed import Prefetcher, Prepared, closing_feed
 from .graphed import GraphedStep
 from .losses import Losses
 from .order import BatchOrder, global_seed, step_generator
@@ -43,8 +42,9 @@ class Trainer:
     ``out`` receives train.json (settings, and ``notes``), checkpoint.pt (everything a resumed run needs), log.jsonl
     (one line per ``log_every`` steps), samples/*.png, and at every save the model of the EMA weights as config.json +
     model.safetensors, so that ``from_pretrained(out)`` always works. ``preview(model, step, path)`` draws a sample
-    grid; ``scalars(step, values)`` receives what is logged. Raises UserError for an unusable ``out``, a mismatch on
-    resume, data that cannot be read or a non-finite loss.
+    grid; ``scalars(step, values)`` receives what is logged. ``options`` say how a step is executed. With several
+    processes each makes a Trainer with its ``group`` and calls the same methods; the first one writes. Raises UserError
+    for an unusable ``out``, a mismatch on resume, data that cannot be read or a non-finite loss.
     """
 
     def __init__(
@@ -97,22 +97,8 @@ class Trainer:
         """Continue the run in ``out`` exactly where its last checkpoint left it."""
         saved = state.load(self.out / state.CHECKPOINT_NAME)
         self.settings.check_resumable(saved["settings"])
-        difference = _difference(self._config(), saved["config"])
-        if difference:
-            raise UserError(
-                f"cannot resume: the model in {self.out} has another configuration than was asked for ({difference})"
-            )
-        if saved["images"] != len(self.dataset):
-            raise UserError(
-                f"cannot resume: the data set has {len(self.dataset)} {self.task.units} but the saved run saw "
-                f"{saved['images']}"
-            )
-        for what, value in self.task.record.items():
-            if saved["record"].get(what) != value:
-                raise UserError(
-                    f"cannot resume: other {what} than those of the saved run ({value}, not "
-                    f"{saved['record'].get(what)}); give what it was started with, or a new --out"
-                )
+        count, task = len(self.dataset), self.task
+        state.check_same_run(saved, self.out, self._config(), task.units, count, task.record)
         self.model.load_state_dict(saved["model"])
         self.ema.load_state_dict(saved["ema"])
         load_optimizer(self.optimizer, saved["optimizer"])
@@ -348,7 +334,7 @@ class Trainer:
             if self.options.chosen():
                 values["step_options"] = self.options.chosen()
             file.write(json.dumps(values, indent=2) + "\n")
-        self._trim_log()
+        log.trim(self.out / "log.jsonl", self.step)
 
     def _stopped(self) -> bool:
         """Whether any process was told to stop: then all do, after the same step."""
@@ -361,49 +347,8 @@ class Trainer:
             make_folder(self.out / "samples")
             self.preview(self.task.export(self.ema), self.step, self.out / "samples" / f"{self.step:07d}.png")
 
-    def _trim_log(self) -> None:
-        """Drop lines that a killed run wrote after the checkpoint it resumes from, the last maybe only in part."""
-        path = self.out / "log.jsonl"
-        if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= self.step]
-            with atomic_write(path, "w") as file:
-                file.write("".join(line + "\n" for line in kept))
-
     def _log(self, values: dict[str, float]) -> None:
-        if not self.group.first:
-            return
-        path = self.out / "log.jsonl"
-        try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self.step, **values}) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
-        if self.scalars:
-            self.scalars(self.step, values)
-
-
-@contextmanager
-def closing_feed(batches: Iterator[Any]) -> Iterator[Iterator[Any]]:
-    """``batches``, whose thread (if it has one) ends with the block."""
-    try:
-        yield batches
-    finally:
-        if isinstance(batches, Prefetcher):
-            batches.close()
-
-
-def _step_of(line: str) -> float:
-    """The step of a line of the log; infinity for a line that was cut off."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf
-
-
-def _difference(asked: Any, saved: Any, name: str = "") -> str | None:
-    """The first field in which two configurations differ, in words; None where they agree."""
-    if isinstance(asked, dict) and isinstance(saved, dict):
-        fields = [*asked, *(key for key in saved if key not in asked)]
-        found = (_difference(asked.get(key), saved.get(key), f"{name}.{key}".lstrip(".")) for key in fields)
-        return next((words for words in found if words), None)
-    return None if asked == saved else f"{name} is {asked}, not {saved}"
+        if self.group.first:
+            log.append(self.out / "log.jsonl", self.step, values)
+            if self.scalars:
+                self.scalars(self.step, values)

@@ -36,7 +36,8 @@ _HOME = {
     "Pipeline": "pipeline",
 }
 _SUBMODULES = (
-    "checkpoints", "config", "engine", "errors", "files", "inversion", "models", "pipeline", "sampling", "schedule",
+    "checkpoints", "config", "engine", "errors", "files", "inversion", "models", "pipeline", "reversible", "sampling",
+    "schedule", "solvers",
 )  # fmt: skip
 
 

@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 from . import cli
 from .experiments import common
-from .experiments.analyze import critical_stage, inversion_command, over_time
+from .experiments.analyze import critical_stage_command as critical_stage
+from .experiments.analyze import inversion_command
+from .experiments.analyze import over_time_command as over_time
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -101,7 +101,13 @@ def _merge(run: common.Run, modes: list[str], journal: Journal, size: int) -> di
         images=len(places),
         processes=size,
         broken=[{"name": name, "reason": reason} for name, reason in broken],
-        modes={mode: record.report(len(places)) for mode, record in records.items()},
+        modes={
+            mode: {
+                **record.report(len(places)),
+                "whole_evaluations_per_image": common.whole_evaluations(run.pipe, record.cost.evaluations, len(places)),
+            }
+            for mode, record in records.items()
+        },
         per_image=[
             {"name": name, **{m: {k: v[i] for k, v in r.quality.items()} for m, r in records.items()}}
             for i, (name, _) in enumerate(places)
@@ -119,10 +125,16 @@ def _trajectory(report: dict[str, Any]) -> str:
         up = f"{report['steps']} steps solved by {report['iterations']} evaluations each"
     else:
         up = f"{report['encode_steps']} steps up"
-    return f"{up} and {report['steps']} down by {report['solver']}, {report['spacing']} spacing"
+    left_out = "" if report["reuse"] == "none" else f", reuse {report['reuse']}"
+    return f"{up} and {report['steps']} down by {report['solver']}, {report['spacing']} spacing{left_out}"
 
 
 def _summary(report: dict[str, Any], out: Path) -> str:
+    def evaluations(values: dict[str, Any]) -> float:
+        if report["reuse"] == "none":
+            return values["network_evaluations_per_image"]["trunk"]
+        return round(values["whole_evaluations_per_image"], 1)  # of parts, in whole ones
+
     rows = []
     for mode, values in report["modes"].items():
         mean = values["mean"]
@@ -132,7 +144,7 @@ def _summary(report: dict[str, Any], out: Path) -> str:
                 f"{mean['ssim']:.4f}",
                 f"{mean['psnr']:.2f}",
                 f"{mean['mse']:.3e}",
-                f"{values['network_evaluations_per_image']['trunk']:g}",
+                f"{evaluations(values):g}",
                 f"{values['seconds']:.1f}",
                 f"{values['images_per_second']:.3g}",
             ]

@@ -296,7 +296,7 @@ def main(argv: list[str] | None = None) -> None:
 
         print(f"wrote {plot_curves(args.runs, args.out, args.smooth, args.log)}")
         return
-    with processes() as group:
+    with processes("add --resume to continue from the last checkpoint") as group:
         try:
             _train(args, group)
         except UserError:

@@ -8,7 +8,7 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from .. import cli
 from .. import config as configs
 from ..data import Batch, collate, open_dataset
 from ..data.bundled import bundled_for
+from ..engine.cost import equivalents
 from ..engine.device import describe_device
 from ..errors import UserError
 from ..models import PDAE
@@ -225,6 +226,11 @@ def evaluations(pipe: Pipeline, mode: str, encode_steps: int | None) -> int:
     if pipe.iterations:
         return down + 1 + pipe.iterations * down
     return down + len(pipe.schedule.timesteps(encode_steps or pipe.steps, pipe.spacing)) - 1
+
+
+def whole_evaluations(pipe: Pipeline, evaluations: Mapping[str, int], images: int) -> float:
+    """``evaluations`` of ``images`` images for one of them, in whole networks: ``reuse`` runs parts of it."""
+    return equivalents(pipe.model, evaluations, pipe.plan.outer) / images
 
 
 class Cost:

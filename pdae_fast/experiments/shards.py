@@ -64,8 +64,13 @@ class Group(NamedTuple):
 
 
 @contextmanager
-def processes() -> Iterator[Group]:
-    """The group that `torchrun` started, by its environment; a group of one outside `torchrun`."""
+def processes(
+    kept: str = "finished blocks are kept: run the same command again to continue",
+) -> Iterator[Group]:
+    """The group that `torchrun` started, by its environment; a group of one outside `torchrun`.
+
+    ``kept`` says what is left, and what to do, when the group is told to end.
+    """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         yield Group()
@@ -76,8 +81,7 @@ def processes() -> Iterator[Group]:
     try:
         yield Group(rank, size)
     except KeyboardInterrupt:  # torchrun ends the others with SIGTERM when one process dies
-        told = f"process {rank} of {size} was told to end, as all are when one dies; finished blocks are kept: "
-        print(f"{told}run the same command again to continue", file=sys.stderr)
+        print(f"process {rank} of {size} was told to end, as all are when one dies; {kept}", file=sys.stderr)
         raise
     finally:
         torch.distributed.destroy_process_group()

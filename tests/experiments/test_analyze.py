@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import TINY, image_folder, images, tiny_pdae
+from helpers import TINY, image_folder, images
 from pdae_fast import Pipeline, ScheduleConfig, UserError, analyze, cli, sampling
 from pdae_fast.data import Sample
 from pdae_fast.experiments.analyze import shift, times
 from pdae_fast.experiments.analyze.times import Comparison, Point
 from pdae_fast.schedule import Step, build_schedule
 from pdae_fast.training.objective import pdae_loss, q_sample
+
+CONFIG = TINY
 
 SCHEDULE = build_schedule(ScheduleConfig())
 
@@ -98,11 +100,6 @@ class Images:
         return Sample(self.all[index], self.names[index], None)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_pdae(TINY)
-
-
 def test_loss_per_t_is_that_of_a_direct_loop(model):
     data, grid = Images(5), [3, 500, 990]
     pipe = Pipeline(model, device="cpu", plan="eager", batch_size=2)
@@ -182,13 +179,6 @@ def test_pictures_of_g_fill_the_range():
 
 
 # -- as commands ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def model_dir(model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "tiny"
-    model.save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")

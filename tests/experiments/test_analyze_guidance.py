@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import TINY, image_folder, tiny_pdae
+from helpers import TINY, image_folder
 from idx_files import idx_bytes
 from pdae_fast import ScheduleConfig, UserError, analyze, cli, sampling
 from pdae_fast.experiments import image_classifier
-from pdae_fast.experiments.analyze import critical
-from pdae_fast.experiments.analyze.critical import Stage
+from pdae_fast.experiments.analyze import critical_stage
+from pdae_fast.experiments.analyze.critical_stage import Stage
 from pdae_fast.schedule import build_schedule
+
+CONFIG = TINY
 
 SCHEDULE = build_schedule(ScheduleConfig())
 MEANS, SPREAD = torch.tensor([[-0.6, 0.2], [0.5, -0.3]], dtype=torch.float64), 0.1
@@ -91,18 +93,18 @@ def test_guidance_takes_what_inference_mode_hands_out():
 def test_stages_share_trajectories_and_change_nothing():
     x_T, count = noise(3), 4
     trajectory = SCHEDULE.decoding(20)
-    parts = critical.stages_of(trajectory, 1000, count)
+    parts = critical_stage.stages_of(trajectory, 1000, count)
     assert sum(map(len, parts)) == 20 and all(250 * k <= s.t < 250 * (k + 1) for k in range(count) for s in parts[k])
     calls = []
     log_prob = log_posterior(0)
     found = {
         (low, high): x
-        for low, high, x in critical.guided_stages(
+        for low, high, x in critical_stage.guided_stages(
             exact_field, log_prob, x_T, SCHEDULE, parts, scale=3, clamp=None, progress=lambda: calls.append(1)
         )
     }
     assert set(found) == {(0, 0), *combinations(range(count + 1), 2)}
-    assert len(calls) == critical.evaluations(parts)
+    assert len(calls) == critical_stage.evaluations(parts)
     led = sampling.guided(exact_field, log_prob, 3)
     for (low, high), x in found.items():
         steps = tuple(s._replace(use_gradient=250 * low <= s.t < 250 * high) for s in trajectory)
@@ -112,7 +114,7 @@ def test_stages_share_trajectories_and_change_nothing():
 
 def test_a_stage_needs_a_step():
     with pytest.raises(UserError, match="3 steps leave one of the 5 stages empty"):
-        critical.stages_of(SCHEDULE.decoding(3), 1000, 5)
+        critical_stage.stages_of(SCHEDULE.decoding(3), 1000, 5)
 
 
 def test_the_shortest_stage():
@@ -123,10 +125,10 @@ def test_the_shortest_stage():
         Stage(200, 600, 0.92, 0),
         Stage(0, 200, 0.1, 0),
     ]
-    assert critical.shortest(stages, 0.9) == stages[3]
-    assert critical.shortest(stages, 0.93) == stages[1]
-    assert critical.shortest(stages, 0.99) is None
-    assert critical.shortest(stages, 0.05) == stages[3]  # what is no better than no guidance is not enough
+    assert critical_stage.shortest(stages, 0.9) == stages[3]
+    assert critical_stage.shortest(stages, 0.93) == stages[1]
+    assert critical_stage.shortest(stages, 0.99) is None
+    assert critical_stage.shortest(stages, 0.05) == stages[3]  # what is no better than no guidance is not enough
 
 
 # -- classifiers ---------------------------------------------------------------------------------------------------
@@ -194,13 +196,6 @@ def test_a_users_classifier(shades, tmp_path):
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_pdae(TINY).save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,8 @@ from pdae_fast import Pipeline, UserError, analyze, cli
 from pdae_fast.experiments.analyze import inversion, latents
 from pdae_fast.pipeline import PRESETS
 
+CONFIG = TINY
+
 
 def draw(shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -51,11 +53,6 @@ def test_the_reference_is_that_of_normal_noise():
     for name, (mean, deviation) in expected.items():
         assert found[name]["standard_deviation"] == pytest.approx(deviation, rel=0.25), name
         assert found[name]["mean"] == pytest.approx(mean, abs=4 * deviation / 400**0.5 + 0.01), name
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_pdae(TINY)
 
 
 def test_interpolations_join_what_is_decoded(model):
@@ -116,13 +113,6 @@ def test_a_random_x_T_is_noise_and_counts_are_exact(model):
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def model_dir(model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "tiny"
-    model.save_pretrained(path)
-    return path
 
 
 def command(model_dir, folder, out, *more):

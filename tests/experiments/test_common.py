@@ -1,12 +1,15 @@
 """Bundled data, pipelines that share a plan, cost, charts."""
 
+import json
+
 import pytest
 import torch
 from PIL import Image
 
-from helpers import TINY_FULL, images, tiny_pdae
-from pdae_fast import Pipeline
+from helpers import TINY_FULL, image_folder, images, tiny_pdae
+from pdae_fast import Pipeline, cli, reconstruct
 from pdae_fast.data import FashionMNIST, bundled, open_dataset
+from pdae_fast.engine.cost import network_costs
 from pdae_fast.errors import UserError
 from pdae_fast.experiments import common
 from pdae_fast.experiments.plots import chart
@@ -87,3 +90,18 @@ def test_a_chart_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(RuntimeError), chart(tmp_path / "b.png") as axes:
         raise RuntimeError
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_parts_of_the_network_are_counted_as_parts(tmp_path, model_dir, capsys):
+    """Without G a decoding costs trunk and eps-decoder: the network's multiplications less those of G."""
+    folder = image_folder(tmp_path / "in", 2)
+    words = ["--model", model_dir, "--input", folder, "--device", "cpu", "--steps", 3, "--modes", "random"]
+    argv = [str(a) for a in [*words, "--reuse", "gradient:off", "--out", tmp_path / "out"]]
+    assert cli.run(reconstruct.main, argv) == 0
+    costs = network_costs(TINY_FULL)
+    expected = 3 * (1 - sum(costs.gradient) / costs.full)
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())["modes"]["random"]
+    assert found["whole_evaluations_per_image"] == pytest.approx(expected)
+    assert found["network_evaluations_per_image"]["trunk"] == 3
+    table = capsys.readouterr().out
+    assert "reuse gradient:off" in table and f" {expected:.1f} " in table

@@ -6,18 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import TINY_FULL, image_folder, tiny_pdae
+from helpers import image_folder
 from idx_files import write_set
 from pdae_fast import PDAE, Pipeline, cli, encode
 from pdae_fast.data import open_dataset
 from pdae_fast.experiments import encode as experiment
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_pdae(TINY_FULL).save_pretrained(path)
-    return path
 
 
 def run(*argv):

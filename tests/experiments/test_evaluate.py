@@ -21,13 +21,6 @@ from pdae_fast.experiments import perceptual
 from pdae_fast.experiments.common import noise
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_pdae(TINY_FULL).save_pretrained(path)
-    return path
-
-
 @pytest.fixture
 def base(tmp_path, model_dir):
     folder = image_folder(tmp_path / "in", 5)

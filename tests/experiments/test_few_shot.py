@@ -10,23 +10,11 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from golden_rule import relative
-from helpers import TINY, TINY_FULL, image_folder, tiny_pdae
+from helpers import TINY, image_folder, tiny_pdae
 from pdae_fast import Pipeline, UserError, cli, few_shot
 from pdae_fast.experiments import few_shot as experiment
 from pdae_fast.experiments.image_classifier import predict
 from pdae_fast.experiments.targets import Targets
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_pdae(TINY_FULL)
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory, model):
-    path = tmp_path_factory.mktemp("model") / "tiny"
-    model.save_pretrained(path)
-    return path
 
 
 @pytest.fixture

@@ -9,23 +9,11 @@ import torch
 from PIL import Image
 
 from golden_rule import relative
-from helpers import TINY_FULL, image_folder, images, tiny_pdae
+from helpers import image_folder, images
 from pdae_fast import Pipeline, UserError, cli, interpolate
 from pdae_fast.data import Sample
 from pdae_fast.experiments import animation
 from pdae_fast.experiments import interpolate as experiment
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_pdae(TINY_FULL)
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory, model):
-    path = tmp_path_factory.mktemp("model") / "tiny"
-    model.save_pretrained(path)
-    return path
 
 
 @pytest.fixture

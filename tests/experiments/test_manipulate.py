@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from golden_rule import relative
-from helpers import TINY, TINY_FULL, image_folder, images, tiny_pdae
+from helpers import TINY, image_folder, images, tiny_pdae
 from pdae_fast import Pipeline, UserError, cli, manipulate, metrics
 from pdae_fast.experiments import manipulate as experiment
 
@@ -17,20 +17,8 @@ SCALES = [-0.5, 0.7]
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_pdae(TINY_FULL)
-
-
-@pytest.fixture(scope="module")
 def pipe(model):
     return Pipeline(model, steps=2, device="cpu", batch_size=8)
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory, model):
-    path = tmp_path_factory.mktemp("model") / "tiny"
-    model.save_pretrained(path)
-    return path
 
 
 @pytest.fixture

@@ -16,18 +16,13 @@ from pdae_fast.experiments.pareto_plot import draw
 from pdae_fast.experiments.pareto_settings import FAMILIES, Setting, select, settings
 from pdae_fast.pipeline import PRESETS, Pipeline
 
+CONFIG = TINY
+
 TABLE = [
     Setting("coarse", "published", 2),
     Setting("cached", "reuse", 4, reuse="gradient:2", modes=("random",)),
     Setting("solved", "solved", 2, spacing="quadratic", iterations=2, modes=("inferred",)),
 ]
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_pdae(TINY).save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")

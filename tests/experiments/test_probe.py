@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
-from helpers import TINY_FULL, image_folder, tiny_pdae
+from helpers import image_folder
 from idx_files import idx_bytes
 from pdae_fast import cli, probe
 from pdae_fast.errors import UserError
@@ -134,13 +134,6 @@ def test_pixel_baselines_have_the_dimension_of_z():
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_pdae(TINY_FULL).save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")

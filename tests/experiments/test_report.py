@@ -9,11 +9,13 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from helpers import TINY, image_folder, tiny_pdae
+from helpers import TINY, image_folder
 from pdae_fast import cli, report
 from pdae_fast.experiments import report as reports
 from pdae_fast.experiments.report import Result
 from pdae_fast.experiments.report_experiments import EXPERIMENTS, Experiment, choose
+
+CONFIG = TINY
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
@@ -145,13 +147,6 @@ def test_what_can_be_chosen():
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_pdae(TINY).save_pretrained(path)
-    return path
 
 
 def command(model_dir, folder, out, *more):

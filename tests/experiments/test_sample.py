@@ -8,23 +8,11 @@ import torch
 from PIL import Image
 
 from golden_rule import relative
-from helpers import TINY, TINY_FULL, image_folder, images, tiny_pdae
+from helpers import TINY, image_folder, images, tiny_pdae
 from pdae_fast import Pipeline, cli, sample
 from pdae_fast.data import open_dataset
 from pdae_fast.experiments import sample as experiment
 from pdae_fast.experiments.frechet import FrechetDistance
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_pdae(TINY_FULL)
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory, model):
-    path = tmp_path_factory.mktemp("model") / "tiny"
-    model.save_pretrained(path)
-    return path
 
 
 @pytest.fixture

@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     run = common.open_run(args)
     cache = run.out / "latents"
     train, test, how = find_parts(run, cache, args.holdout)
+    retrieval.check(args.neighbours, len(train.z))  # before minutes of fitting
     latent = Features(f"z ({train.z.shape[1]})", train.z, test.z)
     sets = [latent, *probes.pixel_features(train.images, test.images, train.z.shape[1], args.seed)]
     scaled = [probes.scale(features, args.scaling) for features in sets]

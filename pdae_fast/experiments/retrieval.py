@@ -15,12 +15,17 @@ from .targets import Targets
 GOOD, BAD = "#007a4d", "#b3261e"
 
 
+def check(k: int, count: int) -> None:
+    """UserError unless ``count`` training images have ``k`` that are nearest."""
+    if not 1 <= k <= count:
+        raise UserError(f"the number of neighbours must be from 1 to {count}, not {k}")
+
+
 def neighbours(features: Features, k: int) -> np.ndarray:
     """Places [M, k] of the ``k`` training images nearest to each test image (Euclidean), nearest first."""
     from sklearn.neighbors import NearestNeighbors
 
-    if not 1 <= k <= len(features.train):
-        raise UserError(f"the number of neighbours must be from 1 to {len(features.train)}, not {k}")
+    check(k, len(features.train))
     search = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(features.train)
     return search.kneighbors(features.test, return_distance=False)
 

@@ -1,10 +1,12 @@
-"""Train: `python -m pdae_fast.train {prior,pdae,latent,classifier} --data ... --out ...`; `train curves` plots runs."""
+"""Train: `python -m pdae_fast.train {prior,encoder,pdae,latent,classifier} --data ... --out ...`; `train curves` plots
+runs."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,39 +20,19 @@ from .errors import UserError
 from .experiments.shards import Group, processes
 from .files import make_folder
 from .models import PDAE, Prior
-from .training import Trainer, TrainSettings
+from .training import Trainer, TrainSettings, held_out, warm_start
+from .training.arguments import parse as _arguments
 from .training.codes import classifier_task, latent_task
 from .training.distributed import say_once
-from .training.held_out import evaluate, logits_of, summary
 from .training.labels import class_labels, file_labels, split
 from .training.latents import Latents, LatentSet, cache_path, encode_dataset
 from .training.previews import IMAGES, ImagePreview, SamplePreview, tensorboard
-from .training.settings import DEFAULTS
 from .training.state import CHECKPOINT_NAME, load
 from .training.step import HELP as STEP_HELP
-from .training.step import IMAGES_ONLY, StepOptions
+from .training.step import StepOptions
 from .training.tasks import TASKS
 from .training.whitening import whiten_codes
 
-ABOUT = {
-    "prior": "train a diffusion model, the prior that PDAE starts from",
-    "pdae": "train encoder and G on a frozen prior",
-    "latent": "train a latent DPM on the latents of a PDAE, so that it can sample",
-    "classifier": "train a linear attribute classifier on the latents of a PDAE, so that it can manipulate",
-}
-
-HELP = {
-    "steps": "optimiser steps in all",
-    "batch_size": "images (or latents) per forward pass, of all processes together",
-    "accumulate": "forward passes per optimiser step",
-    "lr": "learning rate of Adam",
-    "lr_schedule": "constant, or cosine down to zero at --steps",
-    "warmup": "steps over which the rate rises to --lr",
-    "ema_decay": "of the weights that are saved; reached gradually",
-    "flip": "mirror every second image at random",
-    "amp": "off, or bfloat16 for the networks",
-    "seed": "of initial weights, data order and noise",
-}
 SHOWN = 5  # broken images that are named one by one
 
 
@@ -77,124 +59,14 @@ def build_model(args) -> Prior | PDAE:
         return Prior(_architecture(args).prior)
     if not args.init_from:
         raise UserError(
-            "train pdae needs a pre-trained prior: give --init-from NAME, DIR or FILE (or train prior first)"
+            f"train {args.task} needs a pre-trained prior: give --init-from NAME, DIR or FILE (or train prior first)"
         )
     prior = Prior.from_pretrained(args.init_from, **cli.foreign_options(args))
     config = _architecture(args)
     model = PDAE.from_prior(prior, latent_dim=config.latent_dim, encoder_channel=config.encoder_channel)
-    if args.start_from:
-        _take_trained_half(model, PDAE.from_pretrained(args.start_from), args.start_from)
+    if args.task == "pdae" and args.start_from:
+        warm_start.take_trained_half(model, PDAE.from_pretrained(args.start_from), args.start_from)
     return model
-
-
-def _take_trained_half(model: PDAE, start: PDAE, name: str) -> None:
-    """Give ``model`` the encoder and the G of ``start``, a PDAE of the same shape around another prior."""
-    for field in ("image_size", "latent_dim", "encoder_channel", "unet", "schedule"):
-        own, other = getattr(model.config, field), getattr(start.config, field)
-        if own != other:
-            raise UserError(f"--start-from {name}: its {field} is {other}; the model to train has {own}")
-    model.encoder.load_state_dict(start.encoder.state_dict())
-    for part in model.decoder.TRAINED:
-        getattr(model.decoder, part).load_state_dict(getattr(start.decoder, part).state_dict())
-
-
-def _options(p: argparse.ArgumentParser, task: str) -> None:
-    """The options of one task."""
-    codes = task in ("latent", "classifier")
-    what = "autoencoder whose latents to train on" if codes else "prior to start from"
-    p.add_argument(
-        "--data",
-        required=True,
-        help="folder of images, fashion-mnist[:DIR], IDX files, lmdb:DIR[:SIZE], avatars (see docs/data.md)",
-    )
-    p.add_argument("--out", required=True, help="directory of the run")
-    p.add_argument(
-        "--init-from",
-        metavar="MODEL",
-        required=codes,
-        help=f"{what}: bundled name, directory, foreign checkpoint",
-    )
-    if codes:
-        _code_options(p, task)
-    else:
-        p.add_argument(
-            "--architecture",
-            default="fashion32",
-            metavar="PRESET|JSON",
-            help=f"{', '.join(presets)}, or a config.json",
-        )
-        p.add_argument(
-            "--start-from",
-            metavar="MODEL",
-            help="pdae: a trained PDAE whose encoder and G to start from, as when its prior was trained further",
-        )
-        p.add_argument(
-            "--whiten",
-            type=int,
-            default=0,
-            metavar="N",
-            help="pdae: start with codes that are uncorrelated over N images, an exact change of coordinates between "
-            "encoder and G; 0 leaves them, as published",
-        )
-    # Everything that TrainSettings holds is an option of the same name, with the task's default.
-    for field in dataclasses.fields(TrainSettings):
-        if field.name in ("task", "data"):
-            continue
-        if codes and field.name == "flip":
-            p.set_defaults(flip=False)
-            continue
-        flag, default = f"--{field.name.replace('_', '-')}", DEFAULTS[task].get(field.name, field.default)
-        if isinstance(field.default, bool):
-            p.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=HELP[field.name])
-        else:
-            p.add_argument(flag, type=type(field.default), default=default, help=HELP[field.name])
-    p.add_argument("--resume", action="store_true", help="continue the run in --out")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    p.add_argument("--workers", type=int, default=0, help="processes that load images")
-    p.add_argument("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
-    p.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
-    if task != "classifier":
-        p.add_argument("--sample-every", type=int, default=0, help="steps between sample grids; 0 is never")
-    p.add_argument("--tensorboard", action="store_true", help="also write TensorBoard scalars to --out")
-    p.add_argument("--quiet", action="store_true", help="no progress bar, nothing printed")
-    speed = p.add_argument_group("speed", "how a step is executed; changes no more than the rounding of its result")
-    for name, text in STEP_HELP.items():
-        if not (codes and name in IMAGES_ONLY):
-            speed.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
-    cli.add_foreign_options(p)
-
-
-def _code_options(p: argparse.ArgumentParser, task: str) -> None:
-    p.add_argument("--latents", metavar="DIR", help="where latents are kept (default: the folder latents beside --out)")
-    p.add_argument("--cached-only", action="store_true", help="fail instead of encoding when they are not there")
-    p.add_argument("--encode-batch-size", type=int, help="images per encoder pass (default: chosen for the device)")
-    p.add_argument("--on-error", choices=("skip", "fail"), default="skip", help="what a broken image does")
-    if task == "latent":
-        p.add_argument("--hidden", type=int, default=LatentConfig.hidden, help="width of the MLP")
-        p.add_argument("--layers", type=int, default=LatentConfig.layers, help="layers of the MLP")
-    else:
-        p.add_argument(
-            "--attributes",
-            required=True,
-            metavar="FILE|classes",
-            help="CelebA's attribute list or a CSV file; 'classes': one attribute for each class of the data set",
-        )
-        p.add_argument("--columns", nargs="+", metavar="NAME", help="attributes to use (default: all of them)")
-        p.add_argument("--holdout", type=float, default=0.1, help="fraction of the images kept for the final test")
-
-
-def _arguments(argv: list[str] | None):
-    p = cli.parser("train", "Train a prior, PDAE on it, or a network on its latents; --resume continues bit for bit.")
-    commands = p.add_subparsers(dest="task", required=True, metavar="TASK")
-    for task, text in ABOUT.items():
-        _options(commands.add_parser(task, help=text, description=text, formatter_class=p.formatter_class), task)
-    text = "plot the losses of runs"
-    curves = commands.add_parser("curves", help=text, description=text, formatter_class=p.formatter_class)
-    curves.add_argument("runs", nargs="+", metavar="RUN", help="directories of runs, or their log.jsonl")
-    curves.add_argument("--out", default="curves.png", metavar="PNG", help="the picture to write")
-    curves.add_argument("--smooth", type=float, default=0.05, help="fraction of a run that the smooth line averages")
-    curves.add_argument("--log", action="store_true", help="logarithmic loss axis")
-    return p.parse_args(argv)
 
 
 def _check(args) -> None:
@@ -205,8 +77,11 @@ def _check(args) -> None:
     out = Path(args.out)
     if not args.resume and (out / CHECKPOINT_NAME).exists():
         raise UserError(f"{out} already holds a run; add --resume to continue it, or choose another --out")
-    if args.init_from and out.is_dir() and Path(args.init_from).is_dir() and out.samefile(args.init_from):
-        raise UserError(f"--out {out} is --init-from itself, which the run would overwrite; choose another --out")
+    for name in ("init_from", "start_from", "target"):
+        source = getattr(args, name, None)
+        if source and out.is_dir() and Path(source).is_dir() and out.samefile(source):
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"--out {out} is {flag} itself, which the run would overwrite; choose another --out")
     if args.resume and not (out / CHECKPOINT_NAME).is_file():
         load(out / CHECKPOINT_NAME)  # says so
     if getattr(args, "whiten", 0) and args.task != "pdae":
@@ -217,6 +92,12 @@ def _check(args) -> None:
     # What only the last part of a task would notice, after hours of encoding.
     if args.task == "latent":
         LatentConfig(1, args.hidden, args.layers)
+    elif args.task == "encoder":
+        split(2, args.holdout, args.seed)
+        if args.target_images < 1:
+            raise UserError(f"--target-images must be at least 1, not {args.target_images}")
+        if args.target == warm_start.PCA:
+            warm_start.check_pca()
     elif args.task == "classifier":
         split(2, args.holdout, args.seed)
         if args.attributes != "classes":
@@ -238,13 +119,53 @@ def _image_task(args, device: torch.device):
     return TASKS[args.task](model), dataset, preview
 
 
+@contextmanager
+def _in_turn(group: Group) -> Iterator[None]:
+    """The first process does the block before the others, which find what it has written."""
+    if not group.first:
+        group.sync()
+    yield
+    if group.first:
+        group.sync()
+
+
+def _cache(args) -> Path:
+    make_folder(args.out)  # an --out that cannot be is better known before the encoding
+    return Path(args.latents) if args.latents else Path(args.out).absolute().parent / "latents"
+
+
+def _say(args, cache: Path, latents: Latents) -> None:
+    if not args.quiet:
+        print(f"{len(latents.z)} latents: {cache_path(cache, latents.encoder, latents.images)}")
+
+
+def _encoder_task(args, device: torch.device, group: Group):
+    """Task, training images and held-out images of train encoder, all with their codes."""
+    model = build_model(args)
+    channels, size, _ = model.image_shape
+    dataset = open_dataset(args.data, size, channels, split="train")
+    with _in_turn(group):
+        options = {"cache": _cache(args), "require": args.cached_only, "quiet": args.quiet}
+        if args.target == warm_start.PCA:
+            dim = model.config.latent_dim
+            latents = warm_start.pca_codes(dataset, dim, count=args.target_images, seed=args.seed, **options)
+        else:
+            start = PDAE.from_pretrained(args.target)
+            options |= {"batch_size": args.encode_batch_size, "device": device}
+            latents = warm_start.model_codes(model, start, args.target, args.data, **options)
+            reason = warm_start.take_g(model, start)
+            if not args.quiet:
+                print(f"G is not taken from {args.target}: {reason}" if reason else f"G is that of {args.target}")
+        _say(args, options["cache"], latents)
+    return warm_start.encoder_task(model, dataset, latents, args.holdout, args.seed)
+
+
 def _latents(args, device: torch.device, group: Group) -> tuple[PDAE, Latents]:
     """The autoencoder of --init-from and the latents of --data by it, kept beside the run."""
     model = PDAE.from_pretrained(args.init_from, **cli.foreign_options(args))
     channels, size, _ = model.image_shape
     dataset = open_dataset(args.data, size, channels, split="train")
-    make_folder(args.out)  # an --out that cannot be is better known before the encoding
-    cache = Path(args.latents) if args.latents else Path(args.out).absolute().parent / "latents"
+    cache = _cache(args)
     latents = encode_dataset(
         model,
         dataset,
@@ -259,8 +180,7 @@ def _latents(args, device: torch.device, group: Group) -> tuple[PDAE, Latents]:
         print(f"left out: {name}: {reason}", file=sys.stderr)
     if len(latents.broken) > SHOWN and group.first:
         print(f"left out: {len(latents.broken) - SHOWN} more broken images", file=sys.stderr)
-    if not args.quiet:
-        print(f"{len(latents.z)} latents: {cache_path(cache, latents.encoder, latents.images)}")
+    _say(args, cache, latents)
     return model, latents
 
 
@@ -278,15 +198,20 @@ def _labels(args, latents: Latents) -> Labels:
     return labels
 
 
-def _report(trainer: Trainer, held_out: LatentSet, holdout: float, exclusive: bool) -> str:
-    """Write metrics.json of the classifier that users get; returns its table."""
+def _report(args, trainer: Trainer, judged: LatentSet | warm_start.ImagesWithCodes) -> str:
+    """Write metrics.json of the classifier or encoder that users get; returns its table."""
     model = trainer.task.export(trainer.ema)
-    z, labels = held_out.__getitems__(range(len(held_out)))
-    columns = list(model.config.attributes)
-    report = evaluate(logits_of(model.classifier, z), labels, columns, exclusive)
-    part = "held out" if holdout else "the training images (--holdout 0)"
+    if args.task == "encoder":
+        report = warm_start.evaluate(trainer.ema, judged, trainer.device)
+        text = warm_start.summary(report)
+    else:
+        z, labels = judged.__getitems__(range(len(judged)))
+        logits = held_out.logits_of(model.classifier, z)
+        report = held_out.evaluate(logits, labels, list(model.config.attributes), args.attributes == "classes")
+        text = held_out.summary(report)
+    part = "held out" if args.holdout else "the training images (--holdout 0)"
     cli.write_json(trainer.out / "metrics.json", {"part": part, "step": trainer.step, **report})
-    return f"{summary(report)}\n{len(labels)} images, {part}; {trainer.out / 'metrics.json'}"
+    return f"{text}\n{len(judged)} images, {part}; {trainer.out / 'metrics.json'}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -313,20 +238,19 @@ def _train(args, group: Group) -> None:
     options = StepOptions(**{name: getattr(args, name, False) for name in STEP_HELP})
     options.check(args.task, device, group.size)
     args.quiet = args.quiet or not group.first
-    held_out = preview = None
+    judged = preview = None
     if args.task in ("prior", "pdae"):
         task, dataset, preview = _image_task(args, device)
+    elif args.task == "encoder":
+        task, dataset, judged = _encoder_task(args, device, group)
     else:
-        if not group.first:  # the first process encodes, the others read what it has written
-            group.sync()
-        model, latents = _latents(args, device, group)
-        if group.first:
-            group.sync()
+        with _in_turn(group):
+            model, latents = _latents(args, device, group)
         if args.task == "latent":
             task, dataset = latent_task(model, latents, args.hidden, args.layers, args.seed)
             preview = SamplePreview(device, args.seed) if args.sample_every else None
         else:
-            task, dataset, held_out = classifier_task(model, latents, _labels(args, latents), args.holdout, args.seed)
+            task, dataset, judged = classifier_task(model, latents, _labels(args, latents), args.holdout, args.seed)
     trainer = Trainer(
         task,
         dataset,
@@ -339,7 +263,7 @@ def _train(args, group: Group) -> None:
         sample_every=getattr(args, "sample_every", 0),
         preview=preview,
         scalars=tensorboard(out) if args.tensorboard and group.first else None,
-        notes={"init_from": args.init_from},
+        notes={name: getattr(args, name) for name in ("init_from", "target") if hasattr(args, name)},
         quiet=args.quiet,
         options=options,
         group=group,
@@ -353,7 +277,7 @@ def _train(args, group: Group) -> None:
         raise SystemExit(130 if stopped == "SIGINT" else 143)
     if not group.first:
         return
-    table = _report(trainer, held_out, args.holdout, args.attributes == "classes") if held_out else None
+    table = _report(args, trainer, judged) if judged else None
     if not args.quiet:
         if table:
             print(table)

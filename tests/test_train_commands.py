@@ -1,5 +1,6 @@
 """`python -m pdae_fast.train latent | classifier | curves` as a user runs them."""
 
+import contextlib
 import importlib.util
 import json
 import shutil
@@ -15,6 +16,7 @@ from helpers import TINY, image_folder, tiny_pdae, tiny_prior
 from pdae_fast import PDAE, Pipeline, UserError, cli, train
 from pdae_fast.checkpoints import save_official
 from pdae_fast.engine import plan
+from pdae_fast.training import curves
 from pdae_fast.training.curves import plot_curves, read_log, smooth
 
 SMALL = ("--steps", 4, "--batch-size", 8, "--log-every", 1, "--device", "cpu")
@@ -235,6 +237,32 @@ def test_curves(tmp_path, capsys):
     for colour in ("#0072b2", "#d55e00"):  # each run has its line
         assert (pixels == tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))).all(1).sum() > 100
     plot_curves([tmp_path / "one"], out, log_scale=True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs pip install 'pdae_fast[plot]'")
+def test_every_task_has_axes_of_its_own(tmp_path, monkeypatch):
+    """In the order of the runs, each with a range of its own; a run of one line is a dot."""
+    for name, task, losses in (("a", "prior", [5.0, 4.0]), ("b", "pdae", [0.02, 0.01]), ("c", "prior", [3.0])):
+        write_log(tmp_path / name, losses)
+        (tmp_path / name / "train.json").write_text(json.dumps({"task": task}))
+    write_log(tmp_path / "d", [50.0, 70.0])
+    seen = []
+    whole = curves.chart
+
+    @contextlib.contextmanager
+    def chart(*arguments, **options):
+        with whole(*arguments, **options) as panels:
+            yield panels
+            seen.extend(panels[0])
+
+    monkeypatch.setattr(curves, "chart", chart)
+    plot_curves([tmp_path / name for name in "abcd"], tmp_path / "x.png")
+    found = [(axes.get_title(), [text.get_text() for text in axes.get_legend().get_texts()]) for axes in seen]
+    assert found == [("prior", ["a", "c"]), ("pdae", ["b"]), ("unknown task", ["d"])]
+    for axes, (low, high) in zip(seen, ((3, 5), (0.01, 0.02), (50, 70)), strict=True):
+        bottom, top = axes.get_ylim()
+        assert low - (high - low) < bottom < low and high < top < high + (high - low)
+    assert [line.get_marker() for line in seen[0].get_lines()] == ["None", "None", "None", "o"]
 
 
 def test_curves_without_matplotlib(tmp_path, capsys, monkeypatch):

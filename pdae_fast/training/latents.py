@@ -6,13 +6,13 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -77,24 +77,40 @@ def encode_dataset(
         raise UserError("the data set is empty; expected images")
     dtype = str(model.dtype if isinstance(model, Pipeline) else torch.float32).removeprefix("torch.")
     encoder, images = encoder_fingerprint(pdae, dtype), data_fingerprint(dataset)
-    path = None if cache is None else cache_path(cache, encoder, images)
-    found = None if path is None else _read(path, encoder, images)
-    if found is None:
-        if require:
-            raise UserError(f"{path or 'no cache given'}: no latents of these {len(dataset)} images by this encoder")
-        if path is not None:
-            make_folder(path.parent)  # before the work, not after it
+
+    def make() -> Latents:
         # The plan makes no difference to the encoder, and the plain one costs nothing to build.
         pipe = (
             model
             if isinstance(model, Pipeline)
             else Pipeline(pdae, device=device, dtype="float32", batch_size=batch_size, plan="eager")
         )
-        found = _encode(pipe, dataset, batch_size or pipe.batch_size, on_error, quiet, encoder, images)
-        if path is not None:
-            save_torch(path, {"format": FORMAT, **found._asdict()})
-    elif found.broken and on_error == "fail":
+        return encode_all(pipe.encode, dataset, batch_size or pipe.batch_size, on_error, quiet, encoder, images)
+
+    found = kept(cache, encoder, images, make, f"{len(dataset)} images by this encoder" if require else None)
+    if found.broken and on_error == "fail":
         raise BrokenImage(*found.broken[0])
+    return found
+
+
+def kept(
+    cache: str | os.PathLike | None, encoder: str, images: str, make: Callable[[], Latents], require: str | None = None
+) -> Latents:
+    """The latents of these two fingerprints: from the folder ``cache``, or by ``make``, and then kept there.
+
+    require: whose latents they are, in words; UserError instead of making them.
+    """
+    path = None if cache is None else cache_path(cache, encoder, images)
+    found = None if path is None else _read(path, encoder, images)
+    if found is not None:
+        return found
+    if require:
+        raise UserError(f"{path or 'no cache given'}: no latents of these {require}")
+    if path is not None:
+        make_folder(path.parent)  # before the work, not after it
+    found = make()
+    if path is not None:
+        save_torch(path, {"format": FORMAT, **found._asdict()})
     return found
 
 
@@ -110,8 +126,13 @@ def encoder_fingerprint(model: PDAE, dtype: str = "float32") -> str:
     """
     config = model.config
     shape = [config.image_size, config.unet.input_channel, config.latent_dim, config.encoder_channel, dtype]
-    digest = hashlib.sha256(json.dumps(shape).encode())
-    for name, tensor in sorted(model.encoder.state_dict().items()):
+    return weights_fingerprint(model.encoder, shape)
+
+
+def weights_fingerprint(module: nn.Module, about: Any = None) -> str:
+    """40 hexadecimal digits of the weights of ``module`` and of ``about``, anything that JSON can hold."""
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy())
     return digest.hexdigest()[:40]
@@ -166,16 +187,23 @@ def statistics(z: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float(), std
 
 
-def _encode(
-    pipe: Pipeline, dataset: Any, batch_size: int, on_error: str, quiet: bool, encoder: str, images: str
+def encode_all(
+    encode: Callable[[Tensor], Tensor],
+    dataset: Any,
+    batch_size: int,
+    on_error: str,
+    quiet: bool,
+    encoder: str,
+    images: str,
 ) -> Latents:
+    """``encode`` of every image of ``dataset``, [B, C, H, W] -> [B, D]; fingerprints and errors as `encode_dataset`."""
     parts: list[Tensor] = []
     names: list[str] = []
     labels: list[int | None] = []
     broken: list[tuple[str, str]] = []
     with tqdm(total=len(dataset), unit="image", unit_scale=True, desc="encode", disable=quiet or None) as bar:
         for batch in stream(dataset, batch_size, on_error, broken):
-            z = pipe.encode(batch.images)
+            z = encode(batch.images)
             if not bool(torch.isfinite(z).all()):
                 bad = int((~torch.isfinite(z)).any(dim=1).nonzero()[0])
                 raise UserError(f"{batch.names[bad]}: its latent holds NaN or infinite values")

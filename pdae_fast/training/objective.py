@@ -1,5 +1,5 @@
-"""What is minimised: the simple loss for the prior, the weighted shift loss of Algorithm 1 for PDAE, and the losses of
-the two networks on z."""
+"""What is minimised: the simple loss for the prior, the weighted shift loss of Algorithm 1 for PDAE, the losses of the
+two networks on z, and that of an encoder which is told its codes."""
 
 from __future__ import annotations
 
@@ -82,6 +82,11 @@ def pdae_loss(
     gradient = decoder.decode_gradient(features, model.encode(x0)).float()
     error = noise - (eps.float() + _column(tables.shift_coef, t) * gradient)
     return (_column(tables.loss_weight, t) * error.square()).mean()
+
+
+def encoder_loss(model: nn.Module, x0: Tensor, z: Tensor) -> Tensor:
+    """Mean squared error of E_phi(x0) against the codes z [B, D]; a scalar. Not in the paper."""
+    return (model(x0).float() - z).square().mean()
 
 
 def latent_loss(model: LatentMLP, schedule: Schedule | Tables, z: Tensor, t: Tensor, noise: Tensor) -> Tensor:

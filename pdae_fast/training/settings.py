@@ -9,11 +9,13 @@ from typing import Any
 
 from ..errors import UserError
 
-TASKS = ("prior", "pdae", "latent", "classifier")
+TASKS = ("prior", "encoder", "pdae", "latent", "classifier")
 # Where a task's usual values are not those of TrainSettings. The latent DPM's batch is the paper's (Table 2); the
-# classifier is a convex problem of one layer.
+# classifier is a convex problem of one layer; the encoder's warm start is plain regression, which ends where its rate
+# has fallen to nothing.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "prior": {},
+    "encoder": {"steps": 1000, "batch_size": 64, "lr": 1e-3, "lr_schedule": "cosine", "warmup": 100, "flip": False},
     "pdae": {},
     "latent": {"batch_size": 512, "flip": False},
     "classifier": {"steps": 10_000, "batch_size": 512, "lr": 1e-3, "flip": False},

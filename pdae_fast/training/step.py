@@ -26,7 +26,7 @@ HELP = {
     "fused_norms": "GroupNorm, its affines and SiLU as one operation (a Triton kernel on a GPU)",
     "cuda_graph": "GPU: capture forward, backward and Adam once and replay them",
 }
-IMAGES_ONLY = ("frozen_bfloat16", "channels_last", "checkpointing", "fused_norms")
+UNET_ONLY = ("frozen_bfloat16", "channels_last", "checkpointing", "fused_norms")
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class StepOptions:
         def refuse(name: str, reason: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} {reason}")
 
-        for name in IMAGES_ONLY:
+        for name in UNET_ONLY:
             if getattr(self, name) and task not in ("prior", "pdae"):
-                refuse(name, f"is for networks on images; train {task} trains one on latents")
+                refuse(name, f"is for the U-Net, which train {task} does not train")
         if self.frozen_bfloat16 and task != "pdae":
             refuse("frozen_bfloat16", f"needs a frozen half, which train {task} does not have")
         if self.cuda_graph:

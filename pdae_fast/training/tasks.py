@@ -15,11 +15,16 @@ from torch import Tensor, nn
 from ..config import PDAEConfig, PriorConfig
 from ..models import PDAE, Prior
 from ..schedule import build_schedule
-from .objective import Tables, classifier_loss, latent_loss, pdae_loss, prior_loss
+from .objective import Tables, classifier_loss, encoder_loss, latent_loss, pdae_loss, prior_loss
 
 
 def _images(samples: list[Any]) -> Tensor:
     return torch.stack([sample.image for sample in samples])
+
+
+def _images_with_codes(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    images, codes = zip(*pairs, strict=True)
+    return torch.stack(images), torch.stack(codes)
 
 
 def _as_they_are(batch: Any) -> Any:
@@ -115,11 +120,9 @@ class PDAETask(_ImageTask):
         return pdae_loss(self.model, self.tables, x0, t, noise, self.frozen)
 
 
-class _CodeTask(Task):
-    """A network on normalised latents: it is trained alone, and put back into ``pdae`` for users."""
+class _PartTask(Task):
+    """One network of ``pdae``: it is trained alone, and put back for users."""
 
-    units = "latents"
-    collate = staticmethod(_as_they_are)
     part: str
 
     def __init__(self, pdae: PDAE, record: dict[str, Any] | None = None) -> None:
@@ -136,6 +139,28 @@ class _CodeTask(Task):
         (pdae,) = self._whole
         getattr(pdae, self.part).load_state_dict(ema.state_dict())
         return pdae
+
+
+class EncoderTask(_PartTask):
+    """The encoder of ``pdae`` by regression onto codes that are known: a warm start (see `warm_start`)."""
+
+    name = "encoder"
+    part = "encoder"
+    collate = staticmethod(_images_with_codes)
+
+    def draw(self, batch: tuple[Tensor, Tensor], generator: torch.Generator, flip: bool) -> tuple[Tensor, Tensor]:
+        """(images [B, C, H, W], codes [B, latent_dim]); nothing is random."""
+        return batch
+
+    def forward(self, x0: Tensor, z: Tensor) -> Tensor:
+        return encoder_loss(self.model, x0, z)
+
+
+class _CodeTask(_PartTask):
+    """A network on normalised latents."""
+
+    units = "latents"
+    collate = staticmethod(_as_they_are)
 
 
 class LatentTask(_CodeTask):
@@ -172,4 +197,6 @@ class ClassifierTask(_CodeTask):
         return classifier_loss(self.model, z, labels)
 
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (PriorTask, PDAETask, LatentTask, ClassifierTask)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (PriorTask, EncoderTask, PDAETask, LatentTask, ClassifierTask)
+}

@@ -216,8 +216,9 @@ def test_compiling_takes_the_step_whole(tmp_path, monkeypatch):
     [
         ("pdae", {"cuda_graph": True}, "--cuda-graph needs a CUDA device, not cpu"),
         ("prior", {"frozen_bfloat16": True}, "--frozen-bfloat16 needs a frozen half, which train prior does not have"),
-        ("latent", {"channels_last": True}, "--channels-last is for networks on images"),
-        ("classifier", {"checkpointing": True}, "--checkpointing is for networks on images"),
+        ("latent", {"channels_last": True}, "--channels-last is for the U-Net, which train latent does not train"),
+        ("encoder", {"fused_norms": True}, "--fused-norms is for the U-Net, which train encoder does not train"),
+        ("classifier", {"checkpointing": True}, "--checkpointing is for the U-Net"),
     ],
 )
 def test_options_that_cannot_be(task, options, words):

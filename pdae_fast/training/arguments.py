@@ -1,0 +1,159 @@
+"""The options of `python -m pdae_fast.train`: what each task takes, with its own defaults."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from .. import cli
+from ..config import LatentConfig, presets
+from .settings import DEFAULTS, TrainSettings
+from .step import HELP as STEP_HELP
+from .step import UNET_ONLY
+from .warm_start import PCA
+
+ABOUT = {
+    "prior": "train a diffusion model, the prior that PDAE starts from",
+    "encoder": "train the encoder alone by regression onto known codes, a warm start for pdae",
+    "pdae": "train encoder and G on a frozen prior",
+    "latent": "train a latent DPM on the latents of a PDAE, so that it can sample",
+    "classifier": "train a linear attribute classifier on the latents of a PDAE, so that it can manipulate",
+}
+
+HELP = {
+    "steps": "optimiser steps in all",
+    "batch_size": "images (or latents) per forward pass, of all processes together",
+    "accumulate": "forward passes per optimiser step",
+    "lr": "learning rate of Adam",
+    "lr_schedule": "constant, or cosine down to zero at --steps",
+    "warmup": "steps over which the rate rises to --lr",
+    "ema_decay": "of the weights that are saved; reached gradually",
+    "flip": "mirror every second image at random",
+    "amp": "off, or bfloat16 for the networks",
+    "seed": "of initial weights, data order and noise",
+}
+ENCODING = ("encoder", "latent", "classifier")  # tasks that know a code of every image, of images as they are
+
+
+def _options(p: argparse.ArgumentParser, task: str) -> None:
+    """The options of one task."""
+    codes = task in ("latent", "classifier")
+    what = "autoencoder whose latents to train on" if codes else "prior to start from"
+    p.add_argument(
+        "--data",
+        required=True,
+        help="folder of images, fashion-mnist[:DIR], IDX files, lmdb:DIR[:SIZE], avatars (see docs/data.md)",
+    )
+    p.add_argument("--out", required=True, help="directory of the run")
+    p.add_argument(
+        "--init-from",
+        metavar="MODEL",
+        required=codes,
+        help=f"{what}: bundled name, directory, foreign checkpoint",
+    )
+    if task in ENCODING:
+        _encoding_options(p)
+    if codes:
+        _code_options(p, task)
+    else:
+        p.add_argument(
+            "--architecture",
+            default="fashion32",
+            metavar="PRESET|JSON",
+            help=f"{', '.join(presets)}, or a config.json",
+        )
+    if task == "encoder":
+        _encoder_options(p)
+    elif not codes:
+        p.add_argument(
+            "--start-from",
+            metavar="MODEL",
+            help="pdae: a trained PDAE whose encoder and G to start from, as when its prior was trained further",
+        )
+        p.add_argument(
+            "--whiten",
+            type=int,
+            default=0,
+            metavar="N",
+            help="pdae: start with codes that are uncorrelated over N images, an exact change of coordinates between "
+            "encoder and G; 0 leaves them, as published",
+        )
+    # Everything that TrainSettings holds is an option of the same name, with the task's default.
+    for field in dataclasses.fields(TrainSettings):
+        if field.name in ("task", "data"):
+            continue
+        if task in ENCODING and field.name == "flip":
+            p.set_defaults(flip=False)
+            continue
+        flag, default = f"--{field.name.replace('_', '-')}", DEFAULTS[task].get(field.name, field.default)
+        if isinstance(field.default, bool):
+            p.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=HELP[field.name])
+        else:
+            p.add_argument(flag, type=type(field.default), default=default, help=HELP[field.name])
+    p.add_argument("--resume", action="store_true", help="continue the run in --out")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    p.add_argument("--workers", type=int, default=0, help="processes that load images")
+    p.add_argument("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
+    p.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
+    if task not in ("classifier", "encoder"):
+        p.add_argument("--sample-every", type=int, default=0, help="steps between sample grids; 0 is never")
+    p.add_argument("--tensorboard", action="store_true", help="also write TensorBoard scalars to --out")
+    p.add_argument("--quiet", action="store_true", help="no progress bar, nothing printed")
+    speed = p.add_argument_group("speed", "how a step is executed; changes no more than the rounding of its result")
+    for name, text in STEP_HELP.items():
+        if not (task in ENCODING and name in UNET_ONLY):
+            speed.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
+    cli.add_foreign_options(p)
+
+
+def _encoding_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--latents", metavar="DIR", help="where latents are kept (default: the folder latents beside --out)")
+    p.add_argument("--cached-only", action="store_true", help="fail instead of encoding when they are not there")
+    p.add_argument("--encode-batch-size", type=int, help="images per encoder pass (default: chosen for the device)")
+
+
+def _encoder_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--target",
+        default=PCA,
+        metavar="pca|MODEL",
+        help="the codes to learn: the images' principal components, each divided by its standard deviation; or those "
+        "of a PDAE of any image size (bundled name, directory), whose G is copied where it fits",
+    )
+    p.add_argument("--target-images", type=int, default=10_000, metavar="N", help="images that pca is fitted on")
+    _holdout_option(p)
+
+
+def _holdout_option(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--holdout", type=float, default=0.1, help="fraction of the images kept for the final test")
+
+
+def _code_options(p: argparse.ArgumentParser, task: str) -> None:
+    p.add_argument("--on-error", choices=("skip", "fail"), default="skip", help="what a broken image does")
+    if task == "latent":
+        p.add_argument("--hidden", type=int, default=LatentConfig.hidden, help="width of the MLP")
+        p.add_argument("--layers", type=int, default=LatentConfig.layers, help="layers of the MLP")
+    else:
+        p.add_argument(
+            "--attributes",
+            required=True,
+            metavar="FILE|classes",
+            help="CelebA's attribute list or a CSV file; 'classes': one attribute for each class of the data set",
+        )
+        p.add_argument("--columns", nargs="+", metavar="NAME", help="attributes to use (default: all of them)")
+        _holdout_option(p)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; ``task`` says which. A mistake ends with one line and status 2."""
+    p = cli.parser("train", "Train a prior, PDAE on it, or a network on its latents; --resume continues bit for bit.")
+    commands = p.add_subparsers(dest="task", required=True, metavar="TASK")
+    for task, text in ABOUT.items():
+        _options(commands.add_parser(task, help=text, description=text, formatter_class=p.formatter_class), task)
+    text = "plot the losses of runs"
+    curves = commands.add_parser("curves", help=text, description=text, formatter_class=p.formatter_class)
+    curves.add_argument("runs", nargs="+", metavar="RUN", help="directories of runs, or their log.jsonl")
+    curves.add_argument("--out", default="curves.png", metavar="PNG", help="the picture to write")
+    curves.add_argument("--smooth", type=float, default=0.05, help="fraction of a run that the smooth line averages")
+    curves.add_argument("--log", action="store_true", help="logarithmic loss axis")
+    return p.parse_args(argv)

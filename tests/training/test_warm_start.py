@@ -1,0 +1,425 @@
+"""The encoder's warm start: the codes it is told, what changes and what does not, what is taken from another PDAE."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from helpers import TINY, TINY_FULL, image_folder, tiny_pdae, tiny_prior
+from pdae_fast import PDAE, UserError, cli, train
+from pdae_fast.data import BrokenImage, Sample, open_dataset
+from pdae_fast.training import Trainer, TrainSettings, warm_start
+from pdae_fast.training.latents import Latents, encode_dataset, statistics
+from pdae_fast.training.objective import encoder_loss
+from pdae_fast.training.tasks import EncoderTask
+from pdae_fast.training.warm_start import ImagesWithCodes, encoder_task, evaluate, model_codes, pca_codes, take_g
+
+D = TINY.latent_dim
+needs_sklearn = pytest.mark.skipif(
+    importlib.util.find_spec("sklearn") is None, reason="needs pip install 'pdae_fast[experiments]'"
+)
+
+
+class Smooth:
+    """Images of 24 patterns, each weaker than the one before: principal components that are well apart."""
+
+    def __init__(self, count=60, size=32, seed=0):
+        random = np.random.default_rng(seed)
+        patterns = random.standard_normal((24, size // 4, size // 4)).repeat(4, 1).repeat(4, 2)
+        strength = random.standard_normal((count, 24)) * 0.8 ** np.arange(24)
+        self.images = (np.einsum("nk,kyx->nyx", strength, patterns) / 10 + 0.3).astype(np.float32)
+        self.names = [f"{i:02d}" for i in range(count)]
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        return Sample(torch.from_numpy(self.images[i][None]), self.names[i], None)
+
+
+def white_components(fitted, flat, dim):
+    """Textbook: principal components of ``fitted`` [N, P], as ``flat`` [M, P] has them, over their deviations there."""
+    mean = fitted.mean(0)
+    _, singular, basis = np.linalg.svd(fitted - mean, full_matrices=False)
+    return (flat - mean) @ basis[:dim].T / (singular[:dim] / np.sqrt(len(fitted) - 1))
+
+
+def up_to_sign(found, expected):
+    np.testing.assert_allclose(found * np.sign((found * expected).sum(0)), expected, atol=1e-3)
+
+
+def make_latents(z, encoder="codes", images="images"):
+    return Latents(z, [f"{i:02d}" for i in range(len(z))], [None] * len(z), *statistics(z), encoder, images, [])
+
+
+def codes(count, seed=0):
+    return torch.randn(count, D, generator=torch.Generator().manual_seed(seed))
+
+
+def trainer(out, task, dataset, **changes):
+    settings = {"steps": 6, "batch_size": 8, "lr": 1e-3, "seed": 3, "flip": False, **changes}
+    return Trainer(task, dataset, TrainSettings("encoder", "x", **settings), out, log_every=1, quiet=True)
+
+
+# -- the codes ---------------------------------------------------------------------------------------------------------
+
+
+@needs_sklearn
+def test_targets_are_the_whitened_components_by_numpy():
+    data = Smooth()
+    found = pca_codes(data, D, quiet=True)
+    flat = data.images.reshape(len(data), -1).astype(np.float64)
+    up_to_sign(found.z.numpy(), white_components(flat, flat, D))
+    torch.testing.assert_close(torch.cov(found.z.T.double()), torch.eye(D).double(), atol=1e-4, rtol=0)
+    assert found.names == data.names and found.broken == []
+
+
+@needs_sklearn
+def test_some_images_give_the_components_and_all_have_codes():
+    data = Smooth()
+    found = pca_codes(data, D, count=30, quiet=True).z.numpy()
+    flat = data.images.reshape(len(data), -1).astype(np.float64)
+    chosen = [int(i * 59 / 29) for i in range(30)]
+    up_to_sign(found, white_components(flat[chosen], flat, D))
+
+
+@needs_sklearn
+def test_large_images_are_averaged_down():
+    data = Smooth(40, 128)
+    data.images *= np.random.default_rng(1).random((128, 128), np.float32)  # so that no pixel is its neighbour
+    small = data.images.reshape(40, 64, 2, 64, 2).mean((2, 4)).reshape(40, -1).astype(np.float64)
+    up_to_sign(pca_codes(data, D, quiet=True).z.numpy(), white_components(small, small, D))
+
+
+@needs_sklearn
+def test_codes_are_kept_and_found_only_for_the_same_images_and_rule(tmp_path, monkeypatch):
+    data = Smooth()
+    first = pca_codes(data, D, tmp_path, quiet=True)
+    others = [
+        pca_codes(data, D - 1, tmp_path, quiet=True),
+        pca_codes(data, D, tmp_path, count=50, quiet=True),
+        pca_codes(data, D, tmp_path, seed=1, quiet=True),
+        pca_codes(Smooth(seed=1), D, tmp_path, quiet=True),
+    ]
+    assert len({(found.encoder, found.images) for found in [first, *others]}) == 5 == len(list(tmp_path.iterdir()))
+    monkeypatch.setattr(warm_start, "_fit", None)
+    assert torch.equal(pca_codes(data, D, tmp_path, quiet=True).z, first.z)
+    with pytest.raises(UserError, match="no latents of these 61 images by principal components"):
+        pca_codes(Smooth(61), D, tmp_path, require=True, quiet=True)
+
+
+@needs_sklearn
+def test_images_that_have_no_such_components(tmp_path):
+    with pytest.raises(UserError, match=f"{D} principal components need at least {D + 1} images, not {D}"):
+        pca_codes(Smooth(D), D, quiet=True)
+    with pytest.raises(UserError, match="vary along 24 directions alone"):
+        pca_codes(Smooth(60), 26, quiet=True)
+    alike = Smooth()
+    alike.images[:] = 0.5
+    with pytest.raises(UserError, match="vary along 0 directions alone"):
+        pca_codes(alike, D, quiet=True)
+    for broken in ("03.png", "09.png"):  # one that the components come from, and one that only has a code
+        folder = image_folder(tmp_path / broken, 20)
+        (folder / broken).write_bytes(b"x")
+        with pytest.raises(BrokenImage, match=broken):
+            pca_codes(open_dataset(folder, 32, 1), D, count=18, quiet=True)
+
+
+def test_another_models_codes_at_its_own_size_and_not_normalised(tmp_path):
+    """A PDAE of 64 px sees the files at 64 px, and its statistics have no part in what the encoder is told."""
+    folder = image_folder(tmp_path / "images", 5, size=64)
+    config = dataclasses.replace(TINY_FULL, image_size=64)
+    start = tiny_pdae(config)
+    found = model_codes(tiny_pdae(), start, "start", str(folder), device="cpu", quiet=True)
+    x0 = [np.asarray(Image.open(folder / f"{i:02d}.png"), np.float32) / 127.5 - 1 for i in range(5)]
+    with torch.no_grad():
+        torch.testing.assert_close(found.z, start.encode(torch.from_numpy(np.stack(x0))[:, None]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"latent_dim": 24}, "--target start: its latent_dim is 24; the model to train has 16"),
+        ({"unet": dataclasses.replace(TINY.unet, input_channel=3)}, "--target start: its input_channel is 3"),
+    ],
+)
+def test_a_model_whose_codes_do_not_fit(change, words):
+    with pytest.raises(UserError, match=words):
+        model_codes(tiny_pdae(), PDAE(dataclasses.replace(TINY, **change)), "start", "/none")
+
+
+# -- G -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", [{"image_size": 64}, {"unet": dataclasses.replace(TINY.unet, dropout=0.0)}])
+def test_g_is_taken_over_and_nothing_else(change):
+    model = PDAE.from_prior(tiny_prior(), latent_dim=D, encoder_channel=32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    start = PDAE(dataclasses.replace(TINY, **change))
+    for parameter in start.parameters():
+        nn.init.normal_(parameter)
+    assert take_g(model, start) is None
+    trained = tuple(f"decoder.{part}." for part in model.decoder.TRAINED)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, (start.state_dict() if name.startswith(trained) else before)[name]), name
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"unet": dataclasses.replace(TINY.unet, base_channel=64)}, "its base_channel is 64, that of the model"),
+        ({"unet": dataclasses.replace(TINY.unet, num_heads=1)}, "its num_heads is 1"),
+        ({"schedule": dataclasses.replace(TINY.schedule, timesteps=500)}, "its schedule is"),
+    ],
+)
+def test_a_g_that_does_not_fit_is_left(change, words):
+    model = tiny_pdae()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert words in take_g(model, PDAE(dataclasses.replace(TINY, **change)))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# -- the task ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_the_mean_squared_error():
+    x0, z = torch.randn(3, 4), torch.randn(3, 2)
+    linear = nn.Linear(4, 2)
+    found = x0.double().numpy() @ linear.weight.detach().double().numpy().T + linear.bias.detach().double().numpy()
+    expected = ((found - z.double().numpy()) ** 2).sum() / 6
+    assert float(encoder_loss(linear, x0, z).detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_image_comes_with_its_own_code_and_none_is_in_both_parts():
+    data, z = Smooth(), codes(60)
+    _, train_part, held = encoder_task(tiny_pdae(), data, make_latents(z), 0.25, seed=1)
+    assert len(train_part) == 45 and len(held) == 15
+    seen = {}
+    for part in (train_part, held):
+        for x0, code in (part[i] for i in range(len(part))):
+            index = int((data.images == x0.numpy()).all((1, 2)).nonzero()[0][0])
+            assert torch.equal(code, z[index])
+            seen[index] = seen.get(index, 0) + 1
+    assert seen == dict.fromkeys(range(60), 1)
+    _, everything, judged = encoder_task(tiny_pdae(), data, make_latents(z), 0)
+    assert len(everything) == len(judged) == 60
+    with pytest.raises(UserError, match="59 codes for 60 images"):
+        encoder_task(tiny_pdae(), data, make_latents(z[:59]))
+
+
+def test_only_the_encoder_changes(tmp_path):
+    model = tiny_pdae()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    task, dataset, _ = encoder_task(model, Smooth(), make_latents(codes(60)))
+    trainer(tmp_path, task, dataset).run()
+    after = PDAE.from_pretrained(tmp_path)
+    changed = {name for name, value in after.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if name.startswith("encoder.")}
+
+
+@needs_sklearn
+def test_the_codes_are_learned(tmp_path):
+    """On images that were not trained on; a constant would explain nothing of them."""
+    data = Smooth(400)
+    latents = pca_codes(data, 4, quiet=True)
+    model = PDAE.from_prior(tiny_prior(), latent_dim=4, encoder_channel=32)
+    task, dataset, held = encoder_task(model, data, latents)
+    start = evaluate(model.encoder, held, torch.device("cpu"))
+    run = trainer(tmp_path, task, dataset, steps=60, batch_size=32, ema_decay=0.9, lr_schedule="cosine")
+    run.run()
+    end = evaluate(run.ema, held, torch.device("cpu"))
+    assert start["explained_variance"] < 0.1 and end["explained_variance"] > 0.9
+    assert min(end["explained_variance_of_dimensions"]) > 0.8
+
+
+def test_the_explained_variance_is_one_minus_error_over_variance():
+    data = Smooth(70)  # more than one batch
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(1024, 3))
+    z = torch.randn(70, 3) * torch.tensor([1.0, 2.0, 5.0]) + 4
+    report = evaluate(linear, ImagesWithCodes(data, z, range(70)), torch.device("cpu"))
+    with torch.no_grad():
+        found = linear(torch.from_numpy(data.images)[:, None]).double().numpy()
+    exact = z.double().numpy()
+    error, variance = ((found - exact) ** 2).mean(0), exact.var(0)
+    np.testing.assert_allclose(report["explained_variance_of_dimensions"], 1 - error / variance, rtol=1e-5)
+    assert report["explained_variance"] == pytest.approx(1 - error.sum() / variance.sum(), rel=1e-5)
+    assert report["mse"] == pytest.approx(error.mean(), rel=1e-5) and report["images"] == 70
+    text = warm_start.summary(report)
+    assert f"{report['explained_variance']:.4f}" in text and f"{(1 - error / variance).min():.4f}" in text
+
+
+@pytest.mark.parametrize("amp", ["off", "bfloat16"])
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, amp):
+    def make(name):
+        task, dataset, _ = encoder_task(tiny_pdae(), Smooth(20), make_latents(codes(20)))
+        return trainer(tmp_path / name, task, dataset, amp=amp)
+
+    whole = make("whole")
+    assert whole.run() is None
+    parted = make("parted")
+    batches = parted._batches()
+    (tmp_path / "parted").mkdir()
+    for _ in range(4):
+        parted.train_step(batches)
+    parted.save()
+    parted.train_step(batches)  # and dies before it saves this one
+    resumed = make("parted")
+    resumed.resume()
+    resumed.run()
+    for a, b in ((whole.model, resumed.model), (whole.ema, resumed.ema)):
+        assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+    one, two = ((tmp_path / d / "model.safetensors").read_bytes() for d in ("whole", "parted"))
+    assert one == two
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"encoder": "others"}, "other target codes"),
+        ({"images": "others"}, "other images"),
+        ({"decoder": 1.0}, "other decoder weights"),
+        ({"holdout": 0.5}, "the data set has 10 images but the saved run saw 18"),
+        ({"latent_dim": 24}, "latent_dim is 24, not 16"),
+    ],
+)
+def test_what_changed_is_named_on_resume(tmp_path, change, words):
+    def make(encoder="codes", images="images", decoder=0.0, holdout=0.1, latent_dim=D):
+        model = tiny_pdae(dataclasses.replace(TINY, latent_dim=latent_dim))
+        nn.init.constant_(model.decoder.shift_out[-1].bias, decoder)
+        z = torch.randn(20, latent_dim, generator=torch.Generator().manual_seed(0))
+        task, dataset, _ = encoder_task(model, Smooth(20), make_latents(z, encoder, images), holdout)
+        return trainer(tmp_path, task, dataset)
+
+    make().save()
+    make().resume()
+    with pytest.raises(UserError, match=words):
+        make(**change).resume()
+
+
+def test_a_batch_is_images_and_codes():
+    x0, z = EncoderTask.collate([(torch.zeros(1, 2, 2), torch.ones(3)), (torch.ones(1, 2, 2), torch.zeros(3))])
+    assert x0.shape == (2, 1, 2, 2) and z.tolist() == [[1, 1, 1], [0, 0, 0]]
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+SMALL = ("--steps", 4, "--batch-size", 8, "--log-every", 1, "--device", "cpu")
+
+
+def run(*argv):
+    try:
+        return cli.run(train.main, [str(a) for a in argv])
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.fixture
+def places(tmp_path):
+    """A prior of 32 px, and a PDAE of 64 px around another prior of the same U-Net."""
+    tiny_prior().save_pretrained(tmp_path / "prior")
+    large = tiny_pdae(dataclasses.replace(TINY, image_size=64))
+    nn.init.constant_(large.decoder.shift_out[-1].bias, 0.25)
+    large.save_pretrained(tmp_path / "large")
+    tiny_pdae(dataclasses.replace(TINY, latent_dim=24)).save_pretrained(tmp_path / "wide")
+    tiny_pdae().save_pretrained(tmp_path / "same")
+    (tmp_path / "empty").mkdir()
+    image_folder(tmp_path / "images", 30)
+    return tmp_path
+
+
+def command(places, *more):
+    base = ("--init-from", places / "prior", "--architecture", places / "same" / "config.json")
+    return ("encoder", "--data", places / "images", *base, "--out", places / "out", *SMALL, *more)
+
+
+@needs_sklearn
+def test_a_warm_start_for_pdae(places, capsys):
+    assert run(*command(places)) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((places / "out" / "metrics.json").read_text())
+    assert report["part"] == "held out" and report["images"] == 3 and report["step"] == 4
+    assert f"{report['explained_variance']:.4f}" in printed and "30 latents: " in printed
+    assert json.loads((places / "out" / "train.json").read_text())["target"] == "pca"
+    with torch.no_grad():  # the metrics are those of what users load
+        encoder = PDAE.from_pretrained(places / "out").encoder
+        dataset = open_dataset(places / "images", 32, 1)
+        latents = pca_codes(dataset, D, places / "latents", require=True)
+        _, _, held = encoder_task(tiny_pdae(), dataset, latents)
+        assert evaluate(encoder, held, torch.device("cpu"))["mse"] == pytest.approx(report["mse"], rel=1e-5)
+    start = ("--init-from", places / "prior", "--start-from", places / "out")
+    shared = ("--data", places / "images", "--architecture", places / "same" / "config.json", *SMALL, "--quiet")
+    assert run("pdae", *start, "--out", places / "pdae", *shared) == 0
+    config = PDAE.from_pretrained(places / "pdae").config
+    assert config == PDAE.from_pretrained(places / "out").config == TINY
+
+
+def test_from_another_size_and_resumed(places, capsys):
+    assert run(*command(places, "--target", places / "large")) == 0
+    assert f"G is that of {places / 'large'}" in capsys.readouterr().out
+    large, found = PDAE.from_pretrained(places / "large"), PDAE.from_pretrained(places / "out")
+    assert found.config == TINY
+    for part in found.decoder.TRAINED:
+        for name, value in getattr(large.decoder, part).state_dict().items():
+            assert torch.equal(getattr(found.decoder, part).state_dict()[name], value)
+    # These are the codes, kept where the other tasks keep theirs.
+    kept = encode_dataset(large, open_dataset(places / "images", 64, 1), places / "latents", require=True)
+    assert len(kept.z) == 30
+    weights = (places / "out" / "model.safetensors").read_bytes()
+    resume = command(places, "--resume", "--quiet")
+    assert run(*resume, "--target", places / "large") == 0
+    assert (places / "out" / "model.safetensors").read_bytes() == weights
+    nn.init.constant_(large.encoder.encoder[-1].bias, 2.0)
+    large.save_pretrained(places / "large")
+    capsys.readouterr()
+    assert run(*resume, "--target", places / "large") == 2
+    assert "other target codes" in capsys.readouterr().err
+    assert (places / "out" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_g_of_another_shape_is_said(places, capsys):
+    other = dataclasses.replace(TINY, unet=dataclasses.replace(TINY.unet, channel_multiplier=(1, 2)))
+    PDAE(other).save_pretrained(places / "other")
+    assert run(*command(places, "--target", places / "other")) == 0
+    assert f"G is not taken from {places / 'other'}: its channel_multiplier is (1, 2)" in capsys.readouterr().out
+    assert not PDAE.from_pretrained(places / "out").decoder.shift_out[-1].weight.any()  # as it starts: G = 0
+
+
+MISTAKES = [
+    (["--target", "{places}/wide"], "its latent_dim is 24"),
+    (["--target", "/none"], "neither a bundled model"),
+    (["--target", "{places}/prior"], "is a prior"),
+    (["--target", "{places}/large", "--out", "{places}/large"], "is --target itself"),
+    (["--target-images", "16"], "need at least 17 images, not 16"),
+    (["--target-images", "0"], "--target-images must be at least 1"),
+    (["--data", "{places}/empty"], "no images"),
+    (["--holdout", "1"], "holdout must be a fraction"),
+    (["--cached-only"], "no latents of these 30 images"),
+    (["--flip"], "unrecognized arguments: --flip"),
+    (["--init-from", ""], "train encoder needs a pre-trained prior"),
+]
+
+
+@needs_sklearn
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES, ids=[" ".join(a) for a, _ in MISTAKES])
+def test_mistakes_print_one_line_and_exit_2(places, capsys, arguments, words):
+    before = (places / "large" / "model.safetensors").read_bytes()
+    assert run(*command(places, "--quiet", *(a.format(places=places) for a in arguments))) == 2
+    printed = capsys.readouterr()
+    assert words in printed.err and len(printed.err.splitlines()) == 1 and printed.out == ""
+    assert not (places / "out" / "model.safetensors").exists() and not (places / "latents").exists()
+    assert (places / "large" / "model.safetensors").read_bytes() == before
+
+
+def test_without_scikit_learn(places, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert run(*command(places)) == 2
+    printed = capsys.readouterr()
+    assert "pip install 'pdae_fast[experiments]'" in printed.err and len(printed.err.splitlines()) == 1
+    assert not (places / "out").exists()
+    assert run(*command(places, "--target", places / "large", "--quiet")) == 0

@@ -69,7 +69,10 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["pdae_fast", "pdae_fast.*"]) + [p for folder in MAPPED for p in mapped(folder)],
     package_dir={"pdae_fast": "pdae_fast", **{f"pdae_fast.{folder}": folder for folder in MAPPED}},
-    package_data={"pdae_fast": ["py.typed", "pretrained/**/*", "experiments/*.html"]},
+    package_data={
+        "pdae_fast": ["py.typed", "pretrained/**/*", "experiments/*.html"],
+        "pdae_fast.kernels": ["native/*.c"],
+    },
     # The upper bound keeps a CPU-only machine from resolving to a newer CUDA build with gigabytes of libraries.
     install_requires=["torch>=2.11,<2.14", "numpy>=1.26", "pillow>=10.1", "safetensors>=0.4", "tqdm>=4.60"],
     extras_require=extras,

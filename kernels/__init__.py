@@ -1,8 +1,8 @@
 """pdae_fast.kernels: the fused operations of the engine, each a torch custom op that runs on the CPU and on
 CUDA.
 
-Importing this package imports neither Triton nor anything of CUDA; `triton_status()` says whether kernels can
-run, and why not.
+Importing this package imports neither Triton nor anything of CUDA, and compiles nothing; `triton_status()` says
+whether kernels can run, `native_status()` whether the CPU's native code does, and why not.
 """
 
 from ._triton import triton_status
@@ -16,8 +16,12 @@ from .add_upsample import (
 )
 from .ddim_update import ddim_coefficients, ddim_update, ddim_update_reference
 from .group_norm import channel_stats, group_norm, group_norm_apply, group_norm_reference
+from .group_norm_native import NATIVE_DTYPES, group_norm_native, native_fits, native_status
+from .output_step import Head, output_step, output_step_reference
 
 __all__ = [
+    "NATIVE_DTYPES",
+    "Head",
     "add_upsample",
     "add_upsample_reference",
     "channel_stats",
@@ -26,7 +30,12 @@ __all__ = [
     "ddim_update_reference",
     "group_norm",
     "group_norm_apply",
+    "group_norm_native",
     "group_norm_reference",
+    "native_fits",
+    "native_status",
+    "output_step",
+    "output_step_reference",
     "residual_add",
     "residual_add_reference",
     "triton_status",

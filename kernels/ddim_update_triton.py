@@ -14,6 +14,22 @@ BLOCK = 512
 
 
 @triton.jit
+def advance(x, noise, row, CLAMP: tl.constexpr):
+    """The next state from the state, the shifted noise (float32 tiles) and a row of coefficients."""
+    reciprocal = tl.load(row)
+    ratio = tl.load(row + 1)
+    inverse = tl.load(row + 3)
+    next_signal = tl.load(row + 4)
+    next_noise = tl.load(row + 5)
+    x0 = x * reciprocal - ratio * noise
+    if CLAMP:
+        clamped = tl.minimum(tl.maximum(x0, -1.0), 1.0)  # drops a NaN, which the next line puts back
+        noise += (x0 - clamped) * inverse
+        x0 = clamped
+    return x0 * next_signal + noise * next_noise
+
+
+@triton.jit
 def ddim_kernel(
     x, eps, gradient, coefficients, index, out, size,
     HAS_GRADIENT: tl.constexpr, PER_SAMPLE: tl.constexpr, CLAMP: tl.constexpr, BLOCK: tl.constexpr,
@@ -24,23 +40,11 @@ def ddim_kernel(
     lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = lane < size
     at = image * size + lane
-    step = tl.load(index + image * PER_SAMPLE)
-    row = coefficients + step * 6
-    reciprocal = tl.load(row)
-    ratio = tl.load(row + 1)
-    inverse = tl.load(row + 3)
-    next_signal = tl.load(row + 4)
-    next_noise = tl.load(row + 5)
-
+    row = coefficients + tl.load(index + image * PER_SAMPLE) * 6
     noise = tl.load(eps + at, valid, other=0.0).to(tl.float32)
     if HAS_GRADIENT:
         noise -= tl.load(row + 2) * tl.load(gradient + at, valid, other=0.0).to(tl.float32)
-    x0 = tl.load(x + at, valid, other=0.0) * reciprocal - ratio * noise
-    if CLAMP:
-        clamped = tl.minimum(tl.maximum(x0, -1.0), 1.0)  # drops a NaN, which the next line puts back
-        noise += (x0 - clamped) * inverse
-        x0 = clamped
-    tl.store(out + at, x0 * next_signal + noise * next_noise, valid)
+    tl.store(out + at, advance(tl.load(x + at, valid, other=0.0), noise, row, CLAMP), valid)
 
 
 def ddim_launches(

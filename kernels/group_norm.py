@@ -12,8 +12,9 @@ one tensor feeds several norms (a U-Net skip read by two decoders): its channel 
 and each norm merges them with those of its other input. Groups may straddle the boundary between x and x2,
 which is why statistics are kept per channel.
 
-On CUDA these run the kernels of group_norm_triton.py; on the CPU, and wherever `fallback_reason` names an
-obstacle, torch's own (group_norm_torch.py).
+On CUDA these run the kernels of group_norm_triton.py. On the CPU, `group_norm` of channels-last float32 or
+bfloat16 maps runs native code (group_norm_native.py) where that can be compiled. Everything else, and whatever
+`fallback_reason` names an obstacle for, is left to torch's own operators (group_norm_torch.py).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from ._layout import check_image, check_like, empty_image, is_channels_last, to_layout
 from ._triton import fallback_reason, run
+from .group_norm_native import group_norm_native, native_fits, native_status
 from .group_norm_torch import collapse, torch_apply, torch_backward, torch_forward, torch_stats, wide_dtype
 
 MAX_GROUP_CHANNELS = 4096  # a group's channels must fit one tile of the kernels
@@ -68,15 +70,15 @@ def group_norm(
     x2: Tensor | None = None,
     x_bias: Tensor | None = None,
 ) -> Tensor:
-    """GroupNorm of cat([x + x_bias, x2], 1) (neither sum nor cat is materialised on CUDA), then the affines,
+    """GroupNorm of cat([x + x_bias, x2], 1) (neither sum nor cat is materialised by the kernels), then the affines,
     then SiLU if asked.
 
     x [B, C1, H, W] and x2 [B, C2, H, W] or None: one dtype (float32, float16, bfloat16; float64 by torch's
     path), NCHW or channels-last; other stride patterns are copied first. weight, bias [C1 + C2]. scale, shift
     [B, C1 + C2], both or neither: the collapsed AdaGN affine, so scale is 1 + s; rows may be strided. x_bias
-    [C1] or None: added to every pixel of x before the norm. These five may be any floating dtype. The kernels
-    compute in float32 and round once; torch's path also rounds x + x_bias, and before the SiLU. Returns
-    [B, C1 + C2, H, W] in x's dtype and layout. Differentiable once in every tensor.
+    [C1] or None: added to every pixel of x before the norm. These five may be any floating dtype. The kernels,
+    and the CPU's native code, compute in float32 and round once; torch's path also rounds x + x_bias, and before
+    the SiLU. Returns [B, C1 + C2, H, W] in x's dtype and layout. Differentiable once in every tensor.
 
     Raises ValueError for wrong shapes, dtypes or devices, or channels not divisible by num_groups.
     """
@@ -178,6 +180,16 @@ def _group_norm(
     x2: Tensor | None,
     x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if is_channels_last(x) and native_status()[0]:
+        x, x2 = to_layout(x, True), None if x2 is None else to_layout(x2, True)
+        if native_fits(x, x2):
+            # One row for all images where there is no affine of each image's own.
+            rows = 1 if scale is None else x.shape[0]
+            a, b = (t.contiguous() for t in collapse(weight, bias, scale, shift, rows, torch.float32))
+            x_bias = None if x_bias is None else x_bias.to(torch.float32).contiguous()
+            mean, rstd = (torch.empty(x.shape[0], num_groups) for _ in range(2))
+            y = group_norm_native(x, a, b, num_groups, eps, silu, x2, x_bias, statistics=(mean, rstd))
+            return y, mean, rstd
     return torch_forward(x, weight, bias, num_groups, eps, scale, shift, silu, x2, x_bias)
 
 

@@ -31,7 +31,7 @@ PHASES = {
     "speed": Phase("steps against the baseline", 80, speed.speed),
     "operations": Phase("bandwidth of every kernel", 35, speed.operation_bandwidth),
     "graphs": Phase("captured against uncaptured steps", 30, speed.graphs),
-    "rewrites": Phase("every rewrite turned around, against the defaults", 40, speed.rewrites),
+    "rewrites": Phase("every rewrite turned around, against the defaults", 50, speed.rewrites),
     "quality": Phase("loss of precision on the bundled model", 35, speed.quality_loss),
     "startup": Phase("from process start to the first step", 20, speed.start_up),
     "training": Phase("training steps against the published loop", 50, training.cases),

@@ -31,6 +31,7 @@ SIDES = ("eager-bfloat16", "fused-float32", "fused-float16", "fused-bfloat16")
 CPU_SIDES = ("eager-bfloat16", "fused-float32", "fused-bfloat16")
 FALLBACK_SHARE = 0.35  # of the time left that stays for a cheaper mode if max-autotune takes too long to compile
 MIN_COMPILE_SECONDS = 40.0
+UNDECIDED = ("fused_output on",)  # off by default because no GPU has said yet that they pay
 
 
 def _peaks(context: Context) -> dict[str, float]:
@@ -129,15 +130,18 @@ def _graph(network: str, batch: int, context: Context) -> dict[str, Any]:
 
 
 def rewrites(context: Context) -> Cases:
-    """Every switch of the fused plan turned around, and every attention backend, against the defaults."""
-    batches = dict.fromkeys((context.batches[0], context.batches[-1]))
-    for batch in list(batches)[: 1 if context.quick else 2]:
-        for label, keywords in variants(context.device):
-            network = context.networks[0]
-            yield (
-                f"{network} batch {batch}: {label}",
-                lambda n=network, b=batch, label=label, k=keywords: _rewrite(n, b, label, k, context),
-            )
+    """Every switch of the fused plan turned around, and every attention backend, against the defaults, on the first
+    network; before that, on every other one, the switches that a visit has to decide on."""
+    batches = list(dict.fromkeys((context.batches[0], context.batches[-1])))[: 1 if context.quick else 2]
+    every = list(variants(context.device))
+    undecided = [(label, keywords) for label, keywords in every if label in UNDECIDED]
+    for network, chosen in [*((n, undecided) for n in context.networks[1:]), (context.networks[0], every)]:
+        for batch in batches:
+            for label, keywords in chosen:
+                yield (
+                    f"{network} batch {batch}: {label}",
+                    lambda n=network, b=batch, label=label, k=keywords: _rewrite(n, b, label, k, context),
+                )
 
 
 @functools.lru_cache(maxsize=1)
@@ -153,6 +157,7 @@ def _rewrite(network: str, batch: int, label: str, keywords: dict[str, Any], con
     side = PlanSide(default.case, default.name, **keywords)
     apart = relative(side.step(*CHECKED), default.step(*CHECKED))
     check(label, apart, 2 * side.tolerance)
+    side.check_trajectory(steps)  # some switches act on whole trajectories only
     alternation = Alternation(
         {"default": lambda: default.trajectory(steps), "changed": lambda: side.trajectory(steps)}, context.device
     )

@@ -14,7 +14,7 @@ from ..models.layers import AttentionBlock, ResBlock, Stage
 from . import rewrites
 from .attention import Attend
 from .convolution import convolution
-from .norms import Affine, Join, Skip, materialise, normalise, normalise_fused
+from .norms import Affine, Join, Skip, materialise, normaliser
 from .options import Rewrites
 from .rewrites import AffineTable
 
@@ -27,7 +27,7 @@ class Residual:
     """One ResBlock; ``affine`` is that of its second norm, from an :class:`AffineTable`."""
 
     def __init__(self, block: ResBlock, options: Rewrites) -> None:
-        self.resample, self.options = block.resample, options
+        self.resample, self.options, self.norm = block.resample, options, normaliser(options)
         norm, _, conv = block.in_layers
         self.affine_in = _affine(norm)
         folded = options.folded_biases
@@ -48,17 +48,14 @@ class Residual:
         if not isinstance(skip, nn.Identity):
             self.skip = SplitSkip(skip) if options.split_skips else convolution(skip, options.packed_weights)
 
-    def _norm(self, x: Tensor | Join, affine: Affine, x_bias: Tensor | None = None) -> Tensor:
-        return normalise_fused(x, affine, True, x_bias) if self.options.kernels else normalise(x, affine)
-
     def __call__(self, x: Tensor | Join, affine: Affine) -> Tensor:
-        h = self._norm(x, self.affine_in)
+        h = self.norm(x, self.affine_in)
         if self.resample == "down":
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
         elif self.resample == "up" and self.phases is None:
             h = F.interpolate(h, scale_factor=2, mode="nearest")
         h = self.conv_in(h) if self.phases is None else rewrites.upsample_conv(h, self.phases)
-        h = self._norm(h, affine, self.bias_in)
+        h = self.norm(h, affine, x_bias=self.bias_in, overwrite=True)
         residual = materialise(x) if self.skip is None else self.skip(x)
         if not self.options.folded_biases:
             if self.resample == "up":
@@ -85,13 +82,17 @@ class SplitSkip:
 
 class Attention:
     def __init__(self, block: AttentionBlock, options: Rewrites, attend: Attend) -> None:
-        norm = functools.partial(
-            normalise_fused if options.kernels else normalise, affine=_affine(block.norm), silu=False
-        )
-        self.block, self.norm, self.attend = block, norm, attend
+        norm = functools.partial(normaliser(options), affine=_affine(block.norm), silu=False)
+        self.block, self.norm, self.attend, self.projections = block, norm, attend, None
+        # In float32 the framework's matrix products are as fast as oneDNN's convolutions.
+        if options.packed_weights and block.qkv.weight.dtype is torch.bfloat16:
+            self.projections = tuple(
+                convolution(layer, True, weight=layer.weight.detach()[..., None])
+                for layer in (block.qkv, block.proj_out)
+            )
 
     def __call__(self, x: Tensor, affine: None) -> Tensor:
-        return rewrites.attention_tokens(self.block, x, self.norm, self.attend)
+        return rewrites.attention_tokens(self.block, x, self.norm, self.attend, self.projections)
 
 
 class Part:
@@ -129,21 +130,31 @@ class Decoder(Part):
     ) -> None:
         super().__init__([middle, *blocks], options, attend)
         self.split = options.split_skips
-        self.norm = functools.partial(normalise_fused if options.kernels else normalise, affine=_affine(head[0]))
+        self.norm = functools.partial(normaliser(options), affine=_affine(head[0]))
         self.head = convolution(head[2], options.packed_weights)
+        self.tail = None
+        if options.fused_output:
+            weight = head[2].weight.detach().contiguous(memory_format=torch.channels_last)
+            self.tail = (*(vector[0] for vector in _affine(head[0])), weight, head[2].bias.detach())
 
-    def __call__(self, skips: list[Skip], affine: Affine) -> Tensor:
-        """Map [B, C, H, W] from what the trunk left, first to last."""
-        return self.outer(self.deep(skips, affine, len(skips)), skips, affine)
+    def __call__(self, skips: list[Skip], affine: Affine, raw: bool = False) -> Tensor:
+        """Map [B, C, H, W] from what the trunk left, first to last; ``raw`` as in :meth:`outer`."""
+        return self.outer(self.deep(skips, affine, len(skips)), skips, affine, raw)
 
     def deep(self, skips: list[Skip], affine: Affine, outer: int) -> Tensor:
         """The map that the stages which read the first ``outer`` of ``skips`` start from."""
         return self._join(1, self.run(0, skips[-1].x, affine), skips[outer:], affine)
 
-    def outer(self, h: Tensor, skips: list[Skip], affine: Affine) -> Tensor:
-        """Map [B, C, H, W] from the deep map ``h`` by the last stages, which read ``skips``, and the head."""
+    def outer(self, h: Tensor, skips: list[Skip], affine: Affine, raw: bool = False) -> Tensor:
+        """Map [B, C, H, W] from the deep map ``h`` by the last stages, which read ``skips``, and the head; without the
+        head, for :meth:`output`, when ``raw``."""
         h = self._join(len(self.stages) - len(skips), h, skips, affine)
-        return self.head(self.norm(h))
+        return h if raw else self.head(self.norm(h))
+
+    def output(self, h: Tensor, channels: int) -> kernels.Head:
+        """The head's first ``channels`` on the map ``h``, for :func:`kernels.output_step`."""
+        norm_weight, norm_bias, weight, bias = self.tail
+        return kernels.Head(h, norm_weight, norm_bias, weight[:channels], bias[:channels])
 
     def _join(self, first: int, h: Tensor, skips: list[Skip], affine: Affine) -> Tensor:
         """``h`` after the stages from ``first`` on, which read ``skips``, the last one first."""

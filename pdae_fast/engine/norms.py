@@ -1,8 +1,10 @@
-"""GroupNorm with the affine and the SiLU that follow it: by the framework's operators, or by the project's kernels."""
+"""GroupNorm with the affine and the SiLU that follow it: by the framework's operators, by the project's kernels, or
+by its native code for the CPU."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,6 +14,7 @@ from torch.nn import functional as F
 from .. import kernels
 from ..config import NORM_GROUPS
 from . import rewrites
+from .options import Rewrites
 from .rewrites import EPS
 
 Affine = tuple[Tensor, Tensor]  # multiplier and addend on the normalised map, float32, each [1, C] or [B, C]
@@ -35,9 +38,11 @@ def materialise(x: Tensor | Join) -> Tensor:
     return torch.cat([x.h, x.skip.x], dim=1) if isinstance(x, Join) else x
 
 
-def normalise(x: Tensor, affine: Affine, silu: bool = True) -> Tensor:
-    """SiLU(GN(x) * multiplier + addend) by the framework."""
-    y = rewrites.group_norm(x, *affine)
+def normalise(
+    x: Tensor, affine: Affine, silu: bool = True, x_bias: Tensor | None = None, overwrite: bool = False
+) -> Tensor:
+    """SiLU(GN(x + x_bias) * multiplier + addend) by the framework; x may be used up where ``overwrite`` allows it."""
+    y = rewrites.group_norm(x if x_bias is None else x + x_bias.to(x.dtype)[:, None, None], *affine)
     return F.silu(y, inplace=True) if silu else y
 
 
@@ -46,7 +51,9 @@ def _identity(channels: int, device: torch.device) -> Affine:
     return torch.ones(channels, device=device), torch.zeros(channels, device=device)
 
 
-def normalise_fused(x: Tensor | Join, affine: Affine, silu: bool = True, x_bias: Tensor | None = None) -> Tensor:
+def normalise_fused(
+    x: Tensor | Join, affine: Affine, silu: bool = True, x_bias: Tensor | None = None, overwrite: bool = False
+) -> Tensor:
     """The same in one op, which also reads a :class:`Join` from its two parts.
 
     ``x_bias`` [C] is the bias that the convolution before x left out: it is added as x (h of a join) is read.
@@ -64,3 +71,22 @@ def normalise_fused(x: Tensor | Join, affine: Affine, silu: bool = True, x_bias:
     return kernels.group_norm_apply(
         h, own, weight, bias, NORM_GROUPS, EPS, scale, shift, silu, skip, statistics, x_bias=x_bias
     )
+
+
+def normalise_native(
+    x: Tensor | Join, affine: Affine, silu: bool = True, x_bias: Tensor | None = None, overwrite: bool = False
+) -> Tensor:
+    """The same by native code, in place where ``overwrite`` allows it. It is called directly: the framework's way to an
+    operator takes as long as a small map."""
+    h, skip = (x.h, x.skip.x) if isinstance(x, Join) else (x, None)
+    if not kernels.native_fits(h, skip):
+        return normalise_fused(x, affine, silu, x_bias)
+    in_place = overwrite and skip is None
+    return kernels.group_norm_native(h, *affine, NORM_GROUPS, EPS, silu, skip, x_bias, overwrite=in_place)
+
+
+def normaliser(options: Rewrites) -> Callable[..., Tensor]:
+    """The function above that a plan with these options runs."""
+    if options.native_norms:
+        return normalise_native
+    return normalise_fused if options.kernels else normalise

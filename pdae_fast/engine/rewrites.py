@@ -139,22 +139,36 @@ def upsample_conv(x: Tensor, convolutions: list[list[Convolution]]) -> Tensor:
         for px in (0, 1):
             y = convolutions[py][px](x)  # [B, O, H + 1, W + 1]: the first row and column belong to the even phase
             if out is None:
-                out = y.new_empty((B, y.shape[1], 2 * H, 2 * W)).to(memory_format=torch.channels_last)
+                shape = (B, y.shape[1], 2 * H, 2 * W)
+                out = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
             out[:, :, py::2, px::2] = y[:, :, py : H + py, px : W + px]
     return out
 
 
 def attention_tokens(
-    block: AttentionBlock, x: Tensor, norm: Callable[[Tensor], Tensor], attend: Callable[..., Tensor] = sdpa
+    block: AttentionBlock,
+    x: Tensor,
+    norm: Callable[[Tensor], Tensor],
+    attend: Callable[..., Tensor] = sdpa,
+    projections: tuple[Convolution, Convolution] | None = None,
 ) -> Tensor:
-    """The attention block on channels-last maps, whose [B, H*W, C] tokens need no transpose; ``norm`` is its GN."""
+    """The attention block on channels-last maps, whose [B, H*W, C] tokens need no transpose; ``norm`` is its GN.
+
+    ``projections`` are its two matrix products as 1x1 convolutions of maps; the second one adds its residual.
+    """
     B, C, H, W = x.shape
-    tokens = norm(x).permute(0, 2, 3, 1).reshape(B, H * W, C)
-    rows = F.linear(tokens, block.qkv.weight[:, :, 0], block.qkv.bias)
+    maps = norm(x)
+    if projections is None:
+        tokens = maps.permute(0, 2, 3, 1).reshape(B, H * W, C)
+        rows = F.linear(tokens, block.qkv.weight[:, :, 0], block.qkv.bias)
+    else:
+        rows = projections[0](maps).permute(0, 2, 3, 1).reshape(B, H * W, 3 * C)
     d = C // block.heads
     if block.new_order:
         q, k, v = rows.view(B, H * W, 3, block.heads, d).unbind(2)
     else:
         q, k, v = rows.view(B, H * W, block.heads, 3, d).unbind(3)
-    h = F.linear(attend(q, k, v).reshape(B, H * W, C), block.proj_out.weight[:, :, 0], block.proj_out.bias)
-    return x + h.view(B, H, W, C).permute(0, 3, 1, 2)
+    h = attend(q, k, v).reshape(B, H, W, C)
+    if projections is None:
+        return x + F.linear(h, block.proj_out.weight[:, :, 0], block.proj_out.bias).permute(0, 3, 1, 2)
+    return projections[1](h.permute(0, 3, 1, 2), x)

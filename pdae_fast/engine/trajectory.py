@@ -64,8 +64,8 @@ class DeviceTrajectory:
 
     def _step(self, turn: Turn) -> None:
         row = self.rows.index_select(0, self.index[None])
-        eps, gradient = self.plan.evaluate(self.x, row, self.codes, turn, self.kept)
-        self.x.copy_(kernels.ddim_update(self.x, eps, gradient, self.coefficients, self.index, self.clamp))
+        step = (self.coefficients, self.index, self.clamp)
+        self.x.copy_(self.plan.advance(self.x, row, self.codes, turn, self.kept, *step))
         self.index.add_(1)
 
     def _capture(self, turn: Turn) -> None:

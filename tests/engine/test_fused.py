@@ -13,7 +13,7 @@ from pdae_fast.engine import build_plan, rewrites
 from pdae_fast.engine.blocks import SplitSkip
 from pdae_fast.engine.convolution import PackedConvolution, PlainConvolution, can_pack
 from pdae_fast.engine.fused import FusedPlan
-from pdae_fast.engine.norms import Join, Skip, normalise, normalise_fused
+from pdae_fast.engine.norms import Join, Skip, normalise, normalise_fused, normalise_native
 from pdae_fast.engine.options import Rewrites
 from pdae_fast.engine.plan import Plan
 from pdae_fast.models.layers import AttentionBlock, ResBlock
@@ -33,6 +33,9 @@ NETWORKS = {
 }
 
 
+needs_native = pytest.mark.skipif(not kernels.native_status()[0], reason=kernels.native_status()[1])
+
+
 def network(changes):
     unet = UNetConfig(**{"input_channel": 1, "base_channel": 32, "num_residual_blocks_of_a_block": 1, **changes})
     return tiny_pdae(PDAEConfig(image_size=32, latent_dim=8, encoder_channel=32, unet=unet))
@@ -48,6 +51,9 @@ OPTIONS = {
     "not-packed": Rewrites(packed_weights=False),
     "no-phases": Rewrites(phase_upsample=False),
     "neither": Rewrites(False, False),
+    "native": Rewrites(native_norms=True),
+    "native-split": Rewrites(native_norms=True, split_skips=True),
+    "native-folded": Rewrites(False, kernels=True, split_skips=True, folded_biases=True, native_norms=True),
     "cuda": ON_CUDA,
     "cuda-without-kernels": Rewrites(False, False, fused_update=True),
     **{
@@ -62,6 +68,8 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("changes", NETWORKS.values(), ids=NETWORKS)
 def test_the_plan_computes_the_model(changes, options):
+    if options.native_norms and not kernels.native_status()[0]:
+        pytest.skip(kernels.native_status()[1])
     model = network(changes)
     x, z = noise(3, *model.image_shape), noise(3, 8, seed=1)
     plan, eager = FusedPlan(model, CPU, torch.float32, options), Plan(model, CPU, torch.float32)
@@ -144,6 +152,49 @@ def test_a_norm_reads_a_join_from_its_parts(shared, rows):
     torch.testing.assert_close(normalise_fused(joined, affine, x_bias=bias), expected, atol=2e-5, rtol=1e-5)
 
 
+@needs_native
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("last", [True, False], ids=["channels-last", "nchw"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_native_norms(last, rows, dtype):
+    """Of one map, in place or not, and of a join; maps in the other layout go to the op."""
+    layout = torch.channels_last if last else torch.contiguous_format
+    h, skip = ((noise(2, c, 3, 5, seed=c) - 2.3).to(dtype).contiguous(memory_format=layout) for c in (40, 24))
+    bias, affine = noise(40, seed=2), (noise(rows, 64, seed=3), noise(rows, 64, seed=4))
+    exact = affine[0].double(), affine[1].double()
+    truth = normalise(torch.cat([h.double() + bias.double()[:, None, None], skip.double()], 1), exact)
+    found = normalise_native(Join(h, Skip(skip)), affine, x_bias=bias)
+    assert found.dtype == dtype and relative(found, truth) < (1e-6 if dtype == torch.float32 else 5e-3)
+    x = torch.cat([h, skip], 1)
+    before, alone = x.clone(), normalise_native(x, affine)
+    assert torch.equal(x, before)
+    overwritten = normalise_native(x, affine, overwrite=True)
+    assert torch.equal(overwritten, alone) and (overwritten is x or not last)
+    truth = normalise(before.double(), exact)
+    assert relative(alone, truth) < (1e-6 if dtype == torch.float32 else 5e-3)
+
+
+@needs_native
+def test_the_default_on_the_cpu_is_native():
+    model = network(NETWORKS["attention"])
+    plan = build_plan(model, CPU, torch.float32)
+    assert plan.options.native_norms and "native_norms" in plan.describe()["rewrites"]
+    assert plan.describe()["native_norms"] == kernels.native_status()[1]
+    off = FusedPlan(model, CPU, torch.float32, Rewrites())
+    assert "native_norms" not in off.describe()
+    half = FusedPlan(model, CPU, torch.float16)
+    assert not half.options.native_norms and half.describe()["native_norms"] == "no: none for torch.float16"
+
+
+def test_without_native_code_the_framework_runs(monkeypatch):
+    monkeypatch.setattr(kernels, "native_status", lambda: (False, "no C compiler: cc not found"))
+    model, x, z = network(NETWORKS["attention"]), noise(2, 1, 32, 32), noise(2, 8, seed=1)
+    plan = build_plan(model, CPU, torch.float32)
+    assert plan.options == Rewrites() and plan.describe()["native_norms"] == "no: no C compiler: cc not found"
+    found, expected = (p.field(z)(x, 17, True) for p in (plan, Plan(model, CPU, torch.float32)))
+    assert all(relative(a, b) < 1e-5 for a, b in zip(found, expected, strict=True))
+
+
 def test_the_skip_convolution_of_a_join_is_a_sum():
     layer = fill(torch.nn.Conv2d(40, 8, 1))
     h, skip = (noise(2, c, 3, 5, seed=c).contiguous(memory_format=torch.channels_last) for c in (24, 16))
@@ -167,7 +218,12 @@ def test_phase_convolutions_equal_upsampling_first(H, W):
 def test_attention_on_tokens(new_order):
     block, x = fill(AttentionBlock(64, 4, new_order)), noise(2, 64, 3, 5)
     with torch.no_grad():
-        found = rewrites.attention_tokens(block, x.contiguous(memory_format=torch.channels_last), block.norm)
+        last = x.contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(rewrites.attention_tokens(block, last, block.norm), block(x), atol=1e-5, rtol=1e-5)
+        projections = tuple(
+            PlainConvolution(layer.weight[..., None], layer.bias) for layer in (block.qkv, block.proj_out)
+        )
+        found = rewrites.attention_tokens(block, last, block.norm, projections=projections)
         torch.testing.assert_close(found, block(x), atol=1e-5, rtol=1e-5)
 
 

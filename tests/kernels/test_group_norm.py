@@ -1,5 +1,6 @@
 """GroupNorm: the kernels against float64, the torch path, gradients, and the op as the compiler sees it."""
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -359,10 +360,20 @@ def test_launches(launch):
 # --- the ops, on whatever device this machine has ---
 
 
+@pytest.fixture(params=["native", "torch"])
+def implementation(request, monkeypatch):
+    """What the op runs on the CPU, for the maps that native code takes."""
+    module = importlib.import_module("pdae_fast.kernels.group_norm")
+    if request.param == "torch":
+        monkeypatch.setattr(module, "native_status", lambda: (False, "switched off"))
+    elif not module.native_status()[0]:
+        pytest.skip(module.native_status()[1])
+
+
 @by_shape
 @by_layout
 @by_bias
-def test_op(make_case, error, shape, channels_last, biased):
+def test_op(make_case, error, implementation, shape, channels_last, biased):
     c = make_case(shape, channels_last=channels_last, biased=biased)
     x = c.x
     truth = group_norm_reference(*arguments(c, torch.float64))
@@ -377,7 +388,7 @@ def test_op(make_case, error, shape, channels_last, biased):
 @low_precision
 @by_layout
 @pytest.mark.parametrize("affine", [False, True])
-def test_op_low_precision(make_case, assert_no_worse, dtype, channels_last, affine):
+def test_op_low_precision(make_case, assert_no_worse, implementation, dtype, channels_last, affine):
     c = make_case(SHAPES["straddling-groups"], dtype, channels_last, affine)
     truth = group_norm_reference(*arguments(c, torch.float64))
     assert_no_worse(group_norm(*arguments(c)), framework(*arguments(c)), truth)
@@ -387,7 +398,7 @@ def test_op_low_precision(make_case, assert_no_worse, dtype, channels_last, affi
 @by_layout
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("shape", "affine"), [("odd-size", False), ("straddling-groups", True)])
-def test_op_gradients(make_case, image, assert_no_worse, error, shape, affine, dtype, channels_last):
+def test_op_gradients(make_case, image, assert_no_worse, error, implementation, shape, affine, dtype, channels_last):
     c = make_case(SHAPES[shape], dtype, channels_last, affine)
     size = (c.x.shape[0], c.weight.shape[0], *c.x.shape[2:])
     upstream = image(size, dtype, channels_last, 0.0, 1.0)

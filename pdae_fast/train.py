@@ -13,7 +13,7 @@ import torch
 
 from . import cli
 from . import config as configs
-from .config import LatentConfig, PDAEConfig, presets
+from .config import NORM_GROUPS, LatentConfig, PDAEConfig, presets
 from .data import Labels, open_dataset, read_attributes
 from .engine import resolve_device
 from .errors import UserError
@@ -34,6 +34,11 @@ from .training.tasks import TASKS
 from .training.whitening import whiten_codes
 
 SHOWN = 5  # broken images that are named one by one
+# Each group of a norm is then one channel, whose mean is taken away at the input, the output and between.
+NARROW = (
+    f"note: with base_channel {NORM_GROUPS} every channel is normalised alone, and the network can hardly tell or set an "
+    f"image's overall brightness and colour; {2 * NORM_GROUPS} can (see docs/training.md)"
+)
 
 
 def _architecture(args) -> PDAEConfig:
@@ -241,6 +246,8 @@ def _train(args, group: Group) -> None:
     judged = preview = None
     if args.task in ("prior", "pdae"):
         task, dataset, preview = _image_task(args, device)
+        if args.task == "prior" and not args.quiet and task.config.unet.base_channel == NORM_GROUPS:
+            print(NARROW)
     elif args.task == "encoder":
         task, dataset, judged = _encoder_task(args, device, group)
     else:

@@ -1,6 +1,7 @@
 """`python -m pdae_fast.train latent | classifier | curves` as a user runs them."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -270,3 +271,20 @@ def test_curves_without_matplotlib(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install 'pdae_fast[plot]'" in refused(capsys, "curves", tmp_path / "run", "--out", tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("base", (32, 64))
+def test_a_prior_that_cannot_see_colour_is_pointed_out(tmp_path, capsys, base):
+    image_folder(tmp_path / "data", 4)
+    config = dataclasses.replace(TINY, unet=dataclasses.replace(TINY.unet, base_channel=base))
+    tiny_pdae(config).save_pretrained(tmp_path / "model")
+    arguments = (
+        "--data",
+        tmp_path / "data",
+        "--architecture",
+        tmp_path / "model/config.json",
+        "--out",
+        tmp_path / "run",
+    )
+    assert run("prior", *arguments, "--steps", 1, "--batch-size", 2, "--device", "cpu") == 0
+    assert ("normalised alone" in capsys.readouterr().out) == (base == 32)

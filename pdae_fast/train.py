@@ -36,8 +36,8 @@ from .training.whitening import whiten_codes
 SHOWN = 5  # broken images that are named one by one
 # Each group of a norm is then one channel, whose mean is taken away at the input, the output and between.
 NARROW = (
-    f"note: with base_channel {NORM_GROUPS} every channel is normalised alone, and the network can hardly tell or set an "
-    f"image's overall brightness and colour; {2 * NORM_GROUPS} can (see docs/training.md)"
+    f"note: with base_channel {NORM_GROUPS} every channel is normalised alone, and the network can hardly tell or set "
+    f"an image's overall brightness and colour; {2 * NORM_GROUPS} can (see docs/training.md)"
 )
 
 

@@ -35,6 +35,8 @@ def load(name: str) -> ctypes.CDLL:
     """The library of native/`name`.c, from the cache or built now. Raises `Unavailable`."""
     if os.environ.get("PDAE_FAST_NATIVE", "1").lower() in ("0", "false", "off", "no"):
         raise Unavailable("switched off by PDAE_FAST_NATIVE")
+    if os.name != "posix":
+        raise Unavailable(f"native code is for POSIX systems, not for {sys.platform}")
     try:
         compiler = _compiler()
         source = (SOURCES / f"{name}.c").read_bytes()

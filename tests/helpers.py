@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from PIL import Image
 
 from golden_rule import fill
 from pdae_fast import PDAE, LatentConfig, PDAEConfig, Prior, UNetConfig
+from pdae_fast.engine import graphs
+from pdae_fast.training import Trainer
 
 TINY_UNET = UNetConfig(
     input_channel=1,
@@ -53,3 +56,42 @@ def image_folder(path: Path, count: int, size: int = 32) -> Path:
     for i in range(count):
         Image.fromarray(random.integers(0, 256, (size, size), dtype=np.uint8)).save(path / f"{i:02d}.png")
     return path
+
+
+class Replay:
+    """Stands for a captured graph: replays by running the step."""
+
+    def __init__(self, step: Callable[[], None]) -> None:
+        self.replay = step
+
+
+def capture_into(captured: list) -> Callable[..., Replay]:
+    """`graphs.capture` without a GPU: it warms up, and adds the memory pool of every capture to ``captured``."""
+
+    def capture(step, reset, device, pool):
+        for _ in range(graphs.WARM_UP_STEPS):
+            reset(), step()
+        captured.append(pool)
+        return Replay(step)
+
+    return capture
+
+
+def resumed_equals_whole(folder: Path, make: Callable[[Path], Trainer]) -> None:
+    """Assert that a run which dies after its fifth step, of which four were saved, ends as one that never stopped."""
+    whole = make(folder / "whole")
+    assert whole.run() is None
+    parted = make(folder / "parted")
+    batches = parted._batches()
+    (folder / "parted").mkdir()
+    for _ in range(4):
+        parted.train_step(batches)
+    parted.save()
+    parted.train_step(batches)  # and dies before it saves this one
+    resumed = make(folder / "parted")
+    resumed.resume()
+    resumed.run()
+    for a, b in ((whole.model, resumed.model), (whole.ema, resumed.ema)):
+        assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+    one, two = ((folder / name / "model.safetensors").read_bytes() for name in ("whole", "parted"))
+    assert one == two

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from golden_rule import relative
-from helpers import TINY, images, tiny_pdae, tiny_prior
+from helpers import TINY, capture_into, images, tiny_pdae, tiny_prior
 from pdae_fast import kernels, sampling
 from pdae_fast.engine import graphs
 from pdae_fast.engine.fused import FusedPlan
@@ -119,19 +119,8 @@ def test_it_is_switched_off_without_what_it_needs():
 def test_captured_steps(monkeypatch, calls):
     """One graph with G and one without, as with heads and update apart."""
 
-    class Replay:
-        def __init__(self, step):
-            self.replay = step
-
     captured = []
-
-    def capture(step, reset, device, pool):
-        for _ in range(graphs.WARM_UP_STEPS):
-            reset(), step()
-        captured.append(pool)
-        return Replay(step)
-
-    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(graphs, "capture", capture_into(captured))
     model = tiny_pdae()
     fused, apart = both(model)
     x, z = noise(2, *model.image_shape), noise(2, model.config.latent_dim, seed=1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from golden_rule import relative
-from helpers import images, tiny_pdae, tiny_prior
+from helpers import capture_into, images, tiny_pdae, tiny_prior
 from pdae_fast import sampling
 from pdae_fast.engine import graphs
 from pdae_fast.engine.fused import FusedPlan
@@ -98,13 +98,6 @@ def test_what_cannot_run_is_switched_off_and_said():
     assert nothing == Rewrites(False, False, fused_update=True)
 
 
-class Replay:
-    """Stands for a captured graph: replays by running the step."""
-
-    def __init__(self, step):
-        self.replay = step
-
-
 def with_graphs(monkeypatch, capture):
     """A plan on the CPU that believes it can capture."""
     plan = FusedPlan(tiny_pdae(), CPU, torch.float32, ON_DEVICE)
@@ -116,14 +109,7 @@ def with_graphs(monkeypatch, capture):
 
 def test_one_graph_for_steps_with_and_one_without_gradient(monkeypatch, both):
     captured = []
-
-    def capture(step, reset, device, pool):
-        for _ in range(graphs.WARM_UP_STEPS):
-            reset(), step()
-        captured.append(pool)
-        return Replay(step)
-
-    plan, schedule = with_graphs(monkeypatch, capture)
+    plan, schedule = with_graphs(monkeypatch, capture_into(captured))
     z, x_T = noise(2, plan.model.config.latent_dim, seed=1), noise(2, *plan.model.image_shape)
     expected = sampling.ddim(both[2].field(z), x_T, schedule, 6, stop_percent=0.5)
     for B in (2, 2, 1):

@@ -280,6 +280,13 @@ def test_without_a_compiler(fresh, monkeypatch, error, name, value, reason):
     assert reason in unavailable(error)
 
 
+def test_another_kind_of_system(fresh, monkeypatch, error):
+    monkeypatch.setattr(_native.os, "name", "nt")
+    usable, reason = native_status()
+    monkeypatch.undo()
+    assert not usable and reason.startswith("native code is for POSIX systems")
+
+
 @pytest.mark.skipif(os.name != "posix", reason="needs a shell script for a compiler")
 def test_a_compiler_that_fails(fresh, monkeypatch, error, tmp_path):
     compiler = tmp_path / "cc"

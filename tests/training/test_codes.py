@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import TINY, TINY_FULL, tiny_pdae
+from helpers import TINY, TINY_FULL, resumed_equals_whole, tiny_pdae
 from pdae_fast import PDAE, LatentConfig, Pipeline, UserError
 from pdae_fast.data import Labels
 from pdae_fast.schedule import build_schedule
@@ -169,22 +169,7 @@ def test_separable_latents_are_separated(tmp_path):
 @pytest.mark.parametrize("name", ["latent", "classifier"])
 @pytest.mark.parametrize("amp", ["off", "bfloat16"])
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, name, amp):
-    whole = trainer(*tiny_task(name), tmp_path / "whole", amp=amp)
-    assert whole.run() is None
-    parted = trainer(*tiny_task(name), tmp_path / "parted", amp=amp)
-    batches = parted._batches()
-    (tmp_path / "parted").mkdir()
-    for _ in range(4):
-        parted.train_step(batches)
-    parted.save()
-    parted.train_step(batches)  # and dies before it saves this one
-    resumed = trainer(*tiny_task(name), tmp_path / "parted", amp=amp)
-    resumed.resume()
-    resumed.run()
-    for a, b in ((whole.model, resumed.model), (whole.ema, resumed.ema)):
-        assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
-    one, two = ((tmp_path / d / "model.safetensors").read_bytes() for d in ("whole", "parted"))
-    assert one == two
+    resumed_equals_whole(tmp_path, lambda out: trainer(*tiny_task(name), out, amp=amp))
 
 
 def test_saving_does_not_disturb_training(tmp_path):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from helpers import TINY, TINY_FULL, image_folder, tiny_pdae, tiny_prior
+from helpers import TINY, TINY_FULL, image_folder, resumed_equals_whole, tiny_pdae, tiny_prior
 from pdae_fast import PDAE, UserError, cli, train
 from pdae_fast.data import BrokenImage, Sample, open_dataset
 from pdae_fast.training import Trainer, TrainSettings, warm_start
@@ -256,26 +256,11 @@ def test_the_explained_variance_is_one_minus_error_over_variance():
 
 @pytest.mark.parametrize("amp", ["off", "bfloat16"])
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, amp):
-    def make(name):
+    def make(out):
         task, dataset, _ = encoder_task(tiny_pdae(), Smooth(20), make_latents(codes(20)))
-        return trainer(tmp_path / name, task, dataset, amp=amp)
+        return trainer(out, task, dataset, amp=amp)
 
-    whole = make("whole")
-    assert whole.run() is None
-    parted = make("parted")
-    batches = parted._batches()
-    (tmp_path / "parted").mkdir()
-    for _ in range(4):
-        parted.train_step(batches)
-    parted.save()
-    parted.train_step(batches)  # and dies before it saves this one
-    resumed = make("parted")
-    resumed.resume()
-    resumed.run()
-    for a, b in ((whole.model, resumed.model), (whole.ema, resumed.ema)):
-        assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
-    one, two = ((tmp_path / d / "model.safetensors").read_bytes() for d in ("whole", "parted"))
-    assert one == two
+    resumed_equals_whole(tmp_path, make)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,16 +22,17 @@ from .errors import UserError
 from .experiments.shards import Group, processes
 from .files import make_folder
 from .models import PDAE, Prior
-from .training import Trainer, TrainSettings, held_out, warm_start
+from .training import Trainer, TrainSettings, held_out, target_codes, warm_start
 from .training.arguments import parse as _arguments
 from .training.codes import classifier_task, latent_task
 from .training.distributed import say_once
 from .training.labels import class_labels, file_labels, split
-from .training.latents import Latents, LatentSet, cache_path, encode_dataset
+from .training.latents import Latents, LatentSet, cache_path, encode_dataset, weights_fingerprint
 from .training.previews import IMAGES, ImagePreview, SamplePreview, tensorboard
 from .training.state import CHECKPOINT_NAME, load
 from .training.step import HELP as STEP_HELP
 from .training.step import StepOptions
+from .training.target_codes import COMPONENTS
 from .training.tasks import TASKS
 from .training.whitening import whiten_codes
 
@@ -91,8 +94,13 @@ def _check(args) -> None:
         load(out / CHECKPOINT_NAME)  # says so
     if getattr(args, "whiten", 0) and args.task != "pdae":
         raise UserError(f"--whiten prepares the codes of pdae; train {args.task} has none to start with")
-    if getattr(args, "start_from", None) and args.task != "pdae":
-        raise UserError(f"--start-from gives pdae its encoder and G; train {args.task} starts from --init-from")
+    if getattr(args, "start_from", None):
+        if args.task not in ("pdae", "encoder"):
+            raise UserError(f"--start-from gives pdae its encoder and G; train {args.task} starts from --init-from")
+        if args.task == "encoder" and args.target not in COMPONENTS:
+            raise UserError(
+                f"--target {args.target} brings its own G; --start-from goes with {' or '.join(COMPONENTS)}"
+            )
 
     # What only the last part of a task would notice, after hours of encoding.
     if args.task == "latent":
@@ -101,8 +109,8 @@ def _check(args) -> None:
         split(2, args.holdout, args.seed)
         if args.target_images < 1:
             raise UserError(f"--target-images must be at least 1, not {args.target_images}")
-        if args.target == warm_start.PCA:
-            warm_start.check_pca()
+        if args.target in COMPONENTS:
+            target_codes.check_pca()
     elif args.task == "classifier":
         split(2, args.holdout, args.seed)
         if args.attributes != "classes":
@@ -151,18 +159,50 @@ def _encoder_task(args, device: torch.device, group: Group):
     dataset = open_dataset(args.data, size, channels, split="train")
     with _in_turn(group):
         options = {"cache": _cache(args), "require": args.cached_only, "quiet": args.quiet}
-        if args.target == warm_start.PCA:
-            dim = model.config.latent_dim
-            latents = warm_start.pca_codes(dataset, dim, count=args.target_images, seed=args.seed, **options)
+        encoding = options | {"batch_size": args.encode_batch_size, "device": device}
+        sources = g = None
+        if args.target in COMPONENTS:
+            start = _g_to_start_from(args, model)
+            find = target_codes.pca_codes
+            if args.target == target_codes.FEATURES:
+                find = partial(target_codes.feature_codes, model.decoder, device=device)
+            options |= {"count": args.target_images, "seed": args.seed}
+            latents = find(dataset, model.config.latent_dim, **options)
+            if start is not None:
+                sources, g = _g_for_codes(args, model, start, latents, encoding)
         else:
             start = PDAE.from_pretrained(args.target)
-            options |= {"batch_size": args.encode_batch_size, "device": device}
-            latents = warm_start.model_codes(model, start, args.target, args.data, **options)
+            latents = target_codes.model_codes(model, start, args.target, args.data, **encoding)
             reason = warm_start.take_g(model, start)
-            if not args.quiet:
-                print(f"G is not taken from {args.target}: {reason}" if reason else f"G is that of {args.target}")
+            g = f"G is not taken from {args.target}: {reason}" if reason else f"G is that of {args.target}"
+        if g and not args.quiet:
+            print(g)
         _say(args, options["cache"], latents)
-    return warm_start.encoder_task(model, dataset, latents, args.holdout, args.seed)
+    return warm_start.encoder_task(model, dataset, latents, args.holdout, args.seed, sources)
+
+
+def _g_to_start_from(args, model: PDAE) -> PDAE | None:
+    """The PDAE of --start-from, if it is given and its G fits."""
+    if not args.start_from:
+        return None
+    start = PDAE.from_pretrained(args.start_from)
+    if reason := warm_start.g_misfit(model, start):
+        raise UserError(f"--start-from {args.start_from}: {reason}")
+    return start
+
+
+def _g_for_codes(args, model: PDAE, start: PDAE, latents: Latents, encoding: dict[str, Any]) -> tuple[str, str]:
+    """Give ``model`` the G of ``start`` for the codes ``latents``; a fingerprint of what decides it, and a line."""
+    flag = f"--start-from {args.start_from}"
+    known = target_codes.own_codes(model, start, flag, args.data, **encoding)
+    if known.names != latents.names:
+        raise UserError(f"{flag}: it has codes of other images than --target; expected the same of both")
+    sources = weights_fingerprint(model.decoder, [weights_fingerprint(start.decoder), known.encoder])
+    explained = warm_start.take_g_for_codes(model, start, latents.z, known.z)
+    return (
+        sources,
+        f"G is that of {args.start_from}, by a linear map that explains {explained:.1%} of the codes it knows",
+    )
 
 
 def _latents(args, device: torch.device, group: Group) -> tuple[PDAE, Latents]:

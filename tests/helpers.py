@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from golden_rule import fill
 from pdae_fast import PDAE, LatentConfig, PDAEConfig, Prior, UNetConfig
+from pdae_fast.data import Sample
 from pdae_fast.engine import graphs
 from pdae_fast.training import Trainer
+
+needs_sklearn = pytest.mark.skipif(
+    importlib.util.find_spec("sklearn") is None, reason="needs pip install 'pdae_fast[experiments]'"
+)
 
 TINY_UNET = UNetConfig(
     input_channel=1,
@@ -48,6 +55,23 @@ def tiny_prior(config: PDAEConfig = TINY) -> Prior:
 def images(count: int, config: PDAEConfig = TINY, seed: int = 0) -> torch.Tensor:
     shape = (count, config.unet.input_channel, config.image_size, config.image_size)
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+class Smooth:
+    """Images of 24 patterns, each weaker than the one before: principal components that are well apart."""
+
+    def __init__(self, count=60, size=32, seed=0):
+        random = np.random.default_rng(seed)
+        patterns = random.standard_normal((24, size // 4, size // 4)).repeat(4, 1).repeat(4, 2)
+        strength = random.standard_normal((count, 24)) * 0.8 ** np.arange(24)
+        self.images = (np.einsum("nk,kyx->nyx", strength, patterns) / 10 + 0.3).astype(np.float32)
+        self.names = [f"{i:02d}" for i in range(count)]
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        return Sample(torch.from_numpy(self.images[i][None]), self.names[i], None)
 
 
 def image_folder(path: Path, count: int, size: int = 32) -> Path:

@@ -10,7 +10,7 @@ from ..config import LatentConfig, presets
 from .settings import DEFAULTS, TrainSettings
 from .step import HELP as STEP_HELP
 from .step import UNET_ONLY
-from .warm_start import PCA
+from .target_codes import PCA
 
 ABOUT = {
     "prior": "train a diffusion model, the prior that PDAE starts from",
@@ -116,11 +116,19 @@ def _encoder_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--target",
         default=PCA,
-        metavar="pca|MODEL",
-        help="the codes to learn: the images' principal components, each divided by its standard deviation; or those "
-        "of a PDAE of any image size (bundled name, directory), whose G is copied where it fits",
+        metavar="pca|features|MODEL",
+        help="the codes to learn: the principal components of the images, or of what the trunk of the prior finds in "
+        "them, each divided by its standard deviation; or those of a PDAE of any image size (bundled name, directory), "
+        "whose G is copied where it fits",
     )
-    p.add_argument("--target-images", type=int, default=10_000, metavar="N", help="images that pca is fitted on")
+    p.add_argument(
+        "--start-from",
+        metavar="MODEL",
+        help="pca, features: a trained PDAE whose G to take, by a linear map from the codes to those that it knows",
+    )
+    p.add_argument(
+        "--target-images", type=int, default=10_000, metavar="N", help="images that components are fitted on"
+    )
     _holdout_option(p)
 
 

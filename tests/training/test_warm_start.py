@@ -1,57 +1,25 @@
-"""The encoder's warm start: the codes it is told, what changes and what does not, what is taken from another PDAE."""
+"""The encoder's warm start: what changes and what does not, what is taken from another PDAE, the command."""
 
 import dataclasses
-import importlib.util
 import json
 import sys
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
-from helpers import TINY, TINY_FULL, image_folder, resumed_equals_whole, tiny_pdae, tiny_prior
+from helpers import TINY, Smooth, image_folder, images, needs_sklearn, resumed_equals_whole, tiny_pdae, tiny_prior
 from pdae_fast import PDAE, UserError, cli, train
-from pdae_fast.data import BrokenImage, Sample, open_dataset
+from pdae_fast.data import open_dataset
 from pdae_fast.training import Trainer, TrainSettings, warm_start
 from pdae_fast.training.latents import Latents, encode_dataset, statistics
 from pdae_fast.training.objective import encoder_loss
+from pdae_fast.training.target_codes import feature_codes, pca_codes
 from pdae_fast.training.tasks import EncoderTask
-from pdae_fast.training.warm_start import ImagesWithCodes, encoder_task, evaluate, model_codes, pca_codes, take_g
+from pdae_fast.training.warm_start import ImagesWithCodes, encoder_task, evaluate, take_g, take_g_for_codes
 
 D = TINY.latent_dim
-needs_sklearn = pytest.mark.skipif(
-    importlib.util.find_spec("sklearn") is None, reason="needs pip install 'pdae_fast[experiments]'"
-)
-
-
-class Smooth:
-    """Images of 24 patterns, each weaker than the one before: principal components that are well apart."""
-
-    def __init__(self, count=60, size=32, seed=0):
-        random = np.random.default_rng(seed)
-        patterns = random.standard_normal((24, size // 4, size // 4)).repeat(4, 1).repeat(4, 2)
-        strength = random.standard_normal((count, 24)) * 0.8 ** np.arange(24)
-        self.images = (np.einsum("nk,kyx->nyx", strength, patterns) / 10 + 0.3).astype(np.float32)
-        self.names = [f"{i:02d}" for i in range(count)]
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, i):
-        return Sample(torch.from_numpy(self.images[i][None]), self.names[i], None)
-
-
-def white_components(fitted, flat, dim):
-    """Textbook: principal components of ``fitted`` [N, P], as ``flat`` [M, P] has them, over their deviations there."""
-    mean = fitted.mean(0)
-    _, singular, basis = np.linalg.svd(fitted - mean, full_matrices=False)
-    return (flat - mean) @ basis[:dim].T / (singular[:dim] / np.sqrt(len(fitted) - 1))
-
-
-def up_to_sign(found, expected):
-    np.testing.assert_allclose(found * np.sign((found * expected).sum(0)), expected, atol=1e-3)
 
 
 def make_latents(z, encoder="codes", images="images"):
@@ -65,93 +33,6 @@ def codes(count, seed=0):
 def trainer(out, task, dataset, **changes):
     settings = {"steps": 6, "batch_size": 8, "lr": 1e-3, "seed": 3, "flip": False, **changes}
     return Trainer(task, dataset, TrainSettings("encoder", "x", **settings), out, log_every=1, quiet=True)
-
-
-# -- the codes ---------------------------------------------------------------------------------------------------------
-
-
-@needs_sklearn
-def test_targets_are_the_whitened_components_by_numpy():
-    data = Smooth()
-    found = pca_codes(data, D, quiet=True)
-    flat = data.images.reshape(len(data), -1).astype(np.float64)
-    up_to_sign(found.z.numpy(), white_components(flat, flat, D))
-    torch.testing.assert_close(torch.cov(found.z.T.double()), torch.eye(D).double(), atol=1e-4, rtol=0)
-    assert found.names == data.names and found.broken == []
-
-
-@needs_sklearn
-def test_some_images_give_the_components_and_all_have_codes():
-    data = Smooth()
-    found = pca_codes(data, D, count=30, quiet=True).z.numpy()
-    flat = data.images.reshape(len(data), -1).astype(np.float64)
-    chosen = [int(i * 59 / 29) for i in range(30)]
-    up_to_sign(found, white_components(flat[chosen], flat, D))
-
-
-@needs_sklearn
-def test_large_images_are_averaged_down():
-    data = Smooth(40, 128)
-    data.images *= np.random.default_rng(1).random((128, 128), np.float32)  # so that no pixel is its neighbour
-    small = data.images.reshape(40, 64, 2, 64, 2).mean((2, 4)).reshape(40, -1).astype(np.float64)
-    up_to_sign(pca_codes(data, D, quiet=True).z.numpy(), white_components(small, small, D))
-
-
-@needs_sklearn
-def test_codes_are_kept_and_found_only_for_the_same_images_and_rule(tmp_path, monkeypatch):
-    data = Smooth()
-    first = pca_codes(data, D, tmp_path, quiet=True)
-    others = [
-        pca_codes(data, D - 1, tmp_path, quiet=True),
-        pca_codes(data, D, tmp_path, count=50, quiet=True),
-        pca_codes(data, D, tmp_path, seed=1, quiet=True),
-        pca_codes(Smooth(seed=1), D, tmp_path, quiet=True),
-    ]
-    assert len({(found.encoder, found.images) for found in [first, *others]}) == 5 == len(list(tmp_path.iterdir()))
-    monkeypatch.setattr(warm_start, "_fit", None)
-    assert torch.equal(pca_codes(data, D, tmp_path, quiet=True).z, first.z)
-    with pytest.raises(UserError, match="no latents of these 61 images by principal components"):
-        pca_codes(Smooth(61), D, tmp_path, require=True, quiet=True)
-
-
-@needs_sklearn
-def test_images_that_have_no_such_components(tmp_path):
-    with pytest.raises(UserError, match=f"{D} principal components need at least {D + 1} images, not {D}"):
-        pca_codes(Smooth(D), D, quiet=True)
-    with pytest.raises(UserError, match="vary along 24 directions alone"):
-        pca_codes(Smooth(60), 26, quiet=True)
-    alike = Smooth()
-    alike.images[:] = 0.5
-    with pytest.raises(UserError, match="vary along 0 directions alone"):
-        pca_codes(alike, D, quiet=True)
-    for broken in ("03.png", "09.png"):  # one that the components come from, and one that only has a code
-        folder = image_folder(tmp_path / broken, 20)
-        (folder / broken).write_bytes(b"x")
-        with pytest.raises(BrokenImage, match=broken):
-            pca_codes(open_dataset(folder, 32, 1), D, count=18, quiet=True)
-
-
-def test_another_models_codes_at_its_own_size_and_not_normalised(tmp_path):
-    """A PDAE of 64 px sees the files at 64 px, and its statistics have no part in what the encoder is told."""
-    folder = image_folder(tmp_path / "images", 5, size=64)
-    config = dataclasses.replace(TINY_FULL, image_size=64)
-    start = tiny_pdae(config)
-    found = model_codes(tiny_pdae(), start, "start", str(folder), device="cpu", quiet=True)
-    x0 = [np.asarray(Image.open(folder / f"{i:02d}.png"), np.float32) / 127.5 - 1 for i in range(5)]
-    with torch.no_grad():
-        torch.testing.assert_close(found.z, start.encode(torch.from_numpy(np.stack(x0))[:, None]), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"latent_dim": 24}, "--target start: its latent_dim is 24; the model to train has 16"),
-        ({"unet": dataclasses.replace(TINY.unet, input_channel=3)}, "--target start: its input_channel is 3"),
-    ],
-)
-def test_a_model_whose_codes_do_not_fit(change, words):
-    with pytest.raises(UserError, match=words):
-        model_codes(tiny_pdae(), PDAE(dataclasses.replace(TINY, **change)), "start", "/none")
 
 
 # -- G -----------------------------------------------------------------------------------------------------------------
@@ -183,6 +64,53 @@ def test_a_g_that_does_not_fit_is_left(change, words):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert words in take_g(model, PDAE(dataclasses.replace(TINY, **change)))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_a_g_for_other_codes_does_with_them_what_it_did_with_its_own(size):
+    """Of the new codes the known ones are an affine function, so nothing is lost; encoder and prior stay."""
+    start = tiny_pdae(dataclasses.replace(TINY, latent_dim=7, image_size=size))
+    model = PDAE.from_prior(tiny_prior(), latent_dim=D, encoder_channel=32)
+    z = codes(40) * 3 + 1
+    known = z @ torch.randn(D, 7, generator=torch.Generator().manual_seed(1)) - 2
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert take_g_for_codes(model, start, z, known) == pytest.approx(1, abs=1e-6)
+    trained = tuple(f"decoder.{part}." for part in model.decoder.TRAINED)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if name[:8] == "encoder.")
+    assert not any(torch.equal(v, before[n]) for n, v in model.state_dict().items() if n.startswith(trained[2]))
+    for decoder in (model.decoder, start.decoder):
+        decoder.eval()
+    x, t = images(4), torch.tensor([5, 300, 700, 999])
+    with torch.no_grad():
+        features = model.decoder.trunk(x, t)
+        expected = start.decoder.decode_gradient(features, known[:4])
+        torch.testing.assert_close(model.decoder.decode_gradient(features, z[:4]), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_map_is_that_of_least_squares():
+    """Against numpy's, for codes that explain the known ones in part; one code that never varies has no say."""
+    start = tiny_pdae(dataclasses.replace(TINY, latent_dim=3))
+    model, z = tiny_pdae(), codes(60)
+    z[:, 4] = 0.5
+    known = z[:, :3] * 2 + torch.randn(60, 3, generator=torch.Generator().manual_seed(2))
+    explained = take_g_for_codes(model, start, z, known)
+    design = np.c_[z.double().numpy(), np.ones(60)]
+    solution = np.linalg.lstsq(design, known.double().numpy(), rcond=None)[0]
+    error = known.double().numpy() - design @ solution
+    assert explained == pytest.approx(1 - error.var() / known.double().numpy().var(0).mean(), rel=1e-4)
+    old, new = start.decoder.label_emb, model.decoder.label_emb
+    mapped = torch.from_numpy((design @ solution).astype(np.float32))
+    with torch.no_grad():
+        torch.testing.assert_close(new(z), old(mapped), rtol=1e-4, atol=1e-4)
+    assert not new.weight[:, 4].detach().abs().max() > 1e-6
+
+
+def test_a_g_for_other_codes_must_be_of_the_same_shape():
+    other = dataclasses.replace(TINY, unet=dataclasses.replace(TINY.unet, base_channel=64))
+    with pytest.raises(UserError, match="does not fit: its base_channel is 64"):
+        take_g_for_codes(tiny_pdae(), PDAE(other), codes(20), codes(20, 1))
+    with pytest.raises(UserError, match="do not belong to these models"):
+        take_g_for_codes(tiny_pdae(), tiny_pdae(), codes(20), codes(20)[:, :3])
 
 
 # -- the task ----------------------------------------------------------------------------------------------------------
@@ -313,6 +241,8 @@ def places(tmp_path):
     large.save_pretrained(tmp_path / "large")
     tiny_pdae(dataclasses.replace(TINY, latent_dim=24)).save_pretrained(tmp_path / "wide")
     tiny_pdae().save_pretrained(tmp_path / "same")
+    broad = dataclasses.replace(TINY, unet=dataclasses.replace(TINY.unet, base_channel=64))
+    PDAE(broad).save_pretrained(tmp_path / "broad")
     (tmp_path / "empty").mkdir()
     image_folder(tmp_path / "images", 30)
     return tmp_path
@@ -367,6 +297,27 @@ def test_from_another_size_and_resumed(places, capsys):
     assert (places / "out" / "model.safetensors").read_bytes() == weights
 
 
+@needs_sklearn
+def test_codes_of_the_priors_features_with_a_g_that_knew_others(places, capsys):
+    start = places / "wide"  # z of 24 dimensions
+    arguments = ("--target", "features", "--start-from", start)
+    assert run(*command(places, *arguments)) == 0
+    printed = capsys.readouterr().out
+    assert f"G is that of {start}, by a linear map that explains " in printed
+    dataset = open_dataset(places / "images", 32, 1)
+    z = feature_codes(tiny_prior().unet, dataset, D, places / "latents", require=True).z
+    known = encode_dataset(PDAE.from_pretrained(start), dataset, places / "latents", require=True).z
+    expected = tiny_pdae()
+    take_g_for_codes(expected, PDAE.from_pretrained(start), z, known)
+    found = PDAE.from_pretrained(places / "out").decoder
+    for part in found.TRAINED:
+        torch.testing.assert_close(getattr(found, part).state_dict(), getattr(expected.decoder, part).state_dict())
+    assert run(*command(places, *arguments, "--resume", "--quiet")) == 0
+    capsys.readouterr()
+    assert run(*command(places, "--target", "features", "--resume", "--quiet")) == 2
+    assert "other decoder weights" in capsys.readouterr().err
+
+
 def test_a_g_of_another_shape_is_said(places, capsys):
     other = dataclasses.replace(TINY, unet=dataclasses.replace(TINY.unet, channel_multiplier=(1, 2)))
     PDAE(other).save_pretrained(places / "other")
@@ -380,6 +331,14 @@ MISTAKES = [
     (["--target", "/none"], "neither a bundled model"),
     (["--target", "{places}/prior"], "is a prior"),
     (["--target", "{places}/large", "--out", "{places}/large"], "is --target itself"),
+    (
+        ["--target", "{places}/large", "--start-from", "{places}/same"],
+        "brings its own G",
+    ),
+    (["--start-from", "{places}/broad"], "broad: its base_channel is 64, that of the model to train 32"),
+    (["--start-from", "/none"], "neither a bundled model"),
+    (["--start-from", "{places}/large", "--out", "{places}/large"], "is --start-from itself"),
+    (["--target", "features", "--target-images", "16"], "need at least 17 images, not 16"),
     (["--target-images", "16"], "need at least 17 images, not 16"),
     (["--target-images", "0"], "--target-images must be at least 1"),
     (["--data", "{places}/empty"], "no images"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from . import cli
 from .errors import UserError
@@ -29,6 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     common.add_options(p, out="probe", labels=True)
     add = p.add_argument
     add("--holdout", type=float, default=0.25, help="fraction that is tested on, for data without splits of its own")
+    add("--test", nargs="+", metavar="DATA", help="images to test on, labelled like those of --input (all are learned)")
     add("--scaling", choices=SCALINGS, default="whiten", help="of every feature set, by its training images")
     add("--neighbours", type=int, default=8, help="how many training images each test image is compared with")
     args = common.parse(p, argv)
@@ -37,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("probe needs scikit-learn and matplotlib: pip install 'pdae_fast[experiments]'")
     run = common.open_run(args)
     cache = run.out / "latents"
-    train, test, how = find_parts(run, cache, args.holdout)
+    train, test, how = find_parts(run, cache, args.holdout, args.test or ())
     retrieval.check(args.neighbours, len(train.z))  # before minutes of fitting
     latent = Features(f"z ({train.z.shape[1]})", train.z, test.z)
     sets = [latent, *probes.pixel_features(train.images, test.images, train.z.shape[1], args.seed)]
@@ -47,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         measure, rows, notes = _classes(scaled, train, test, args.seed)
     else:
         measure, rows, notes = _attributes(scaled, train, test, args.seed)
+    own = _classifier(run, test)
     near = _neighbours(run, latent, train, test)
     report = common.report(
         run,
@@ -60,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         measure=measure,
         interval="95%, bootstrap over test images",
         features=rows,
+        classifier=own,
         retrieval=near,
         notes=notes,
     )
@@ -118,6 +122,26 @@ def _attributes(sets: list[Features], train: Part, test: Part, seed: int) -> tup
             row["z_minus_this"] = _estimate(probes.mean_estimate(gap, difference))
         rows.append(row)
     return "mean_auroc", rows, notes
+
+
+def _classifier(run: common.Run, test: Part) -> dict[str, Any] | None:
+    """What the model's own classifier, which nothing here is fitted to, says of the test images; None without one for
+    all classes or any attribute."""
+    own, targets, seed = run.model.config.attributes, test.targets, run.args.seed
+    shared = [name for name in targets.names if name in own]
+    if targets.kind == "classes":
+        if shared != targets.names:
+            return None
+        scores = run.pipe.logits(torch.from_numpy(test.z))[:, [own.index(name) for name in shared]].numpy()
+        return {"accuracy": _estimate(probes.bootstrap_mean(probes.accuracy(scores, targets.values), seed))}
+    shared = [name for name in shared if 0 < targets.positive(name).sum() < len(test.z)]
+    if not shared:
+        return None
+    scores = run.pipe.logits(torch.from_numpy(test.z)).numpy()
+    pairs = [probes.bootstrap_auroc(scores[:, own.index(n)], targets.positive(n), seed) for n in shared]
+    found, samples = zip(*pairs, strict=True)
+    each = {name: _estimate(value) for name, value in zip(shared, found, strict=True)}
+    return {"mean_auroc": _estimate(probes.mean_estimate(list(found), list(samples))), "auroc": each}
 
 
 def _estimate(estimate: Estimate) -> dict[str, float]:
@@ -190,6 +214,8 @@ def _summary(report: dict[str, Any], out: Path) -> str:
         for row in report["features"]
     ]
     near, targets = report["retrieval"], report["targets"]
+    if report["classifier"]:
+        lines.append(["the model's own classifier", cell(report["classifier"][measure]), ""])
     text = [
         cli.table(["features", title, "z minus this"], lines),
         f"{near['measure']} at {near['k']} of {near['queries']} test images: "

@@ -111,11 +111,9 @@ def open_run(
     limit = args.limit
     if limit is None and not args.input and default_limit is not None and len(dataset) > default_limit:
         limit = default_limit
-    if limit is not None:
-        if limit < 1:
-            raise UserError(f"--limit must be at least 1, not {limit}")
-        dataset = Subset(dataset, range(min(limit, len(dataset))))
-    return Run(args, model, pipe, dataset, spec, encode_steps)
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit must be at least 1, not {limit}")
+    return Run(args, model, pipe, limited(dataset, limit), spec, encode_steps)
 
 
 def build_pipeline(model: PDAE, args: argparse.Namespace) -> Pipeline:
@@ -158,6 +156,11 @@ def open_data(args: argparse.Namespace, model: PDAE, spec: Sequence[str], split:
     """The images of ``spec`` in the shape that ``model`` takes, unlimited."""
     channels, size, _ = model.image_shape
     return open_dataset(spec, size, channels, split=split, background=_colour(args.background))
+
+
+def limited(dataset: Any, limit: int | None) -> Any:
+    """The first ``limit`` images of ``dataset``; None: all."""
+    return dataset if limit is None else Subset(dataset, range(min(limit, len(dataset))))
 
 
 def _colour(text: str) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,27 +26,36 @@ class Part(NamedTuple):
     targets: Targets
 
 
-def find_parts(run: common.Run, cache: Path, holdout: float) -> tuple[Part, Part, str]:
-    """Training and test images of ``run``, and how they were divided, in words: the data set's own split, or
-    ``holdout`` of the images drawn by the seed. z comes from ``cache`` (see `encode_dataset`)."""
+def find_parts(run: common.Run, cache: Path, holdout: float, test: Sequence[str] = ()) -> tuple[Part, Part, str]:
+    """Training and test images of ``run``, and how they were divided, in words: ``test`` (data as --input names it) is
+    tested on, else the data set's own test files, else ``holdout`` of the images, drawn by the seed. z comes from
+    ``cache`` (see `encode_dataset`)."""
     args = run.args
+    if test:
+        held = common.limited(common.open_data(args, run.model, test, "test"), args.limit)
+        parts = _part(run, run.dataset, cache, run.spec), _part(run, held, cache, test)
+        words = [f"{part.targets.kind} {', '.join(part.targets.names)}" for part in parts]
+        if words[0] != words[1]:
+            raise UserError(f"--input has {words[0]}; --test has {words[1]}; expected the same of both")
+        return *parts, f"the test images are those of {' '.join(test)}"
     # Only data with a training split of its own opens differently for it.
     training = common.open_data(args, run.model, run.spec, "train")
     if training.names[:1] != getattr(run.dataset, "names", [])[:1]:
-        if args.limit is not None:
-            training = common.Subset(training, range(min(args.limit, len(training))))
-        train, test = _part(run, training, cache), _part(run, run.dataset, cache)
-        return train, test, "the data set's own training and test files"
+        training = common.limited(training, args.limit)
+        return *(
+            _part(run, data, cache, run.spec) for data in (training, run.dataset)
+        ), "the data set's own training and test files"
     if not 0 < holdout < 1:
         raise UserError(f"--holdout must be a fraction between 0 and 1, not {holdout}")
-    whole = _part(run, run.dataset, cache)
+    whole = _part(run, run.dataset, cache, run.spec)
     places = split(len(whole.z), holdout, args.seed)
-    train, test = (_rows(whole, part) for part in places)
-    return train, test, f"every image once: {holdout:g} of them drawn for testing by seed {args.seed}"
+    return *(
+        _rows(whole, part) for part in places
+    ), f"every image once: {holdout:g} of them drawn for testing by seed {args.seed}"
 
 
-def _part(run: common.Run, dataset: Any, cache: Path) -> Part:
-    targets = find_targets(run.args, run.spec, dataset)
+def _part(run: common.Run, dataset: Any, cache: Path, spec: Sequence[str]) -> Part:
+    targets = find_targets(run.args, spec, dataset)
     count = len(targets.indices)
     if count < FEWEST:
         raise UserError(f"learning from z needs at least {FEWEST} labelled images, not {count}; give a larger --input")

@@ -187,4 +187,7 @@ def _estimate(value: float, resampled: np.ndarray) -> Estimate:
 def mean_estimate(estimates: list[Estimate], resampled: list[np.ndarray]) -> Estimate:
     """The mean over attributes, with the interval of the mean over the same resampled images."""
     mean = float(np.mean([e.value for e in estimates]))
-    return _estimate(mean, np.nanmean(np.stack(resampled), axis=0))
+    with warnings.catch_warnings():  # a resample of few images may lack both kinds of every attribute: left out
+        warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
+        drawn = np.nanmean(np.stack(resampled), axis=0)
+    return _estimate(mean, drawn)

@@ -1,18 +1,21 @@
 """`probe` against scikit-learn used directly, brute force and closed forms; what the command leaves and refuses."""
 
 import csv
+import dataclasses
 import json
 import warnings
 
 import numpy as np
 import pytest
+import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
-from helpers import image_folder
+from helpers import TINY_FULL, image_folder, tiny_pdae
 from idx_files import idx_bytes
-from pdae_fast import cli, probe
+from pdae_fast import PDAE, cli, probe
+from pdae_fast.data import open_dataset
 from pdae_fast.errors import UserError
 from pdae_fast.experiments import probe as probes
 from pdae_fast.experiments import retrieval
@@ -200,10 +203,53 @@ def test_attributes_and_a_split_by_seed(tmp_path, model_dir, capsys):
     assert "no attribute oddly; there are odd, third, always" in capsys.readouterr().err
 
 
+def test_other_images_to_test_on_and_the_models_own_classifier(tmp_path, model_dir, capsys):
+    """AUROC of its classifier by scikit-learn, from z and the statistics themselves; all of --input is learned."""
+    pdae = PDAE.from_pretrained(model_dir)
+    assert "round" in pdae.config.attributes
+    folders = [image_folder(tmp_path / name, count) for name, count in (("in", 20), ("held", 12))]
+    for folder, count in zip(folders, (20, 12), strict=True):
+        rows = [f"{i:02d}.png,{i % 2},{int(i % 3 == 0)}" for i in range(count)]
+        (folder / "table.csv").write_text("\n".join(["image,round,other", *rows]))
+    arguments = ["--model", model_dir, "--device", "cpu", "--plan", "eager", "--neighbours", 2, "--input", folders[0]]
+    arguments += ["--attributes", folders[0] / "table.csv", "--test", folders[1]]
+    assert run(*arguments, "--out", tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert "20 training and 12 test images" in printed and f"the test images are those of {folders[1]}" in printed
+    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    x0 = torch.stack([sample.image for sample in open_dataset(folders[1], 32, 1)])
+    with torch.no_grad():
+        score = pdae.classifier((pdae.encode(x0) - pdae.latent_mean) / pdae.latent_std)
+    own = report["classifier"]
+    expected = roc_auc_score(np.arange(12) % 2, score[:, pdae.config.attributes.index("round")])
+    assert own["auroc"]["round"]["value"] == own["mean_auroc"]["value"] == pytest.approx(expected)
+    assert set(own["auroc"]) == {"round"} and f"the model's own classifier  {expected:.4f} (" in printed
+    assert run(*arguments, "--out", tmp_path / "few", "--limit", 9) == 0
+    few = json.loads((tmp_path / "few" / "metrics.json").read_text())
+    assert (few["train_images"], few["test_images"]) == (9, 9)
+
+
+def test_classes_of_the_models_own_classifier(tmp_path, idx, capsys):
+    """Its argmax over the classes, whatever their order in the model."""
+    model = tiny_pdae(dataclasses.replace(TINY_FULL, attributes=("1", "0", "more")))
+    model.save_pretrained(tmp_path / "model")
+    arguments = ["--model", tmp_path / "model", "--input", idx, "--device", "cpu", "--plan", "eager", "--quiet"]
+    assert run(*arguments, "--neighbours", 2, "--out", tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    dataset = open_dataset(idx, 32, 1, split="test")
+    with torch.no_grad():
+        z = model.encode(torch.stack([sample.image for sample in dataset]))
+        score = model.classifier((z - model.latent_mean) / model.latent_std)
+    right = (score[:, 0] > score[:, 1]).long().numpy() == np.arange(10) % 2
+    assert report["targets"]["names"] == ["0", "1"]
+    assert report["classifier"]["accuracy"]["value"] == pytest.approx(right.mean())
+
+
 def test_mistakes(tmp_path, model_dir, idx, capsys):
     folder = image_folder(tmp_path / "in", 3)
-    (tmp_path / "table.csv").write_text("image,odd\n" + "\n".join(f"{i:02d}.png,{i % 2}" for i in range(3)))
+    (tmp_path / "table.csv").write_text("image,odd\n" + "\n".join(f"{i:02d}.png,{i % 2}" for i in range(12)))
     table = ["--attributes", tmp_path / "table.csv"]
+    large = image_folder(tmp_path / "large", 12)
     for arguments, words in (
         (["--input", folder], "no labels: give --attributes FILE"),
         (["--input", folder, *table], "at least 8 labelled images, not 3"),
@@ -211,6 +257,8 @@ def test_mistakes(tmp_path, model_dir, idx, capsys):
         (["--input", folder, *table, "--holdout", 1], "--holdout must be a fraction between 0 and 1"),
         (["--input", idx, "--neighbours", 0], "the number of neighbours must be from 1 to 20"),
         (["--input", idx, "--columns", "odd"], "this data has classes"),
+        (["--input", large, *table, "--test", idx], "has no row for any image"),
+        (["--input", large, *table, "--test", tmp_path / "none"], "no such input"),
         (["--input", idx, "--limit", 1], "at least 8 labelled images, not 1"),
     ):
         base = ["--model", model_dir, "--device", "cpu", "--plan", "eager", "--quiet", "--out", tmp_path / "out"]

@@ -294,7 +294,7 @@ presets: dict[str, PDAEConfig] = {
     # For drawn avatars (`python -m pdae_fast.data avatars`): as small, in colour.
     "avatars64": PDAEConfig(
         image_size=64,
-        latent_dim=128,
+        latent_dim=512,
         encoder_channel=64,
         unet=UNetConfig(
             input_channel=3,

@@ -33,25 +33,23 @@ def find_parts(run: common.Run, cache: Path, holdout: float, test: Sequence[str]
     args = run.args
     if test:
         held = common.limited(common.open_data(args, run.model, test, "test"), args.limit)
-        parts = _part(run, run.dataset, cache, run.spec), _part(run, held, cache, test)
-        words = [f"{part.targets.kind} {', '.join(part.targets.names)}" for part in parts]
-        if words[0] != words[1]:
-            raise UserError(f"--input has {words[0]}; --test has {words[1]}; expected the same of both")
-        return *parts, f"the test images are those of {' '.join(test)}"
+        tested, learned = _part(run, held, cache, test), _part(run, run.dataset, cache, run.spec)
+        words, other = (f"{part.targets.kind} {', '.join(part.targets.names)}" for part in (learned, tested))
+        if words != other:
+            raise UserError(f"--input has {words}; --test has {other}; expected the same of both")
+        return learned, tested, f"the test images are those of {' '.join(test)}"
     # Only data with a training split of its own opens differently for it.
     training = common.open_data(args, run.model, run.spec, "train")
     if training.names[:1] != getattr(run.dataset, "names", [])[:1]:
         training = common.limited(training, args.limit)
-        return *(
-            _part(run, data, cache, run.spec) for data in (training, run.dataset)
-        ), "the data set's own training and test files"
+        learned, tested = (_part(run, side, cache, run.spec) for side in (training, run.dataset))
+        return learned, tested, "the data set's own training and test files"
     if not 0 < holdout < 1:
         raise UserError(f"--holdout must be a fraction between 0 and 1, not {holdout}")
     whole = _part(run, run.dataset, cache, run.spec)
     places = split(len(whole.z), holdout, args.seed)
-    return *(
-        _rows(whole, part) for part in places
-    ), f"every image once: {holdout:g} of them drawn for testing by seed {args.seed}"
+    learned, tested = (_rows(whole, part) for part in places)
+    return learned, tested, f"every image once: {holdout:g} of them drawn for testing by seed {args.seed}"
 
 
 def _part(run: common.Run, dataset: Any, cache: Path, spec: Sequence[str]) -> Part:

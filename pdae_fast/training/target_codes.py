@@ -81,12 +81,8 @@ def feature_codes(
         pooled = [F.adaptive_avg_pool2d(skip.float(), min(FEATURE_SIZE, size)) for size, skip in last.items()]
         return [level.flatten(1).cpu() for level in pooled]
 
-    trunk = hashlib.sha256()
-    for part in (unet.time_embed, unet.input_blocks):
-        trunk.update(weights_fingerprint(part).encode())
-    return _components(
-        describe, ["features", FEATURE_SIZE, FEATURE_TIME, trunk.hexdigest()], dataset, dim, cache, **options
-    )
+    trunk = weights_fingerprint(unet.input_blocks, weights_fingerprint(unet.time_embed))
+    return _components(describe, ["features", FEATURE_SIZE, FEATURE_TIME, trunk], dataset, dim, cache, **options)
 
 
 def model_codes(

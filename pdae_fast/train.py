@@ -4,6 +4,7 @@ runs."""
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,6 +72,8 @@ def build_model(args) -> Prior | PDAE:
         )
     prior = Prior.from_pretrained(args.init_from, **cli.foreign_options(args))
     config = _architecture(args)
+    if args.task == "pdae" and args.freeze_encoder:
+        return warm_start.around(PDAE.from_pretrained(args.start_from), prior, args.start_from)
     model = PDAE.from_prior(prior, latent_dim=config.latent_dim, encoder_channel=config.encoder_channel)
     if args.task == "pdae" and args.start_from:
         warm_start.take_trained_half(model, PDAE.from_pretrained(args.start_from), args.start_from)
@@ -94,6 +97,13 @@ def _check(args) -> None:
         load(out / CHECKPOINT_NAME)  # says so
     if getattr(args, "whiten", 0) and args.task != "pdae":
         raise UserError(f"--whiten prepares the codes of pdae; train {args.task} has none to start with")
+    if not 0 <= getattr(args, "velocity", 0) < math.inf:
+        raise UserError(f"--velocity must be a number from 0 up, not {args.velocity}")
+    if getattr(args, "freeze_encoder", False):
+        if not args.start_from:
+            raise UserError("--freeze-encoder trains G alone; --start-from must give the encoder that stays as it is")
+        if args.whiten:
+            raise UserError("--whiten changes the codes, which --freeze-encoder keeps; give one of the two")
     if getattr(args, "start_from", None):
         if args.task not in ("pdae", "encoder"):
             raise UserError(f"--start-from gives pdae its encoder and G; train {args.task} starts from --init-from")
@@ -129,7 +139,8 @@ def _image_task(args, device: torch.device):
     if args.sample_every:
         shown = torch.stack([dataset[i].image for i in range(min(IMAGES, len(dataset)))])
         preview = ImagePreview(shown, device, args.seed)
-    return TASKS[args.task](model), dataset, preview
+    options = {"freeze_encoder": args.freeze_encoder} if args.task == "pdae" else {}
+    return TASKS[args.task](model, args.velocity, **options), dataset, preview
 
 
 @contextmanager

@@ -78,6 +78,19 @@ def _options(p: argparse.ArgumentParser, task: str) -> None:
             help="pdae: start with codes that are uncorrelated over N images, an exact change of coordinates between "
             "encoder and G; 0 leaves them, as published",
         )
+        p.add_argument(
+            "--velocity",
+            type=float,
+            default=0.0,
+            metavar="K",
+            help="add K times the squared error of v, which counts most where x_t is nearly noise; 0 as published",
+        )
+    if task == "pdae":
+        p.add_argument(
+            "--freeze-encoder",
+            action="store_true",
+            help="train G alone: the codes of --start-from, its latent DPM and its classifier stay as they are",
+        )
     # Everything that TrainSettings holds is an option of the same name, with the task's default.
     for field in dataclasses.fields(TrainSettings):
         if field.name in ("task", "data"):

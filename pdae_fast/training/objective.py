@@ -1,5 +1,11 @@
 """What is minimised: the simple loss for the prior, the weighted shift loss of Algorithm 1 for PDAE, the losses of the
-two networks on z, and that of an encoder which is told its codes."""
+two networks on z, and that of an encoder which is told its codes.
+
+``velocity`` adds, to the first two, that many times the squared error of v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar)
+x0 (Salimans and Ho 2022, arXiv 2202.00512), which is 1 / alpha_bar_t times that of eps. The factor is held at
+VELOCITY_LIMIT: where x_t is all but noise, what is left of the error is the prior's own, and would drown the rest. Not
+in the paper, and 0 there.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +19,8 @@ from ..models import PDAE, Prior
 from ..models.latent import LatentMLP
 from ..models.unet import Features, PDAEDecoder
 from ..schedule import Schedule
+
+VELOCITY_LIMIT = 100.0
 
 
 class Tables(nn.Module):
@@ -47,9 +55,22 @@ def q_sample(schedule: Schedule | Tables, x0: Tensor, t: Tensor, noise: Tensor) 
     return _column(tables.signal, t, x0.ndim) * x0 + _column(tables.spread, t, x0.ndim) * noise
 
 
-def prior_loss(model: Prior, schedule: Schedule | Tables, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """Mean squared error of eps_hat (DDPM's L_simple); a scalar."""
-    return (noise - model(q_sample(schedule, x0, t, noise), t).float()).square().mean()
+def _weighted(tables: Tables, error: Tensor, t: Tensor, weight: Tensor | None, velocity: float) -> Tensor:
+    """Mean squared ``error`` of eps, times ``weight`` [T] at t unless None, plus ``velocity`` times that of v."""
+    square = error.square()
+    if velocity:
+        extra = velocity * _column(tables.signal, t).pow(-2).clamp(max=VELOCITY_LIMIT)
+        return ((extra + (1 if weight is None else _column(weight, t))) * square).mean()
+    return (square if weight is None else _column(weight, t) * square).mean()
+
+
+def prior_loss(
+    model: Prior, schedule: Schedule | Tables, x0: Tensor, t: Tensor, noise: Tensor, velocity: float = 0.0
+) -> Tensor:
+    """Mean squared error of eps_hat (DDPM's L_simple), and of v where ``velocity`` asks for it; a scalar."""
+    tables = _tables(schedule, x0.device)
+    error = noise - model(q_sample(tables, x0, t, noise), t).float()
+    return _weighted(tables, error, t, None, velocity)
 
 
 def _frozen_half(decoder: PDAEDecoder, x_t: Tensor, t: Tensor) -> tuple[Features, Tensor]:
@@ -64,8 +85,10 @@ def pdae_loss(
     t: Tensor,
     noise: Tensor,
     frozen: Callable[[Tensor, Tensor], tuple[Features, Tensor]] | None = None,
+    velocity: float = 0.0,
 ) -> Tensor:
-    """lambda_t (eps - (eps_hat + c_t G))^2, mean over batch and pixels (Algorithm 1); a scalar.
+    """lambda_t (eps - (eps_hat + c_t G))^2, mean over batch and pixels (Algorithm 1), and the same error of v where
+    ``velocity`` asks for it; a scalar.
 
     The trunk and the eps-decoder are frozen: they run without a graph, and only G and the encoder get gradients.
     ``frozen``: another way to compute both, (x_t, t) -> (features, eps_hat).
@@ -81,7 +104,7 @@ def pdae_loss(
         features.h.requires_grad_()
     gradient = decoder.decode_gradient(features, model.encode(x0)).float()
     error = noise - (eps.float() + _column(tables.shift_coef, t) * gradient)
-    return (_column(tables.loss_weight, t) * error.square()).mean()
+    return _weighted(tables, error, t, tables.loss_weight, velocity)
 
 
 def encoder_loss(model: nn.Module, x0: Tensor, z: Tensor) -> Tensor:

@@ -57,11 +57,12 @@ def check_same_run(
         )
     if saved["images"] != count:
         raise UserError(f"cannot resume: the data set has {count} {units} but the saved run saw {saved['images']}")
-    for what, value in record.items():
-        if saved["record"].get(what) != value:
+    for what in {**saved["record"], **record}:
+        own, other = record.get(what), saved["record"].get(what)
+        if own != other:
             raise UserError(
-                f"cannot resume: other {what} than those of the saved run ({value}, not "
-                f"{saved['record'].get(what)}); give what it was started with, or a new --out"
+                f"cannot resume: other {what} than those of the saved run ({own}, not {other}); "
+                "give what it was started with, or a new --out"
             )
 
 

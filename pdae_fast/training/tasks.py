@@ -68,10 +68,12 @@ class Task(nn.Module):
 
 
 class _ImageTask(Task):
-    """Noise prediction on images that may be mirrored."""
+    """Noise prediction on images that may be mirrored; ``velocity`` as in `objective`."""
 
-    def __init__(self, model: Prior | PDAE) -> None:
-        super().__init__(model)
+    def __init__(self, model: Prior | PDAE, velocity: float = 0.0, record: dict[str, Any] | None = None) -> None:
+        # What is off is not recorded: runs from before it existed can be resumed.
+        super().__init__(model, (record or {}) | ({"--velocity": velocity} if velocity else {}))
+        self.velocity = velocity
         self.schedule = build_schedule(model.config.schedule)
         self.tables = Tables(self.schedule)
 
@@ -92,18 +94,19 @@ class PriorTask(_ImageTask):
     name = "prior"
 
     def forward(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        return prior_loss(self.model, self.tables, x0, t, noise)
+        return prior_loss(self.model, self.tables, x0, t, noise, self.velocity)
 
 
 class PDAETask(_ImageTask):
-    """Encoder and G of a PDAE; what it has from its prior is frozen (Algorithm 1)."""
+    """Encoder and G of a PDAE; what it has from its prior is frozen (Algorithm 1). With ``freeze_encoder`` G alone:
+    codes, and what is made of them, stay as they are."""
 
     name = "pdae"
 
-    def __init__(self, model: PDAE) -> None:
-        super().__init__(model)
+    def __init__(self, model: PDAE, velocity: float = 0.0, freeze_encoder: bool = False) -> None:
+        super().__init__(model, velocity, {"--freeze-encoder": True} if freeze_encoder else None)
         model.requires_grad_(False)
-        model.encoder.requires_grad_(True)
+        model.encoder.requires_grad_(not freeze_encoder)
         model.decoder.freeze_prior()
         self.register_module("frozen", None)  # another way to run the frozen half: step.FrozenHalf
 
@@ -117,7 +120,7 @@ class PDAETask(_ImageTask):
         return self
 
     def forward(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        return pdae_loss(self.model, self.tables, x0, t, noise, self.frozen)
+        return pdae_loss(self.model, self.tables, x0, t, noise, self.frozen, self.velocity)
 
 
 class _PartTask(Task):

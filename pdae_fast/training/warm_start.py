@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .. import cli
 from ..errors import UserError
-from ..models import PDAE
+from ..models import PDAE, Prior
 from .labels import split
 from .latents import Latents, weights_fingerprint
 from .target_codes import BATCH
@@ -36,6 +36,16 @@ def take_trained_half(model: PDAE, start: PDAE, name: str) -> None:
             raise UserError(f"--start-from {name}: its {field} is {other}; the model to train has {own}")
     model.encoder.load_state_dict(start.encoder.state_dict())
     _copy_g(model, start)
+
+
+def around(start: PDAE, prior: Prior, name: str) -> PDAE:
+    """``start``, with everything that sits on its codes, around another prior of the same shape."""
+    for field in ("image_size", "unet", "schedule"):
+        own, other = getattr(prior.config, field), getattr(start.config, field)
+        if own != other:
+            raise UserError(f"--start-from {name}: its {field} is {other}; the prior of --init-from has {own}")
+    start.decoder.load_state_dict(prior.unet.state_dict(), strict=False)
+    return start
 
 
 def g_misfit(model: PDAE, start: PDAE) -> str | None:

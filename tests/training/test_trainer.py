@@ -18,7 +18,7 @@ from pdae_fast import PDAE, Prior, UserError, config
 from pdae_fast.data import open_dataset
 from pdae_fast.schedule import build_schedule
 from pdae_fast.training import Trainer, TrainSettings
-from pdae_fast.training.objective import prior_loss
+from pdae_fast.training.objective import pdae_loss, prior_loss
 from pdae_fast.training.order import BatchOrder, step_generator
 from pdae_fast.training.state import CHECKPOINT_NAME
 from pdae_fast.training.tasks import TASKS
@@ -65,6 +65,31 @@ def test_prior_loss_is_the_mean_squared_error_of_eps():
     with torch.no_grad():
         expected = ((model(a.sqrt() * x0 + (1 - a).sqrt() * noise, t) - noise) ** 2).mean()
         assert float(prior_loss(model, schedule, x0, t, noise)) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_velocity_is_added_to_either_loss():
+    """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0, of the truth and of what eps' says x0 is; where its error is more
+    than a hundred times that of eps (t = 900), a hundred times."""
+    model, x0, noise, K = tiny_pdae(), images(3), images(3, seed=1), 0.3
+    schedule, t = build_schedule(TINY.schedule), torch.tensor([3, 600, 900])
+    a, c, weight = (
+        torch.tensor(table[t])[:, None, None, None]
+        for table in (schedule.alpha_bar, schedule.shift_coef, schedule.loss_weight)
+    )
+    x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise
+
+    def expected(eps, weight):
+        start = (x_t - (1 - a).sqrt() * eps) / a.sqrt()
+        v, guess = (a.sqrt() * e - (1 - a).sqrt() * x for e, x in ((noise, x0), (eps, start)))
+        error = (guess - v) ** 2
+        error[2] = 100 * (eps[2] - noise[2]) ** 2
+        return float((weight * (eps - noise) ** 2 + K * error).mean())
+
+    with torch.no_grad():
+        eps, gradient = (part.double() for part in model(x_t.float(), t, model.encode(x0)))
+        found = prior_loss(model.prior(), schedule, x0, t, noise, K), pdae_loss(model, schedule, x0, t, noise, None, K)
+        assert float(found[0]) == pytest.approx(expected(eps, 1), rel=1e-4)
+        assert float(found[1]) == pytest.approx(expected(eps + c * gradient, weight), rel=1e-4)
 
 
 @pytest.mark.parametrize("task", ["prior", "pdae"])
@@ -204,6 +229,12 @@ def test_other_mismatches_on_resume(tmp_path, dataset):
     wider = dataclasses.replace(TINY, unet=dataclasses.replace(TINY.unet, base_channel=64))
     with pytest.raises(UserError, match="another configuration"):
         trainer(tmp_path / "run", dataset, model=Prior(wider.prior)).resume()
+    heavier = TASKS["prior"](tiny_prior(), velocity=0.5)
+    with pytest.raises(UserError, match="other --velocity than those of the saved run \\(0.5, not None\\)"):
+        Trainer(heavier, dataset, SETTINGS, tmp_path / "run", quiet=True).resume()
+    Trainer(heavier, dataset, SETTINGS, tmp_path / "run", quiet=True).save()
+    with pytest.raises(UserError, match="other --velocity than those of the saved run \\(None, not 0.5\\)"):
+        trainer(tmp_path / "run", dataset).resume()
     path = tmp_path / "run" / CHECKPOINT_NAME
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="not a readable checkpoint"):

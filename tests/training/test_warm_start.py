@@ -9,7 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import TINY, Smooth, image_folder, images, needs_sklearn, resumed_equals_whole, tiny_pdae, tiny_prior
+from helpers import (
+    TINY,
+    TINY_FULL,
+    Smooth,
+    image_folder,
+    images,
+    needs_sklearn,
+    resumed_equals_whole,
+    tiny_pdae,
+    tiny_prior,
+)
 from pdae_fast import PDAE, UserError, cli, train
 from pdae_fast.data import open_dataset
 from pdae_fast.training import Trainer, TrainSettings, warm_start
@@ -324,6 +334,46 @@ def test_a_g_of_another_shape_is_said(places, capsys):
     assert run(*command(places, "--target", places / "other")) == 0
     assert f"G is not taken from {places / 'other'}: its channel_multiplier is (1, 2)" in capsys.readouterr().out
     assert not PDAE.from_pretrained(places / "out").decoder.shift_out[-1].weight.any()  # as it starts: G = 0
+
+
+def test_g_alone_keeps_what_sits_on_the_codes(places):
+    """--freeze-encoder: codes, latent DPM, classifier and statistics stay; the prior is that of --init-from."""
+    before = tiny_pdae(TINY_FULL)
+    before.save_pretrained(places / "whole")
+    prior = tiny_prior()
+    nn.init.normal_(prior.unet.out[-1].weight)  # unlike the prior in `before`
+    prior.save_pretrained(places / "other prior")
+    start = ("--init-from", places / "other prior", "--start-from", places / "whole", "--freeze-encoder")
+    arguments = ("pdae", "--data", places / "images", "--out", places / "out", *start, *SMALL, "--quiet")
+    assert run(*arguments) == 0
+    after = PDAE.from_pretrained(places / "out")
+    assert after.config == TINY_FULL
+    own = {f"decoder.{name}": value for name, value in prior.unet.state_dict().items()}
+    trained = tuple(f"decoder.{part}." for part in after.decoder.TRAINED)
+    for name, value in after.state_dict().items():
+        if name.startswith(trained):
+            continue
+        assert torch.equal(value, own.get(name, before.state_dict()[name])), name
+    assert not torch.equal(after.decoder.shift_out[-1].weight, before.decoder.shift_out[-1].weight)
+    assert run(*arguments[:-1], "--resume") == 0
+
+
+MISTAKES_OF_G = [
+    (["--freeze-encoder"], "--start-from must give the encoder"),
+    (["--freeze-encoder", "--start-from", "{places}/same", "--whiten", "4"], "give one of the two"),
+    (["--freeze-encoder", "--start-from", "{places}/broad"], "broad: its unet is"),
+    (["--velocity", "-1"], "--velocity must be a number from 0 up"),
+    (["--velocity", "nan"], "--velocity must be a number from 0 up"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES_OF_G, ids=[" ".join(a) for a, _ in MISTAKES_OF_G])
+def test_mistakes_with_g_alone(places, capsys, arguments, words):
+    base = ("--init-from", places / "prior", "--architecture", places / "same" / "config.json", "--quiet")
+    arguments = [a.format(places=places) for a in arguments]
+    assert run("pdae", "--data", places / "images", "--out", places / "out", *base, *SMALL, *arguments) == 2
+    printed = capsys.readouterr()
+    assert words in printed.err and len(printed.err.splitlines()) == 1 and not (places / "out").exists()
 
 
 MISTAKES = [

@@ -41,6 +41,7 @@ def describe(
         "image_shape": list(model.image_shape),
         "latent_dim": model.config.latent_dim if pdae else None,
         "conditioning_width": conditioning_width(model),
+        "noise": model.config.noise,
         "dtype": settings.dtype,
         # Rounding to whole time points can merge some: 1000 steps asked for are 999 to run.
         "steps": len(decode) - 1,

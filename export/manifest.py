@@ -23,6 +23,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..config import NOISES
 from ..errors import UserError
 from ..files import atomic_write
 
@@ -184,6 +185,8 @@ def _check_fields(manifest: dict[str, Any], path: Path) -> None:
     missing = [name for name in GRAPHS[manifest["kind"]] if name not in manifest["graphs"]]
     if missing:
         raise UserError(f"{path}: no graph {', '.join(missing)}; export once more")
+    if manifest.get("noise", NOISES[0]) not in NOISES:
+        raise UserError(f"{path}: noise {manifest['noise']!r}; expected {' or '.join(NOISES)}")
     shape = manifest["image_shape"]
     if len(shape) != 3 or not all(isinstance(v, int) and v > 0 for v in shape):
         raise UserError(f"{path}: image_shape is {shape!r}; expected [C, H, W]")

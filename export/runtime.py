@@ -78,13 +78,17 @@ def load_backend(
     raise UserError(f"{directory}: made for {made_for}, so backend {name!r} cannot run it; expected {expected}")
 
 
-def noise(seed: int, indices: range, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normal float32 [len(indices), *shape]; image number ``indices[k]`` of ``seed`` always gets the same.
+def noise(seed: int, indices: range, shape: tuple[int, ...], kind: str = "normal") -> np.ndarray:
+    """Random float32 [len(indices), C, H, W]; image number ``indices[k]`` of ``seed`` always gets the same.
 
-    Drawn by numpy, so that it differs from what the PyTorch pipeline draws for the same seed.
+    Standard normal, or where ``kind`` is "standardised" with mean 0 and standard deviation 1 in every channel. Drawn by
+    numpy, so that it differs from what the PyTorch pipeline draws for the same seed.
     """
     draws = [np.random.default_rng((seed, i)).standard_normal(shape, np.float32) for i in indices]
-    return np.stack(draws) if draws else np.empty((0, *shape), np.float32)
+    x = np.stack(draws) if draws else np.empty((0, *shape), np.float32)
+    if kind == "standardised":
+        x = (x - x.mean((2, 3), keepdims=True)) / x.std((2, 3), keepdims=True)
+    return x
 
 
 class Session:
@@ -211,7 +215,10 @@ class Session:
         if len(known) != 1:
             raise UserError(f"z, x_T and count disagree on the number of images: {sorted(known) or 'none given'}")
         (count,) = known
-        x = noise(seed, range(first, first + count), self.image_shape) if x_T is None else self._images(x_T, "x_T")
+        if x_T is None:
+            x = noise(seed, range(first, first + count), self.image_shape, self.manifest.get("noise", "normal"))
+        else:
+            x = self._images(x_T, "x_T")
         return self._loop("decode_step", x, z, self.manifest["steps"])
 
     def reconstruct(self, x0: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .config import NOISES
 from .errors import UserError
 from .files import atomic_write
 
@@ -81,6 +82,11 @@ def add_run_options(p: argparse.ArgumentParser, out: str) -> None:
     )
     p.add_argument(
         "--reuse", default="none", help="work left out, an approximation: such as window:200-1000 (see docs/pareto.md)"
+    )
+    p.add_argument(
+        "--noise",
+        choices=NOISES,
+        help="random x_T: normal as published, or standardised in every channel (default: as the model says)",
     )
     p.add_argument("--batch-size", type=int, help="images per network evaluation (default: chosen for the device)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")

@@ -139,7 +139,7 @@ def _judge(run: common.Run, train: Part, test: Part, name: str) -> Judge:
 
 def _decode(run: common.Run, z: Tensor, numbers: Any) -> Tensor:
     """x_T goes by a draw's number: whoever accepts it gets the same image."""
-    x = run.pipe.decode(z, common.noise(run.pipe, run.args.seed, numbers), run.args.stop_percent)
+    x = run.pipe.decode(z, run.pipe.random_x_T(run.args.seed, numbers), run.args.stop_percent)
     if not bool(torch.isfinite(x).all()):
         raise UserError("the sampled images hold NaN or infinite values; try --dtype float32")
     return x

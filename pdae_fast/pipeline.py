@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import sampling, solvers
+from .config import NOISES
 from .engine import Reuse, build_plan, out_of_memory, resolve_device, resolve_dtype
 from .errors import UserError
 from .inversion import invert_implicit
@@ -49,6 +50,8 @@ class Pipeline:
         solver: what decodes: "ddim" as published, "dpm++2m", "dpm++3m", "unipc2", "unipc3" (see solvers), or "belm",
             whose latents are pairs of states [B, 2, C, H, W] that lead back to the image exactly (see reversible).
         reuse: work left out, an approximation: such as "gradient:2", G on every second step (see engine/reuse.py).
+        noise: how random x_T is drawn: "normal" as published, or "standardised" (see sampling.random_noise); None: as
+            the model's configuration says. An x_T that is given or inferred is taken as it is.
         progress: called as progress(n) whenever n images have advanced by one network evaluation.
 
     Images are float32 [B, C, H, W] in [-1, 1]; results come back float32 on the CPU. ``pipe.evaluations`` counts
@@ -69,6 +72,7 @@ class Pipeline:
         iterations: int = 0,
         solver: str = "ddim",
         reuse: str | Reuse = "none",
+        noise: str | None = None,
     ) -> None:
         if not isinstance(model, (PDAE, Prior)):
             raise UserError(f"Pipeline needs a PDAE or a Prior, not {type(model).__name__}")
@@ -76,7 +80,7 @@ class Pipeline:
             raise UserError(f"batch size must be at least 1, not {batch_size}")
         self.model, self.progress = model, progress
         self.steps, self.spacing, self.iterations, self.solver = steps, spacing, iterations, solver
-        self.reuse = Reuse.parse(reuse)
+        self.reuse, self.noise = Reuse.parse(reuse), model.config.noise if noise is None else noise
         self.schedule = build_schedule(model.config.schedule)
         self.check_settings()
         self.device = resolve_device(device)
@@ -85,7 +89,9 @@ class Pipeline:
         self.batch_size = batch_size or self.plan.batch_size()
 
     def check_settings(self) -> None:
-        """UserError unless steps, spacing, iterations, solver and reuse are known and go together."""
+        """UserError unless steps, spacing, iterations, solver, reuse and noise are known and go together."""
+        if self.noise not in NOISES:
+            raise UserError(f"noise {self.noise!r} is not known; expected {' or '.join(NOISES)}")
         solvers.check_steps(self.solver, len(self.schedule.timesteps(self.steps, self.spacing)) - 1)
         if self.iterations < 0:
             raise UserError(f"iterations must not be negative, not {self.iterations}")
@@ -248,19 +254,26 @@ class Pipeline:
         if len(known) != 1:
             raise UserError(f"z, x_T and count disagree on the number of images: {sorted(known) or 'none given'}")
         (count,) = known
-        x_T = self._noise(count, seed, first, generator) if x_T is None else self._latent(x_T, solver)
+        if x_T is not None:
+            x_T = self._latent(x_T, solver)
+        elif generator is None:
+            x_T = self.random_x_T(seed, range(first, first + count))
+        else:
+            x_T = self._drawn(count, generator)
         steps = self.steps if steps is None else steps
         trajectory = self.schedule.decoding(steps, stop_percent, self.spacing)
         solvers.check_steps(solver, len(trajectory))
         return self._integrate(x_T, trajectory, lambda part: self.plan.field(None if z is None else z[part]), solver)
 
-    def _noise(self, count: int, seed: int, first: int, generator: torch.Generator | None) -> Tensor:
+    def random_x_T(self, seed: int, indices: Sequence[int]) -> Tensor:
+        """Random x_T [len(indices), C, H, W]: image k of ``seed`` has the same whatever else is asked for with it."""
+        return sampling.random_noise(self.noise, sampling.ImageNoise(seed, indices, self.model.image_shape)())
+
+    def _drawn(self, count: int, generator: torch.Generator) -> Tensor:
         shape = self.model.image_shape
-        if generator is None:
-            return sampling.ImageNoise(seed, range(first, first + count), shape)()
         # One image at a time, so that two calls of n images draw what one call of 2n draws.
         draws = [torch.randn(shape, generator=generator, device=generator.device).cpu() for _ in range(count)]
-        return self._collect([d[None] for d in draws], shape)
+        return sampling.random_noise(self.noise, self._collect([d[None] for d in draws], shape))
 
     def reconstruct(self, x0: Tensor, encode_steps: int | None = None) -> Tensor:
         """x0 -> z and inferred x_T -> x0 again [B, C, H, W]; ``encode_steps`` defaults to ``steps``."""

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .config import NOISES
+from .errors import UserError
 from .schedule import Schedule, Step, Trajectory
 
 Progress = Callable[[], None]
@@ -220,3 +222,22 @@ class ImageNoise:
         if not self.generators:
             return torch.empty(0, *self.shape, device=self.device)
         return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+
+
+def standardise(x: Tensor) -> Tensor:
+    """x [B, C, H, W] shifted and scaled to mean 0 and standard deviation 1 in every channel of every image."""
+    variance, mean = torch.var_mean(x, dim=(2, 3), correction=0, keepdim=True)
+    return (x - mean) * variance.clamp_min(torch.finfo(x.dtype).tiny).rsqrt()
+
+
+def random_noise(kind: str, draws: Tensor) -> Tensor:
+    """x_T of one of config.NOISES from standard normal ``draws`` [B, C, H, W].
+
+    "normal" is those draws, as published. "standardised" takes from them the little by which the mean and the spread of
+    a finite map differ from 0 and 1. A U-Net whose norms have few channels in a group does not see that difference (a
+    norm takes away just these two numbers) and leaves it in eps_hat, where 1 / sqrt(SNR) turns it into speckles and
+    wrong colours. Not in the paper.
+    """
+    if kind not in NOISES:
+        raise UserError(f"noise {kind!r} is not known; expected {' or '.join(NOISES)}")
+    return standardise(draws) if kind == "standardised" else draws

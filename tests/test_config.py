@@ -23,10 +23,17 @@ def test_everything_round_trips(tmp_path):
         latent=LatentConfig(48, 100, 5),
         attributes=("a", "b"),
         latent_statistics=True,
+        noise="standardised",
     )
     path = tmp_path / "config.json"
     path.write_text(config.dumps(full))
     assert config.load(path) == full
+    assert full.prior.noise == "standardised"
+    values = json.loads(config.dumps(full))
+    del values["noise"]  # written before there was a choice
+    assert config.from_dict(values) == dataclasses.replace(full, noise="normal")
+    with pytest.raises(UserError, match="noise 'pink' is not known; expected normal or standardised"):
+        config.from_dict(values | {"noise": "pink"})
 
 
 def test_paper_networks():

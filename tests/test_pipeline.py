@@ -37,6 +37,28 @@ def test_results_do_not_depend_on_the_batch_split(model):
     assert relative(two, one) < 1e-4
 
 
+def test_random_x_T_is_standardised_where_asked_or_where_the_model_says_so(model, pipe):
+    x0 = images(3)
+    z, x_T = pipe.encode(x0), ImageNoise(5, range(3), (1, 32, 32))()
+    unit = (x_T - x_T.mean((2, 3), keepdim=True)) / x_T.std((2, 3), correction=0, keepdim=True)
+    asked = Pipeline(model, steps=4, device="cpu", dtype="float32", noise="standardised")
+    narrow = tiny_pdae(dataclasses.replace(TINY_FULL, noise="standardised"))
+    told = Pipeline(narrow, steps=4, device="cpu", dtype="float32")
+    against = Pipeline(narrow, steps=4, device="cpu", dtype="float32", noise="normal")
+    for own, expected in ((pipe, x_T), (asked, unit), (told, unit), (against, x_T)):
+        torch.testing.assert_close(own.random_x_T(5, range(3)), expected, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(own.decode(z, seed=5), own.decode(z, own.random_x_T(5, range(3))))
+        # Only what is drawn: an x_T that is given or inferred stays as it is.
+        torch.testing.assert_close(own.decode(z, x_T), pipe.decode(z, x_T))
+        torch.testing.assert_close(own.invert(x0, z), pipe.invert(x0, z))
+    assert relative(told.decode(z, generator=torch.Generator().manual_seed(1)),
+                    pipe.decode(z, generator=torch.Generator().manual_seed(1))) > 1e-3  # fmt: skip
+    assert Pipeline(narrow.prior(), steps=4, device="cpu").noise == "standardised"
+    assert PDAE.from_prior(narrow.prior(), latent_dim=4).config.noise == "standardised"
+    with pytest.raises(UserError, match="noise 'pink' is not known"):
+        Pipeline(model, steps=4, device="cpu", noise="pink")
+
+
 def test_evaluations_are_counted(model):
     pipe = Pipeline(model, steps=4, device="cpu")
     pipe.reconstruct(images(3), encode_steps=6)

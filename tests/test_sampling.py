@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pdae_fast import ScheduleConfig, UserError
-from pdae_fast.sampling import ImageNoise, ddim, ddim_invert, ddim_step, ddpm, lerp, slerp
+from pdae_fast.sampling import ImageNoise, ddim, ddim_invert, ddim_step, ddpm, lerp, random_noise, slerp
 from pdae_fast.schedule import build_schedule
 
 SCHEDULE = build_schedule(ScheduleConfig())
@@ -162,3 +162,18 @@ def test_image_noise_does_not_depend_on_the_batch():
         torch.testing.assert_close(whole(), torch.cat([part() for part in parts]), rtol=0, atol=0)
     assert not torch.equal(ImageNoise(8, [0], (9,))(), ImageNoise(7, [0], (9,))())
     assert not torch.equal(ImageNoise(7, [1], (9,))(), ImageNoise(7, [0], (9,))())
+
+
+def test_random_noise():
+    """Standardised: moments by numpy in float64, and nothing but a shift and a scale of each channel."""
+    draws = ImageNoise(3, range(4), (3, 8, 8))()
+    assert random_noise("normal", draws) is draws
+    found = random_noise("standardised", draws)
+    values, before = found.double().numpy(), draws.double().numpy()
+    np.testing.assert_allclose(values.mean((2, 3)), 0, atol=1e-6)
+    np.testing.assert_allclose(values.std((2, 3)), 1, rtol=1e-6)
+    for image, raw in zip(values.reshape(12, 64), before.reshape(12, 64), strict=True):
+        assert np.corrcoef(image, raw)[0, 1] == pytest.approx(1, abs=1e-12)
+    assert torch.isfinite(random_noise("standardised", torch.ones(1, 1, 4, 4))).all()
+    with pytest.raises(UserError, match="'pink' is not known; expected normal or standardised"):
+        random_noise("pink", draws)

@@ -27,7 +27,6 @@ from ..engine.device import describe_device
 from ..errors import UserError
 from ..models import PDAE
 from ..pipeline import PRESETS, Pipeline
-from ..sampling import ImageNoise
 
 MODES = {
     "inferred": "inferred x_T",
@@ -130,6 +129,7 @@ def build_pipeline(model: PDAE, args: argparse.Namespace) -> Pipeline:
         iterations=args.iterations,
         solver=args.solver,
         reuse=args.reuse,
+        noise=args.noise,
     )
 
 
@@ -197,11 +197,6 @@ def load(dataset: Any, indices: Sequence[int]) -> Batch:
 # -- running -------------------------------------------------------------------------------------------------------
 
 
-def noise(pipe: Pipeline, seed: int, indices: Sequence[int]) -> Tensor:
-    """Random x_T [len(indices), C, H, W]: image k of ``seed`` has the same whatever else is asked for with it."""
-    return ImageNoise(seed, indices, pipe.model.image_shape)()
-
-
 def autoencode(
     pipe: Pipeline, mode: str, x0: Tensor, indices: Sequence[int], encode_steps: int | None, seed: int
 ) -> Tensor:
@@ -213,7 +208,7 @@ def autoencode(
         x = pipe.reconstruct(x0, encode_steps)
     else:
         z = pipe.encode(x0) if mode == "random" else None
-        x = pipe.decode(z, noise(pipe, seed, indices))
+        x = pipe.decode(z, pipe.random_x_T(seed, indices))
     if not bool(torch.isfinite(x).all()):
         raise UserError(f"the {MODES[mode]} reconstruction holds NaN or infinite values; try --dtype float32")
     return x
@@ -319,6 +314,7 @@ def job_settings(run: Run, **values: Any) -> dict[str, Any]:
         "iterations": args.iterations,
         "solver": args.solver,
         "reuse": str(run.pipe.reuse),
+        "noise": run.pipe.noise,
         "seed": args.seed,
         "dtype": str(run.pipe.dtype).removeprefix("torch."),
         "plan": run.pipe.plan.name,
@@ -341,6 +337,7 @@ def report(run: Run, **values: Any) -> dict[str, Any]:
         "spacing": args.spacing,
         "iterations": args.iterations,
         "solver": args.solver,
+        "noise": pipe.noise,
         "seed": args.seed,
         "batch_size": pipe.batch_size,
         **pipe.plan.describe(),

@@ -20,7 +20,7 @@ from ..engine.reuse import NOTHING
 from ..errors import UserError
 from ..files import atomic_write
 from ..pipeline import Pipeline
-from .common import MODES, Cost, Run, autoencode, fingerprint, names_digest, noise, variant
+from .common import MODES, Cost, Run, autoencode, fingerprint, names_digest, variant
 from .pareto_settings import Setting
 
 # Evaluations that time the machine before every batch: decoding by that many plain steps.
@@ -54,7 +54,7 @@ def measure(run: Run, setting: Setting, mode: str, broken: list | None = None) -
         x0, indices = batch.images, range(first, first + len(batch.images))
         first += len(x0)
         pixels.update(x0.contiguous().numpy().tobytes())
-        z, x_T = plain.encode(x0), noise(plain, run.args.seed, indices)
+        z, x_T = plain.encode(x0), plain.random_x_T(run.args.seed, indices)
         start = time.perf_counter()
         plain.decode(z, x_T)
         units.append((time.perf_counter() - start) / REFERENCE_STEPS / len(x0))
@@ -138,6 +138,7 @@ def job(run: Run) -> dict[str, Any]:
     return {
         "model": str(args.model),
         "weights": fingerprint(run.model),
+        "noise": pipe.noise,
         "input": list(run.spec),
         "images": len(run.dataset),
         "names": names_digest(run.dataset),

@@ -122,7 +122,11 @@ class PDAE(_Pretrained):
     def from_prior(cls, prior: Prior, **settings: Any) -> PDAE:
         """A fresh PDAE around a pre-trained prior: G = 0 and a random encoder; ``settings`` as in PDAEConfig."""
         config = PDAEConfig(
-            image_size=prior.config.image_size, unet=prior.config.unet, schedule=prior.config.schedule, **settings
+            image_size=prior.config.image_size,
+            unet=prior.config.unet,
+            schedule=prior.config.schedule,
+            noise=prior.config.noise,
+            **settings,
         )
         model = cls(config)
         model.decoder.load_state_dict(prior.unet.state_dict(), strict=False)

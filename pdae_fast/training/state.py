@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from contextlib import suppress
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .. import config as configs
 from ..checkpoints.directory import CONFIG_NAME, WEIGHTS_NAME, save_torch
 from ..errors import UserError
 
@@ -50,7 +52,8 @@ def check_same_run(
 ) -> None:
     """UserError when the checkpoint ``saved`` of the run in ``out`` is of another model, of a data set of another size
     (``count``; ``units``: what to call it) or differs in something that the task records."""
-    difference = _difference(config, saved["config"])
+    # Fields that did not exist when it was saved have their defaults.
+    difference = _difference(config, json.loads(configs.dumps(configs.from_dict(saved["config"], str(out)))))
     if difference:
         raise UserError(
             f"cannot resume: the model in {out} has another configuration than was asked for ({difference})"

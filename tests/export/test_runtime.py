@@ -96,6 +96,19 @@ def test_noise_belongs_to_seed_and_image(session, x0):
     assert noise(0, range(0), (2, 2)).shape == (0, 2, 2)
 
 
+def test_noise_as_the_model_says(session, x0, monkeypatch):
+    z = session.encode(x0)
+    drawn = noise(2, range(len(z)), x0.shape[1:], "standardised").astype(np.float64)
+    np.testing.assert_allclose(drawn.mean((2, 3)), 0, atol=1e-6)
+    np.testing.assert_allclose(drawn.std((2, 3)), 1, rtol=1e-6)
+    normal = session.decode(z, seed=2)
+    monkeypatch.setitem(session.manifest, "noise", "standardised")
+    assert relative(session.decode(z, drawn.astype(np.float32)), session.decode(z, seed=2)) < 1e-6
+    assert relative(normal, session.decode(z, seed=2)) > 1e-3
+    monkeypatch.delitem(session.manifest, "noise")  # an export from before there was a choice
+    assert np.array_equal(session.decode(z, seed=2), normal)
+
+
 def test_loop_leaves_its_input_alone_and_repeats(session, x0):
     z = session.encode(x0)
     before = x0.copy()

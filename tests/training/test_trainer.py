@@ -68,8 +68,8 @@ def test_prior_loss_is_the_mean_squared_error_of_eps():
 
 
 def test_the_velocity_is_added_to_either_loss():
-    """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0, of the truth and of what eps' says x0 is; where its error is more
-    than a hundred times that of eps (t = 900), a hundred times."""
+    """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0, of the truth and of what eps' says x0 is; where its error is
+    more than a hundred times that of eps (t = 900), a hundred times."""
     model, x0, noise, K = tiny_pdae(), images(3), images(3, seed=1), 0.3
     schedule, t = build_schedule(TINY.schedule), torch.tensor([3, 600, 900])
     a, c, weight = (
@@ -229,6 +229,10 @@ def test_other_mismatches_on_resume(tmp_path, dataset):
     wider = dataclasses.replace(TINY, unet=dataclasses.replace(TINY.unet, base_channel=64))
     with pytest.raises(UserError, match="another configuration"):
         trainer(tmp_path / "run", dataset, model=Prior(wider.prior)).resume()
+    saved = torch.load(tmp_path / "run" / CHECKPOINT_NAME, weights_only=True)
+    del saved["config"]["noise"]  # as before there was such a field
+    torch.save(saved, tmp_path / "run" / CHECKPOINT_NAME)
+    trainer(tmp_path / "run", dataset).resume()
     heavier = TASKS["prior"](tiny_prior(), velocity=0.5)
     with pytest.raises(UserError, match="other --velocity than those of the saved run \\(0.5, not None\\)"):
         Trainer(heavier, dataset, SETTINGS, tmp_path / "run", quiet=True).resume()

@@ -112,7 +112,7 @@ def _sample(
             found = critical_stage.guided_stages(
                 pipe.plan.field(),
                 critical_stage.log_probability(guide, wanted[part]),
-                common.noise(pipe, args.seed, part.tolist()).to(pipe.device),
+                pipe.random_x_T(args.seed, part.tolist()).to(pipe.device),
                 pipe.schedule,
                 parts,
                 scale=args.scale,

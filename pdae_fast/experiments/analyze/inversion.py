@@ -72,7 +72,7 @@ def compare(
     if setting.mode == "inferred":
         latent = own.invert(x0, z, setting.encode_steps)
     else:
-        latent = common.noise(own, seed, indices)
+        latent = own.random_x_T(seed, indices)
     x = own.decode(z, latent)
     paths = interpolations(own, z, latent, points)
     for what, values in (("reconstruction", x), ("interpolation", paths)):

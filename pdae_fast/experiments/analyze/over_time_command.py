@@ -11,6 +11,7 @@ from ... import cli
 from ...data import save_grid, stream
 from ...errors import UserError
 from ...files import make_folder
+from ...sampling import ImageNoise
 from .. import common
 from ..common import Cost
 from ..plots import COLOURS, chart
@@ -65,7 +66,7 @@ class _OverTime:
         """The first images [n, C, H, W] and their Points at the times to be shown, highest first; one noise for all."""
         run = self.run
         x0 = next(stream(run.dataset, min(SHOWN, run.pipe.batch_size), run.args.on_error, [])).images
-        noise = common.noise(run.pipe, run.args.seed, range(len(x0)))
+        noise = ImageNoise(run.args.seed, range(len(x0)), x0.shape[1:])()
         drawn = times.points(run.pipe, x0, self.shown, lambda t: noise, lambda n: None)
         return x0, [times.Point(p.t, *(v.cpu() for v in p[1:])) for p in drawn]
 

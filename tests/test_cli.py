@@ -98,8 +98,29 @@ def test_limit_and_quiet(tmp_path, model_dir, capsys):
     assert printed.out == printed.err == ""
 
 
+def test_how_random_x_T_is_drawn(tmp_path, model_dir):
+    """The results of --noise, its place in the report, and the model's own choice without it."""
+    folder, narrow = image_folder(tmp_path / "in", 3), tmp_path / "narrow"
+    tiny_pdae(dataclasses.replace(TINY_FULL, noise="standardised")).save_pretrained(narrow)
+    base = ("--input", folder, "--steps", 3, "--device", "cpu", "--modes", "random", "--quiet", "--out")
+    mse = {}
+    for name, model, options in (
+        ("as published", model_dir, ()),
+        ("asked", model_dir, ("--noise", "standardised")),
+        ("told", narrow, ()),
+        ("against", narrow, ("--noise", "normal")),
+    ):
+        assert run(reconstruct.main, "--model", model, *options, *base, tmp_path / name) == 0
+        report = json.loads((tmp_path / name / "metrics.json").read_text())
+        assert report["noise"] == ("standardised" if name in ("asked", "told") else "normal")
+        mse[name] = report["modes"]["random"]["mean"]["mse"]
+    assert mse["asked"] == pytest.approx(mse["told"], rel=1e-5) != pytest.approx(mse["as published"], rel=1e-3)
+    assert mse["against"] == pytest.approx(mse["as published"], rel=1e-5)
+
+
 MISTAKES = [
     (["--steps", "0"], "steps must be between 1 and 1000"),
+    (["--noise", "pink"], "invalid choice: 'pink'"),
     (["--encode-steps", "1001"], "steps must be between 1 and 1000"),
     (["--steps", "many"], "invalid int value: 'many'"),
     (["--model", "nothing-here"], "neither a bundled model"),

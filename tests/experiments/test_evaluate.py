@@ -18,7 +18,6 @@ from pdae_fast import Pipeline, cli, evaluate, reconstruct
 from pdae_fast.data import open_dataset
 from pdae_fast.experiments import evaluate as experiment
 from pdae_fast.experiments import perceptual
-from pdae_fast.experiments.common import noise
 
 
 @pytest.fixture
@@ -55,7 +54,7 @@ def test_the_table_is_that_of_direct_calls(tmp_path, model_dir, base, capsys, mo
     x0 = torch.stack([dataset[i].image for i in range(5)])
     model = evaluate.common.PDAE.from_pretrained(model_dir)
     pipe = Pipeline(model, steps=2, device="cpu", plan="eager", batch_size=5)
-    decoded = [pipe.reconstruct(x0), pipe.decode(pipe.encode(x0), noise(pipe, 3, range(5)))]
+    decoded = [pipe.reconstruct(x0), pipe.decode(pipe.encode(x0), pipe.random_x_T(3, range(5)))]
     per_image = rows_of(out / "per_image.csv")
     assert [row["image"] for row in per_image[::4]] == dataset.names
     for k, x in enumerate(decoded):
@@ -125,7 +124,7 @@ def test_frechet_distance_is_torchmetrics_own(tmp_path, model_dir, base):
     for folder, real in ((reference, True), (base[3], False)):
         dataset = open_dataset(folder, 32, 1)
         x = torch.stack([dataset[i].image for i in range(len(dataset))])
-        x = x if real else pipe.decode(pipe.encode(x), noise(pipe, 0, range(len(x))))
+        x = x if real else pipe.decode(pipe.encode(x), pipe.random_x_T(0, range(len(x))))
         metric.update(((x + 1) * 127.5).clamp(0, 255).round().to(torch.uint8).expand(-1, 3, -1, -1), real=real)
     assert report["rows"][0]["fid"] == pytest.approx(float(metric.compute()), rel=1e-3, abs=1e-6)
     assert report["fid"]["images"] == 4 and not (out / "fid").exists()

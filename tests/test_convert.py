@@ -1,5 +1,6 @@
 """The command: every kind of file in, the published layout out again. Wrong files: checkpoints/test_bad_inputs.py."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -60,6 +61,21 @@ def test_prior_and_half_precision(source, tmp_path, capsys):
     assert found.config.image_size == 64
     for a, b in zip(found.parameters(), prior.parameters(), strict=True):
         assert torch.equal(a, b.half().float())
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["pdae", "prior"])
+def test_how_noise_is_drawn_travels_in_the_yaml(tmp_path, whole):
+    configuration = dataclasses.replace(fabricate.config(num_heads=4), noise="standardised")
+    model = fabricate.pdae(configuration) if whole else fabricate.prior(configuration.prior)
+    model.save_pretrained(tmp_path / "ours")
+    back = tmp_path / "back.pt"
+    assert main([str(tmp_path / "ours"), "--to", "official", "--out", str(back)]) == 0
+    kind = PDAE if whole else Prior
+    assert kind.from_pretrained(back, config=back.with_suffix(".yml")).config == model.config
+    assert kind.from_pretrained(back, num_heads=4).config.noise == "normal"
+    back.with_suffix(".yml").write_text(back.with_suffix(".yml").read_text().replace("standardised", "pink"))
+    with pytest.raises(UserError, match="noise 'pink' is not known"):
+        kind.from_pretrained(back, config=back.with_suffix(".yml"))
 
 
 @pytest.mark.parametrize("name", ["rgb32-heads4", "grey32-new-two-rates", "rgb64-head-channel"])

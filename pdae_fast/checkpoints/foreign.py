@@ -120,7 +120,7 @@ def _prior(file: ForeignFile, settings: Settings, notes: list[str]) -> tuple[Pri
         size, reason = infer.prior_image_size(unet.attention_resolutions, unet.levels)
         notes.append(f"image size {size} ({reason}; a U-Net's weights do not say: --image-size, image_size=)")
     with _located(file.where):
-        config = PriorConfig(image_size=size, unet=unet, schedule=_schedule(settings, notes))
+        config = PriorConfig(size, unet, _schedule(settings, notes), settings.get("noise", "normal"))
     return config, {f"unet.{name}": tensor for name, tensor in state.items()}
 
 
@@ -161,6 +161,7 @@ def _pdae(
             encoder_channel=shape.encoder_channel,
             unet=unet,
             schedule=_schedule(settings, notes),
+            noise=settings.get("noise", "normal"),
         )
     state = {f"encoder.{name}": tensor for name, tensor in encoder.items()}
     return config, state | {f"decoder.{name}": tensor for name, tensor in decoder.items()}

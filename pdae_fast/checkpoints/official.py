@@ -81,6 +81,8 @@ def official_yaml(config: PDAEConfig | PriorConfig) -> str:
             "learn_sigma": unet.learn_sigma,
         },
     }
+    if config.noise != "normal":
+        sections["diffusion_config"]["noise"] = config.noise
     if config.schedule.kind == "linear":
         sections["diffusion_config"] |= {"linear_beta_start": 0.0001, "linear_beta_end": 0.02}
     if pdae:

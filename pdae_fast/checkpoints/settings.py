@@ -172,6 +172,8 @@ def _keys_of(node: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, str]:
         keys |= _DIFFAE_KEYS
     if path[-1:] == ("schedule",):
         keys["kind"] = "schedule"
+    if not path or path[-1] == "diffusion_config":  # this project's own words; elsewhere it may mean anything
+        keys["noise"] = "noise"
     return keys
 
 

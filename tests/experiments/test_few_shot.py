@@ -178,7 +178,7 @@ def test_the_command(tmp_path, base, model, capsys):
     names = sorted(path.stem for path in (out / "images" / "bright-pu").iterdir())
     z = pipe.sample_latents(experiment.BLOCK, seed=1)
     numbers = [int(name) for name in names]
-    x = pipe.decode(z[numbers], few_shot.common.noise(pipe, 1, numbers), 0.3)
+    x = pipe.decode(z[numbers], pipe.random_x_T(1, numbers), 0.3)
     found = torch.stack([_pixels(out / "images" / "bright-pu" / f"{name}.png") for name in names])
     assert relative(found, x.clamp(-1, 1)) < 2e-2
     classifier = experiment.ImageClassifier(1, 2)

@@ -145,7 +145,8 @@ class LatentConfig:
         )
 
 
-def _check_noise(noise: Any) -> None:
+def check_noise(noise: Any) -> None:
+    """UserError unless ``noise`` is one of NOISES."""
     _require(noise in NOISES, f"noise {noise!r} is not known; expected {' or '.join(NOISES)}")
 
 
@@ -172,7 +173,7 @@ class PriorConfig:
 
     def __post_init__(self) -> None:
         _check_image_size(self.image_size, self.unet)
-        _check_noise(self.noise)
+        check_noise(self.noise)
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ class PDAEConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "attributes", tuple(self.attributes))
         _check_image_size(self.image_size, self.unet)
-        _check_noise(self.noise)
+        check_noise(self.noise)
         size = self.image_size
         _require(
             size >= 32 and size & (size - 1) == 0,

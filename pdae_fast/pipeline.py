@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import sampling, solvers
-from .config import NOISES
+from .config import check_noise
 from .engine import Reuse, build_plan, out_of_memory, resolve_device, resolve_dtype
 from .errors import UserError
 from .inversion import invert_implicit
@@ -90,8 +90,7 @@ class Pipeline:
 
     def check_settings(self) -> None:
         """UserError unless steps, spacing, iterations, solver, reuse and noise are known and go together."""
-        if self.noise not in NOISES:
-            raise UserError(f"noise {self.noise!r} is not known; expected {' or '.join(NOISES)}")
+        check_noise(self.noise)
         solvers.check_steps(self.solver, len(self.schedule.timesteps(self.steps, self.spacing)) - 1)
         if self.iterations < 0:
             raise UserError(f"iterations must not be negative, not {self.iterations}")

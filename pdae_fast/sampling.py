@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import NOISES
-from .errors import UserError
+from .config import check_noise
 from .schedule import Schedule, Step, Trajectory
 
 Progress = Callable[[], None]
@@ -238,6 +237,5 @@ def random_noise(kind: str, draws: Tensor) -> Tensor:
     norm takes away just these two numbers) and leaves it in eps_hat, where 1 / sqrt(SNR) turns it into speckles and
     wrong colours. Not in the paper.
     """
-    if kind not in NOISES:
-        raise UserError(f"noise {kind!r} is not known; expected {' or '.join(NOISES)}")
+    check_noise(kind)
     return standardise(draws) if kind == "standardised" else draws

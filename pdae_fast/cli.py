@@ -86,7 +86,8 @@ def add_run_options(p: argparse.ArgumentParser, out: str) -> None:
     p.add_argument(
         "--noise",
         choices=NOISES,
-        help="random x_T: normal as published, or standardised in every channel (default: as the model says)",
+        help="of random x_T, and of x_t in analyses: normal as published, or standardised in every channel (default: "
+        "as the model says)",
     )
     p.add_argument("--batch-size", type=int, help="images per network evaluation (default: chosen for the device)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")

@@ -120,6 +120,25 @@ def test_loss_per_t_is_that_of_a_direct_loop(model):
             assert weighted.with_shift[i, k] == pytest.approx(float(trained), rel=1e-4)
 
 
+def test_x_t_has_the_kind_of_noise_that_was_asked_for(model):
+    data, seen = Images(3), {}
+
+    def look(schedule, point):
+        seen[point.t] = point
+        return {"nothing": torch.zeros(len(point.x0))}
+
+    pipe = Pipeline(model, device="cpu", plan="eager", noise="standardised")
+    times.measure(pipe, data, [100, 700], look, seed=4)
+    for t, point in seen.items():
+        draws = times.noise_at(4, t, range(3), model.image_shape).double()
+        centred = draws - draws.mean((2, 3), keepdim=True)
+        expected = centred / centred.square().mean((2, 3), keepdim=True).sqrt()
+        torch.testing.assert_close(point.noise.double(), expected, rtol=1e-5, atol=1e-5)
+        bar = constants(t)[1]
+        x_t = bar**0.5 * data.all.double() + (1 - bar) ** 0.5 * expected
+        torch.testing.assert_close(point.x_t.double(), x_t, rtol=1e-5, atol=1e-5)
+
+
 def test_measurements_do_not_depend_on_the_batch_or_on_other_times(model):
     data = Images(3)
 
@@ -214,6 +233,17 @@ def test_commands_over_t(kind, files, model_dir, folder, tmp_path, capsys):
         assert report["overall"]["factor"] == pytest.approx(report["overall"]["without"] / report["overall"]["with"])
         assert float(rows[1]["factor"]) == pytest.approx(report["at"][1]["factor"])
         assert "geometric mean over t" in capsys.readouterr().out
+
+
+def test_the_noise_of_x_t_is_reported_and_changes_the_numbers(model_dir, folder, tmp_path, capsys):
+    found = {}
+    for noise in ("normal", "standardised"):
+        assert command("gap", model_dir, folder, tmp_path / noise, "--times", 3, "--noise", noise) == 0
+        assert f"{noise} noise" in capsys.readouterr().out
+        report = json.loads((tmp_path / noise / "metrics.json").read_text())
+        assert report["noise"] == noise
+        found[noise] = report["overall"]["without"]
+    assert found["normal"] != pytest.approx(found["standardised"], rel=1e-6)
 
 
 def test_broken_images_are_reported(model_dir, folder, tmp_path):

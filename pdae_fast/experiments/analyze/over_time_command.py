@@ -85,7 +85,8 @@ class _OverTime:
 
     def say(self, text: list[str]) -> None:
         if not self.run.args.quiet:
-            where = f"{self.images} images at {len(self.times)} times, model {self.run.args.model}"
+            noise = f"{self.run.pipe.noise} noise"
+            where = f"{self.images} images at {len(self.times)} times, {noise}, model {self.run.args.model}"
             print("\n".join([*text, where, f"wrote {self.run.out}"]))
 
 

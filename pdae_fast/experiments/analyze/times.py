@@ -16,7 +16,7 @@ from ...data import stream
 from ...errors import UserError
 from ...files import atomic_write
 from ...pipeline import Pipeline
-from ...sampling import ImageNoise
+from ...sampling import ImageNoise, random_noise
 from ...schedule import Schedule
 from ...training.objective import q_sample
 
@@ -44,14 +44,15 @@ def time_grid(T: int, count: int) -> list[int]:
 
 
 def noise_at(seed: int, t: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """The noise of x_t [B, *shape]: image k has the same at t whatever else is computed, another at another t."""
+    """Draws for the noise of x_t [B, *shape]: image k has the same at t whatever else is computed, others at another."""
     return ImageNoise(seed + (t + 2) * 2**32, indices, shape)()  # streams 0 and 1 are x_T's and z_T's
 
 
 def points(
     pipe: Pipeline, x0: Tensor, times: Sequence[int], noise: Callable[[int], Tensor], advance: Callable[[int], Any]
 ) -> Iterator[Point]:
-    """One Point for each of ``times``; x0 [B, C, H, W] in [-1, 1], all in one batch, noise(t) of the same shape.
+    """One Point for each of ``times``; x0 [B, C, H, W] in [-1, 1], all in one batch, noise(t) of the same shape:
+    standard normal draws, of which the pipeline's kind of noise is made (`sampling.random_noise`).
 
     z is E(x0). One evaluation of trunk and both decoders for each t.
     """
@@ -61,7 +62,7 @@ def points(
     x0 = x0.float().to(device)
     for t in times:
         field = pipe.plan.field(z)  # a new one: reuse between neighbouring times would not be what is measured
-        eps_true = noise(t).to(device)
+        eps_true = random_noise(pipe.noise, noise(t)).to(device)
         x_t = q_sample(schedule, x0, torch.full((len(x0),), t, dtype=torch.int64, device=device), eps_true)
         eps, gradient = field(x_t, t, True)
         yield Point(t, x0, x_t, eps_true, eps, gradient)

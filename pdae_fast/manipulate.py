@@ -25,6 +25,7 @@ from .experiments.manipulate import (
     manipulate,
     measure,
     pairs_folder,
+    stands_out,
 )
 from .files import make_folder
 
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"none of the {len(broken)} images could be read; the first: {': '.join(broken[0])}")
         if edits:
             truth = against_truth(pipe, *ends, edits, sizes, run.encode_steps)
-    images = sum(count for count, _ in parts)
+    images, rows = sum(count for count, _ in parts), average(parts)
     values: dict[str, Any] = {}
     if args.compare:
         values["compare"] = compare(pipe, shown.images[:2], attributes, scales)
@@ -86,7 +87,8 @@ def main(argv: list[str] | None = None) -> None:
         broken=[{"name": name, "reason": reason} for name, reason in broken],
         attributes=attributes,
         scales=scales,
-        rows=average(parts),
+        rows=rows,
+        stands_out=stands_out(rows),
         **cost.report(images * each),
         **values,
     )
@@ -159,6 +161,8 @@ def _summary(report: dict[str, Any], out: Path) -> str:
         cli.table(header, lines),
         "change of the classifier's logit and probability p after decoding and encoding again, mean over images; "
         "others: mean absolute change of all other attributes; asked: what the edit of z says; pixels that changed",
+        "the target moves as asked and by more than the others: "
+        + ", ".join(f"{name} in {k} of {n} rows" for name, (k, n) in report["stands_out"].items() if n),
     ]
     if "pairs" in report:
         rows = [

@@ -21,7 +21,7 @@ from ..pipeline import Pipeline
 from . import common
 from .timing import ROUNDS, alternate
 
-SCALES = (-0.2, -0.1, 0.1, 0.2)
+SCALES = (-0.3, -0.15, 0.15, 0.3)
 CHANGED = 8 / 255  # on [0, 1]: smaller differences of a pixel are not seen
 # Shown when nothing was asked for, as far as a classifier has them (CelebA's and the avatars' names).
 FAVOURITES = ("smiling", "eyeglasses", "beard", "male", "young", "blond_hair", "dark_skin", "hat")
@@ -125,6 +125,16 @@ def average(parts: Sequence[tuple[int, list[dict]]]) -> list[dict]:
                 row[key] = sum(count * part[key] for (count, _), part in zip(parts, same, strict=True)) / images
         rows.append(row)
     return rows
+
+
+def stands_out(rows: Sequence[dict]) -> dict[str, tuple[int, int]]:
+    """In how many of how many rows of `measure` the target's logit moves the way it was asked to, and by more than
+    the others do: "raised" of those with a positive scale, "lowered" of those with a negative one."""
+    found = {}
+    for name, sign in (("raised", 1), ("lowered", -1)):
+        some = [row for row in rows if sign * row["scale"] > 0]
+        found[name] = (sum(sign * row["target"] > (row["others"] or 0) for row in some), len(some))
+    return found
 
 
 def _mean_absolute(values: Tensor) -> float | None:

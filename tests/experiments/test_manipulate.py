@@ -104,6 +104,16 @@ def test_measures_by_hand(pipe):
     assert experiment.average(parts)[0] == {**row, "target": 2.5}
 
 
+def test_rows_in_which_the_target_stands_out():
+    def row(scale, target, others):
+        return {"scale": scale, "target": target, "others": others}
+
+    rows = [row(0.3, 1.0, 0.5), row(0.3, 0.4, 0.5), row(0.3, -2.0, 0.5), row(-0.3, -1.0, 0.5), row(-0.3, 1.0, 0.5)]
+    assert experiment.stands_out(rows) == {"raised": (1, 3), "lowered": (1, 2)}
+    # A classifier of one attribute has no others.
+    assert experiment.stands_out([row(0.1, 0.2, None)]) == {"raised": (1, 1), "lowered": (0, 0)}
+
+
 def test_default_attributes():
     assert experiment.default_attributes(["Bald", "Smiling", "Hat", "Male", "X", "Y"]) == [
         "Smiling",
@@ -180,9 +190,12 @@ def test_the_command(tmp_path, base, capsys):
     assert [(r["attribute"], r["scale"]) for r in report["rows"]] == [(n, s) for n in ("round", "dark") for s in SCALES]
     assert report["pairs"]["count"] == 2 and [row["scale"] for row in report["pairs"]["rows"]] == [0, 0.5, 0.7, None]
     assert report["compare"]["largest_difference"] < 1e-2
+    expected = [int(r["target"] > r["others"]) for r in report["rows"] if r["scale"] > 0]
+    assert report["stands_out"]["raised"] == [sum(expected), 2]
     # Two steps up and down for an image, and down for each of its four edits; per edit.
     assert report["network_evaluations_per_image"]["trunk"] == pytest.approx((2 + 2 + 4 * 2) / 4)
     printed = capsys.readouterr().out
+    assert f"raised in {sum(expected)} of 2 rows" in printed
     assert "round +0.7" in printed and "z of the true image" in printed and "one run" in printed
     names = sorted(path.name for path in (out / "images" / "dark").iterdir())
     assert names == sorted(f"{i:02d}_{s}.png" for i in range(3) for s in ("-0.5", "+0.7"))

@@ -108,7 +108,7 @@ def test_rows_in_which_the_target_stands_out():
     def row(scale, target, others):
         return {"scale": scale, "target": target, "others": others}
 
-    rows = [row(0.3, 1.0, 0.5), row(0.3, 0.4, 0.5), row(0.3, -2.0, 0.5), row(-0.3, -1.0, 0.5), row(-0.3, 1.0, 0.5)]
+    rows = [row(0.3, 1.0, 0.5), row(0.3, 0.4, 0.5), row(0.3, -2.0, 0.5), row(-0.3, -1.0, 0.5), row(-0.3, 0.2, 0.5)]
     assert experiment.stands_out(rows) == {"raised": (1, 3), "lowered": (1, 2)}
     # A classifier of one attribute has no others.
     assert experiment.stands_out([row(0.1, 0.2, None)]) == {"raised": (1, 1), "lowered": (0, 0)}

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     train, test, how = find_parts(run, run.out / "latents", args.holdout)
     names = list(dict.fromkeys(args.name or few_shot.default_names(train.targets, args.positives)))
     for name in names:
-        train.targets.positive(name)  # a mistake shows before the work
+        train.targets.positive(name)  # a mistake shows before anything is drawn
     make_folder(run.out)
     draws = Draws(pipe, args.latent_steps, not args.no_latent_clamp, args.seed)
     settings = list(dict.fromkeys(args.settings))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import sys
 from pathlib import Path
@@ -55,13 +56,17 @@ def main(argv: list[str] | None = None) -> None:
     pipe.sample_latents(1, 1)  # without a latent DPM this says so
     pipe.schedule.decoding(args.steps, args.stop_percent)
     pipe.schedule.timesteps(args.latent_steps or args.steps)
-    train, test, how = find_parts(run, run.out / "latents", args.holdout)
-    names = list(dict.fromkeys(args.name or few_shot.default_names(train.targets, args.positives)))
-    for name in names:
-        train.targets.positive(name)  # a mistake shows before anything is drawn
+    settings = list(dict.fromkeys(args.settings))
+
+    def check(targets: Targets) -> None:
+        for name in _names(args, targets):
+            for setting in settings:
+                _choose(args, targets, name, setting)
+
+    train, test, how = find_parts(run, run.out / "latents", args.holdout, check=check)
+    names = _names(args, train.targets)
     make_folder(run.out)
     draws = Draws(pipe, args.latent_steps, not args.no_latent_clamp, args.seed)
-    settings = list(dict.fromkeys(args.settings))
     chosen = [_accept(run, draws, train, name, setting) for name in names for setting in settings]
     judges = {name: _judge(run, train, test, name) for name in names}
     total = (len(chosen) + 1) * args.count * common.evaluations(pipe, "random", None)
@@ -90,16 +95,24 @@ def main(argv: list[str] | None = None) -> None:
         print(_summary(report, run.out))
 
 
+def _names(args: argparse.Namespace, targets: Targets) -> list[str]:
+    return list(dict.fromkeys(args.name or few_shot.default_names(targets, args.positives)))
+
+
+def _choose(args: argparse.Namespace, targets: Targets, name: str, setting: str) -> few_shot.Labelled:
+    negatives = args.positives if args.negatives is None else args.negatives
+    others = negatives if setting == "binary" else args.unlabelled
+    positive = targets.positive(name)
+    try:
+        return few_shot.choose(positive, setting, args.positives, others, args.seed)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+
+
 def _accept(run: common.Run, draws: Draws, train: Part, name: str, setting: str) -> dict[str, Any]:
     """Fit the classifier of one name and setting, and draw until enough z are accepted."""
     args = run.args
-    negatives = args.positives if args.negatives is None else args.negatives
-    others = negatives if setting == "binary" else args.unlabelled
-    positive = train.targets.positive(name)
-    try:
-        labelled = few_shot.choose(positive, setting, args.positives, others, args.seed)
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from None
+    labelled = _choose(args, train.targets, name, setting)
     mean, std = (v.cpu().numpy() for v in (run.model.latent_mean, run.model.latent_std))
     normalised = (train.z - mean) / std
     classifier = few_shot.fit(normalised[labelled.positives], normalised[labelled.others], args.l2)
@@ -110,7 +123,7 @@ def _accept(run: common.Run, draws: Draws, train: Part, name: str, setting: str)
         )
     except UserError as error:
         raise UserError(f"{name}, {TITLES[setting]}: {error}") from None
-    hidden = int(positive[labelled.others].sum())
+    hidden = int(train.targets.positive(name)[labelled.others].sum())
     return {"name": name, "setting": setting, "labelled": labelled, "accepted": accepted, "hidden": hidden}
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from .targets import Targets, find_targets
 
 FEWEST = 8  # labelled images
 
+Check = Callable[[Targets], object]
+
 
 class Part(NamedTuple):
     """The labelled images of one side: K names, z [K, D], images [K, C, H, W], and the targets of the same K rows."""
@@ -26,37 +29,58 @@ class Part(NamedTuple):
     targets: Targets
 
 
-def find_parts(run: common.Run, cache: Path, holdout: float, test: Sequence[str] = ()) -> tuple[Part, Part, str]:
+def find_parts(
+    run: common.Run, cache: Path, holdout: float, test: Sequence[str] = (), check: Check | None = None
+) -> tuple[Part, Part, str]:
     """Training and test images of ``run``, and how they were divided, in words: ``test`` (data as --input names it) is
     tested on, else the data set's own test files, else ``holdout`` of the images, drawn by the seed. z comes from
-    ``cache`` (see `encode_dataset`)."""
+    ``cache`` (see `encode_dataset`).
+
+    All that can be wrong with the labels is said before an image is encoded. ``check`` may add to that: it is given the
+    targets of the images to learn from (with those of ``holdout`` among them) and raises UserError.
+    """
+    sides, how = _sides(run, holdout, test)
+    known = [_targets(run.args, *side) for side in sides]
+    if test:
+        words, other = (f"{targets.kind} {', '.join(targets.names)}" for targets in known)
+        if words != other:
+            raise UserError(f"--input has {words}; --test has {other}; expected the same of both")
+    if check is not None:
+        check(known[0])
+    parts = [_part(run, dataset, targets, cache) for (dataset, _), targets in zip(sides, known, strict=True)]
+    if len(parts) == 1:
+        places = split(len(parts[0].z), holdout, run.args.seed)
+        parts = [_rows(parts[0], rows) for rows in places]
+    learned, tested = parts
+    return learned, tested, how
+
+
+def _sides(run: common.Run, holdout: float, test: Sequence[str]) -> tuple[list[tuple[Any, Sequence[str]]], str]:
+    """The data sets to learn from and to test on, or the one to divide, each with its name; and that in words."""
     args = run.args
     if test:
         held = common.limited(common.open_data(args, run.model, test, "test"), args.limit)
-        tested, learned = _part(run, held, cache, test), _part(run, run.dataset, cache, run.spec)
-        words, other = (f"{part.targets.kind} {', '.join(part.targets.names)}" for part in (learned, tested))
-        if words != other:
-            raise UserError(f"--input has {words}; --test has {other}; expected the same of both")
-        return learned, tested, f"the test images are those of {' '.join(test)}"
+        return [(run.dataset, run.spec), (held, test)], f"the test images are those of {' '.join(test)}"
     # Only data with a training split of its own opens differently for it.
     training = common.open_data(args, run.model, run.spec, "train")
     if training.names[:1] != getattr(run.dataset, "names", [])[:1]:
         training = common.limited(training, args.limit)
-        learned, tested = (_part(run, side, cache, run.spec) for side in (training, run.dataset))
-        return learned, tested, "the data set's own training and test files"
+        return [(training, run.spec), (run.dataset, run.spec)], "the data set's own training and test files"
     if not 0 < holdout < 1:
         raise UserError(f"--holdout must be a fraction between 0 and 1, not {holdout}")
-    whole = _part(run, run.dataset, cache, run.spec)
-    places = split(len(whole.z), holdout, args.seed)
-    learned, tested = (_rows(whole, part) for part in places)
-    return learned, tested, f"every image once: {holdout:g} of them drawn for testing by seed {args.seed}"
+    how = f"every image once: {holdout:g} of them drawn for testing by seed {args.seed}"
+    return [(run.dataset, run.spec)], how
 
 
-def _part(run: common.Run, dataset: Any, cache: Path, spec: Sequence[str]) -> Part:
-    targets = find_targets(run.args, spec, dataset)
+def _targets(args: argparse.Namespace, dataset: Any, spec: Sequence[str]) -> Targets:
+    targets = find_targets(args, spec, dataset)
     count = len(targets.indices)
     if count < FEWEST:
         raise UserError(f"learning from z needs at least {FEWEST} labelled images, not {count}; give a larger --input")
+    return targets
+
+
+def _part(run: common.Run, dataset: Any, targets: Targets, cache: Path) -> Part:
     latents = encode_dataset(run.pipe, dataset, cache, on_error=run.args.on_error, quiet=run.args.quiet)
     # Broken images have no latents, and images without a row have no labels: what is left has both.
     place = {name: i for i, name in enumerate(latents.names)}

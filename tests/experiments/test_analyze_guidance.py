@@ -245,6 +245,15 @@ def test_critical_stage_by_an_attribute(model_dir, tmp_path):
     assert report["classes"] == ["not round", "round"] and report["images"] == 12  # a quarter is held out
 
 
+def test_an_unknown_attribute_before_an_image_is_encoded(model_dir, tmp_path, capsys):
+    folder = image_folder(tmp_path / "in", 16)
+    (tmp_path / "a.csv").write_text("image,round\n" + "".join(f"{i:02d}.png,{i % 2}\n" for i in range(16)))
+    arguments = ["--attributes", tmp_path / "a.csv", "--attribute", "square", "--quiet"]
+    assert command(model_dir, folder, tmp_path / "out", *arguments) == 2
+    assert "no attribute 'square'; there are round" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "more, line",
     [
@@ -259,6 +268,8 @@ def test_mistakes_are_one_line(more, line, model_dir, classes, tmp_path, capsys)
     assert command(model_dir, classes, tmp_path / "out", *more, "--quiet") == 2
     error = capsys.readouterr().err
     assert line in error and error.count("\n") == 1
+    assert not (tmp_path / "out" / "latents").exists() or "--judge" in more
+    assert not (tmp_path / "out" / "guide.pt").exists()  # nor is one classifier trained before the other is opened
 
 
 def test_images_without_labels(model_dir, tmp_path, capsys):

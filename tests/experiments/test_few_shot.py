@@ -197,6 +197,7 @@ BAD = [
     (["--name", "blue"], "no attribute 'blue'; there are bright, odd"),
     (["--positives", 40], "has 40 positive images"),
     (["--name", "odd", "--positives", 40], "odd: only"),
+    (["--name", "odd", "--positives", 4, "--negatives", 0], "odd: few-shot needs at least 1 positive and 1"),
     (["--count", 0], "--count must be at least 1"),
     (["--name", "bright", "--positives", 4, "--count", 3, "--max-draws", 1], "bright, positive-unlabelled: only"),
     (["--name", "bright", "--positives", 4, "--l2", 0], "--l2 must be positive"),
@@ -212,6 +213,8 @@ def test_a_mistake_is_one_line(tmp_path, base, capsys, argv, words):
     error = capsys.readouterr().err
     assert words in error and len(error.splitlines()) == 1
     assert not (out / "metrics.json").exists() and not (out / "images").exists()
+    # What is wrong with names and labels is said before an image is encoded.
+    assert (out / "latents").exists() == any(word in argv for word in ("--max-draws", "--l2"))
 
 
 def test_no_latent_dpm_and_no_labels(tmp_path, base, model_dir, capsys):

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 import warnings
 
 import numpy as np
@@ -259,6 +260,7 @@ def test_mistakes(tmp_path, model_dir, idx, capsys):
         (["--input", idx, "--columns", "odd"], "this data has classes"),
         (["--input", large, *table, "--test", idx], "has no row for any image"),
         (["--input", large, *table, "--test", tmp_path / "none"], "no such input"),
+        (["--input", idx, "--test", "bundled:avatars"], "--input has classes 0, 1; --test has attributes"),
         (["--input", idx, "--limit", 1], "at least 8 labelled images, not 1"),
     ):
         base = ["--model", model_dir, "--device", "cpu", "--plan", "eager", "--quiet", "--out", tmp_path / "out"]
@@ -266,6 +268,9 @@ def test_mistakes(tmp_path, model_dir, idx, capsys):
         error = capsys.readouterr().err
         assert words in error and len(error.splitlines()) == 1, error
         assert not (tmp_path / "out" / "metrics.json").exists()
+        # What is wrong with labels is said before an image is encoded.
+        assert (tmp_path / "out" / "latents").exists() == ("--neighbours" in arguments), arguments
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
 
 
 def test_targets_in_words():

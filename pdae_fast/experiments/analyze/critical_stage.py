@@ -17,6 +17,7 @@ from ...schedule import Schedule, Trajectory
 from .. import common
 from ..parts import find_parts
 from ..plots import chart
+from ..targets import Targets
 
 HOLDOUT = 0.25  # of data without a test split, to judge the judge
 
@@ -37,11 +38,16 @@ def labelled(run: common.Run, attribute: str | None) -> Labelled:
     Attributes are one question at a time: ``attribute`` (default: the most evenly divided one) gives two classes.
     Raises UserError for an attribute that there is not, or beside classes.
     """
-    train, test, _ = find_parts(run, run.out / "latents", HOLDOUT)
+
+    def check(targets: Targets) -> None:
+        if attribute is not None and targets.kind == "classes":
+            raise UserError("--attribute chooses one of several attributes; this data has classes")
+        if attribute is not None:
+            targets.positive(attribute)
+
+    train, test, _ = find_parts(run, run.out / "latents", HOLDOUT, check=check)
     names = train.targets.names
     if train.targets.kind == "classes":
-        if attribute is not None:
-            raise UserError("--attribute chooses one of several attributes; this data has classes")
         labels = [part.targets.values for part in (train, test)]
     else:
         if attribute is None:

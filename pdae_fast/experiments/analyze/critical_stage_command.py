@@ -143,15 +143,17 @@ def _classifiers(
     args, device, classes = run.args, run.pipe.device, len(data.names)
     schedule, settings = run.pipe.schedule, {"epochs": args.epochs, "device": device, "advance": advance}
     train = (data.images, data.labels, classes)
+    # Files first: a mistake in one shows before minutes of training.
+    guide, judge = None, None
     if args.guide:
         guide = image_classifier.UserClassifier(args.guide, "--guide", classes, True, device)
-    else:
+    if args.judge:
+        judge = image_classifier.UserClassifier(args.judge, "--judge", classes, False, device)
+    if guide is None:
         guide = image_classifier.cached_classifier(
             run.out / "guide.pt", *train, seed=args.seed, schedule=schedule, **settings
         )
-    if args.judge:
-        judge = image_classifier.UserClassifier(args.judge, "--judge", classes, False, device)
-    else:
+    if judge is None:
         judge = image_classifier.cached_classifier(run.out / "judge.pt", *train, seed=args.seed + 1, **settings)
     right = image_classifier.predict(judge, data.test_images).argmax(1) == data.test_labels
     quality = {"judge on test images": float(right.float().mean())}

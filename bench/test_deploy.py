@@ -72,7 +72,10 @@ import numpy as np
 from pdae_fast.export.runtime import Session
 directory, backend, batch = sys.argv[1:]
 s = Session(directory, backend, threads=1)
-s.decode(np.zeros((int(batch), s.manifest["latent_dim"]), np.float32))
+shapes = (s.manifest["latent_dim"],), s.manifest["image_shape"]
+z, x = (np.zeros((int(batch), *shape), np.float32) for shape in shapes)
+conditioning = s.backend.run("conditioning", {"z": z})["conditioning"]
+s.backend.run("decode_step", {"x": x, "conditioning": conditioning, "step": np.zeros(1, np.int64)})
 """
 
 
@@ -124,7 +127,7 @@ def test_deploy(benchmark, exports, network, batch):
         if importlib.util.find_spec(backend) is None:
             continue
         directory = exports(network, kind)
-        if not runs(directory, backend, batch):
+        if backend == "openvino" and not runs(directory, backend, batch):
             RUN.add("deploy", network=network, batch=batch, contender=f"{name} (failed)")
             continue
         side = Exported(c, name, directory)

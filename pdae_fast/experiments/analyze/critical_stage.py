@@ -40,10 +40,11 @@ def labelled(run: common.Run, attribute: str | None) -> Labelled:
     """
 
     def check(targets: Targets) -> None:
-        if attribute is not None and targets.kind == "classes":
+        if attribute is None:
+            return
+        if targets.kind == "classes":
             raise UserError("--attribute chooses one of several attributes; this data has classes")
-        if attribute is not None:
-            targets.positive(attribute)
+        targets.positive(attribute)
 
     train, test, _ = find_parts(run, run.out / "latents", HOLDOUT, check=check)
     names = train.targets.names

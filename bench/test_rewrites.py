@@ -14,7 +14,7 @@ from bench.gpu.paths import variants
 from bench.networks import case
 from bench.tables import RUN
 from bench.timing import Alternation, pedantic, rounds_within
-from pdae_fast.sampling import ddim_step
+from pdae_fast.samplers.ddim import ddim_step
 
 NETWORKS = ("fashion32", "celeba64")
 DTYPES = ("float32", "bfloat16")

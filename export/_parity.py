@@ -11,7 +11,7 @@ import onnx
 import torch
 from torch import Tensor
 
-from .. import sampling
+from ..samplers import ddim as sampling
 from ..engine.rewrites import resblocks
 from ..errors import UserError
 from ..models import PDAE, Prior

@@ -107,11 +107,23 @@ class Schedule:
 
         G is used only while the remaining step index is at least int(stop_percent * steps): 0 uses it always, 1 never.
         """
-        if not 0 <= stop_percent <= 1:
-            raise UserError(f"stop_percent must be between 0 and 1, not {stop_percent}")
-        points, stop = self.timesteps(steps, spacing), int(stop_percent * steps)
+        points, stop = self.timesteps(steps, spacing), _stop(stop_percent, steps)
         return tuple(
             self._step(points[i + 1], points[i], use_gradient=i >= stop) for i in range(len(points) - 2, -1, -1)
+        )
+
+    def ancestral(self, steps: int, stop_percent: float = 0.0, spacing: str = "uniform") -> Trajectory:
+        """The steps of Algorithm 2, from T - 1 down to alpha_bar = 1: all T of them, or those of a respaced process.
+
+        Unlike `decoding` it takes the last step too, from t = 0 to the clean image: S points, S evaluations.
+        """
+        if steps < 2:
+            raise UserError(f"ancestral sampling needs at least 2 steps, not {steps}")
+        points, stop = self.timesteps(steps - 1, spacing), _stop(stop_percent, steps)
+        ends = (1.0, *(float(self.alpha_bar[t]) for t in points[:-1]))
+        return tuple(
+            Step(int(points[i]), float(self.alpha_bar[points[i]]), ends[i], use_gradient=i >= stop)
+            for i in range(len(points) - 1, -1, -1)
         )
 
     def inversion(self, steps: int, spacing: str = "uniform") -> Trajectory:
@@ -124,6 +136,13 @@ class Schedule:
 
     def _step(self, now: int, following: int, use_gradient: bool) -> Step:
         return Step(int(now), float(self.alpha_bar[now]), float(self.alpha_bar[following]), use_gradient)
+
+
+def _stop(stop_percent: float, steps: int) -> int:
+    """The least remaining step index at which G is still used."""
+    if not 0 <= stop_percent <= 1:
+        raise UserError(f"stop_percent must be between 0 and 1, not {stop_percent}")
+    return int(stop_percent * steps)
 
 
 @functools.lru_cache(maxsize=8)

@@ -21,7 +21,7 @@ from bench.networks import build, inputs
 from pdae_fast import Pipeline
 from pdae_fast.engine import build_plan
 from pdae_fast.engine.options import Rewrites
-from pdae_fast.sampling import ddim, ddim_invert
+from pdae_fast.samplers.ddim import ddim, ddim_invert
 from pdae_fast.schedule import build_schedule
 
 from .journal import Cases, Context, Skip

@@ -11,7 +11,7 @@ from ..models import PDAE, Prior
 from .fused import FusedPlan
 from .options import Rewrites
 from .plan import Plan
-from .reuse import NOTHING, Reuse
+from ..samplers.reuse import NOTHING, Reuse
 
 PLANS = ("eager", "fused")
 # Relative difference from the modules in the same dtype that two correct plans stay under on one evaluation.

@@ -22,7 +22,8 @@ from .device import last_level_cache
 from .norms import Affine, Skip
 from .options import Rewrites
 from .plan import Plan
-from .reuse import Kept, Reuse, Turn, Turns
+from ..samplers.reuse import Reuse
+from .reuse import Kept, Turn, Turns
 from .trajectory import Conditioning, DeviceTrajectory
 
 # Pixels of a batch up to which the two decoders leave most of a large GPU idle when they run one after the other.

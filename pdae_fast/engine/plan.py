@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..models import PDAE, Prior
 from .cost import equivalents
 from .device import available_memory
-from .reuse import NOTHING, Reuse
+from ..samplers.reuse import NOTHING, Reuse
 
 P = TypeVar("P", bound="Plan")
 Field = Callable[[Tensor, int, bool], tuple[Tensor, Tensor | None]]

@@ -7,11 +7,11 @@ import torch
 
 from golden_rule import relative
 from helpers import capture_into, images, tiny_pdae, tiny_prior
-from pdae_fast import sampling
 from pdae_fast.engine import graphs
 from pdae_fast.engine.fused import FusedPlan
 from pdae_fast.engine.options import Rewrites
 from pdae_fast.engine.plan import Plan
+from pdae_fast.samplers import ddim as sampling
 from pdae_fast.schedule import build_schedule
 
 CPU = torch.device("cpu")

@@ -8,10 +8,9 @@ from helpers import images, tiny_pdae
 from pdae_fast import PDAE, Pipeline, UserError, metrics
 from pdae_fast.config import ScheduleConfig
 from pdae_fast.data import open_dataset
-from pdae_fast.inversion import _FixedPoint, invert_implicit
-from pdae_fast.pipeline import PRESETS
-from pdae_fast.reconstruct import SAMPLES
-from pdae_fast.sampling import ddim_invert, integrate
+from pdae_fast.data.bundled import SAMPLES
+from pdae_fast.samplers.ddim import ddim_invert, integrate
+from pdae_fast.samplers.inversion import _FixedPoint, invert_implicit
 from pdae_fast.schedule import build_schedule
 
 SCHEDULE = build_schedule(ScheduleConfig())
@@ -164,7 +163,7 @@ def test_random_networks_through_the_pipeline():
     ("call", "words"),
     [
         (lambda p, x: Pipeline(p.model, iterations=-1), "iterations must not be negative, not -1"),
-        (lambda p, x: p.reconstruct(x, 5), "leave out encode steps .now 5"),
+        (lambda p, x: p.with_recipe(encode_steps=5), "leave out encode steps"),
         (
             lambda p, x: Pipeline(p.model, spacing="cubic"),
             "'cubic' is not known; expected uniform, quadratic, logsnr or karras",
@@ -189,8 +188,8 @@ def test_forty_evaluations_beat_two_hundred_on_the_bundled_model():
     model = PDAE.from_pretrained("fashion32")
     dataset = open_dataset([SAMPLES], 32, 1)
     x0 = torch.stack([dataset[i].image for i in range(4)])
-    published = Pipeline(model, steps=100, device="cpu", dtype="float32")
-    quick = Pipeline(model, **PRESETS["balanced"], device="cpu", dtype="float32")
+    published = Pipeline(model, "published", device="cpu", dtype="float32")
+    quick = Pipeline(model, "balanced", device="cpu", dtype="float32")
     x = quick.reconstruct(x0)
     assert quick.evaluations["trunk"] == 4 * 40
     error, reference = (float(metrics.mse(x0, y).mean()) for y in (x, published.reconstruct(x0)))

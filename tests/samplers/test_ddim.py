@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from pdae_fast import ScheduleConfig, UserError
-from pdae_fast.sampling import ImageNoise, ddim, ddim_invert, ddim_step, ddpm, lerp, random_noise, slerp
+from pdae_fast.samplers.ddim import ddim, ddim_invert, ddim_step, ddpm, integrate
+from pdae_fast.samplers.noise import ImageNoise, lerp, random_noise, slerp
 from pdae_fast.schedule import build_schedule
 
 SCHEDULE = build_schedule(ScheduleConfig())
+ALL_STEPS = SCHEDULE.ancestral(1000)
 
 
 def gaussian_field(scale: float):
@@ -81,7 +83,7 @@ def test_ddpm_mean_is_the_posterior_mean_shifted_by_sigma_squared_G():
         calls.append((t, x_t))
         return eps, gradient
 
-    ddpm(field, x, SCHEDULE, noise=lambda: torch.zeros(3, 4))
+    ddpm(field, x, ALL_STEPS, noise=lambda: torch.zeros(3, 4))
     assert [t for t, _ in calls] == list(range(999, -1, -1))
     for (t, x_t), (_, following) in zip(calls[:-1], calls[1:], strict=True):
         if t not in (999, 500, 37, 1):
@@ -106,7 +108,7 @@ def test_ddpm_noise_has_the_posterior_deviation():
         draws.append(torch.randn(2, 3, generator=torch.Generator().manual_seed(len(draws))))
         return draws[-1]
 
-    ddpm(field, torch.zeros(2, 3), SCHEDULE, noise)
+    ddpm(field, torch.zeros(2, 3), ALL_STEPS, noise)
     assert len(draws) == 999  # none at t = 0
     t = 999
     sigma = SCHEDULE.posterior_variance[t] ** 0.5
@@ -116,7 +118,7 @@ def test_ddpm_noise_has_the_posterior_deviation():
 def test_ddpm_reaches_the_data_distribution():
     scale = 0.5
     noise = ImageNoise(1, range(64), (64,))
-    x = ddpm(gaussian_field(scale), noise(), SCHEDULE, noise)
+    x = ddpm(gaussian_field(scale), noise(), ALL_STEPS, noise)
     assert float(x.std()) == pytest.approx(scale, rel=0.03)
 
 
@@ -177,3 +179,65 @@ def test_random_noise():
     assert torch.isfinite(random_noise("standardised", torch.ones(1, 1, 4, 4))).all()
     with pytest.raises(UserError, match="'pink' is not known; expected normal or standardised"):
         random_noise("pink", draws)
+
+
+def draws(*shape, count=1000, seed=7):
+    """The same normal draws at every call of the function that comes back: a sampler's ``noise``."""
+    values = iter(torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed)))
+    return lambda: next(values)
+
+
+@pytest.mark.parametrize("clamp", [None, 1.0])
+def test_eta_1_with_all_steps_is_algorithm_2(clamp):
+    """Both are q(x_{t-1} | x_t, x0_hat) where nothing is clamped and G, whose coefficients differ, is left out."""
+    field, x_T = gaussian_field(0.5), torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).double()
+    states = []
+
+    def recording(x, t, use_gradient):
+        states.append(x)
+        return field(x, t, use_gradient)
+
+    ddpm(recording, x_T, ALL_STEPS, draws(4, 8))
+    x = integrate(field, x_T, SCHEDULE.decoding(1000), eta=1.0, noise=draws(4, 8), clamp=clamp)
+    # Algorithm 2 takes one step more, from t = 0 to the clean image.
+    if clamp is None:
+        np.testing.assert_allclose(x.numpy(), states[-1].numpy(), rtol=1e-9, atol=1e-9)
+    else:
+        assert float((x - states[-1]).abs().max()) > 1e-3  # the test can tell two samplers apart
+
+
+def test_eta_0_draws_nothing():
+    x_T = torch.randn(2, 3, generator=torch.Generator().manual_seed(1))
+
+    def refuse():
+        raise AssertionError("drawn")
+
+    plain, asked = (
+        integrate(gaussian_field(0.5), x_T, SCHEDULE.decoding(20), eta=0.0, noise=n) for n in (None, refuse)
+    )
+    assert torch.equal(plain, asked)
+
+
+@pytest.mark.parametrize("steps", [20, 100])
+@pytest.mark.parametrize("sampler", ["ddpm", "eta 0.5", "eta 1"])
+def test_moments_on_gaussian_data(sampler, steps):
+    """With the exact score the steps that draw noise keep the moments of the process, respaced or not: variance against
+    the recursion of the respaced process in float64."""
+    scale, noise = 0.5, ImageNoise(3, range(256), (64,))
+    eta = {"ddpm": 1.0, "eta 0.5": 0.5, "eta 1": 1.0}[sampler]
+    trajectory = SCHEDULE.ancestral(steps) if sampler == "ddpm" else SCHEDULE.decoding(steps)
+    x_T = noise()
+    if sampler == "ddpm":
+        x = ddpm(gaussian_field(scale), x_T, trajectory, noise)
+    else:
+        x = integrate(gaussian_field(scale), x_T, trajectory, eta=eta, noise=noise, clamp=None)
+    variance = 1.0
+    for step in trajectory:
+        a, b = step.alpha_bar, step.alpha_bar_next
+        share = a**0.5 * scale**2 / (a * scale**2 + 1 - a)  # x0_hat = share x
+        drawn = eta**2 * (1 - b) / (1 - a) * (1 - a / b)
+        keep = (1 - b - drawn) ** 0.5 * (1 - a**0.5 * share) / (1 - a) ** 0.5
+        variance = (b**0.5 * share + keep) ** 2 * variance + drawn
+    assert float(x.std()) == pytest.approx(variance**0.5, rel=0.03)
+    assert float(x.mean()) == pytest.approx(0.0, abs=0.02)
+    assert variance**0.5 == pytest.approx(scale, rel=0.35 if steps == 20 else 0.08)  # of few steps

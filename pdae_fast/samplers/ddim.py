@@ -1,4 +1,4 @@
-"""Samplers as pure functions over a field: a thing that returns (eps_hat, G).
+"""DDIM and DDPM as pure functions over a field: a thing that returns (eps_hat, G).
 
 A field is called as ``field(x, t, use_gradient)`` with x float32 [B, ...], an integer t and a flag; it returns
 eps_hat and G of x's shape, and None for G when it was not asked for (or there is none). What conditions it (z, a
@@ -9,17 +9,16 @@ PDAE (arXiv 2212.12990).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .config import check_noise
-from .schedule import Schedule, Step, Trajectory
+from ..schedule import Schedule, Step, Trajectory
 
 Progress = Callable[[], None]
+Noise = Callable[[], Tensor]  # a fresh standard normal of x's shape
 
 
 class Field(Protocol):
@@ -60,18 +59,45 @@ def ddim_step(
     alpha_bar: float,
     alpha_bar_next: float,
     clamp: float | None = 1.0,
+    eta: float = 0.0,
+    noise: Tensor | None = None,
 ) -> Tensor:
-    """One deterministic DDIM step from alpha_bar to alpha_bar_next, downward or upward (Algorithm 3).
+    """One DDIM step from alpha_bar to alpha_bar_next, downward or upward (Algorithm 3).
 
     eps' = eps - sqrt(1 - alpha_bar) G; x0_hat = clamp(x / sqrt(alpha_bar) - sqrt(1 / alpha_bar - 1) eps'); the noise
-    that leads from that x0_hat to x then carries on. ``clamp`` None leaves x0_hat as it is.
+    that leads from that x0_hat to x then carries on. ``clamp`` None leaves x0_hat as it is. ``eta`` of the posterior's
+    deviation is drawn anew, from a standard normal ``noise`` (DDIM, arXiv 2010.02502, eq. 12 and 16): downward only.
     """
     scaled, ratio = x / alpha_bar**0.5, (1 / alpha_bar - 1) ** 0.5
     x0 = scaled - ratio * shifted_eps(eps, gradient, alpha_bar)
     if clamp is not None:
         x0 = x0.clamp(-clamp, clamp)
     direction = (scaled - x0) / ratio
-    return alpha_bar_next**0.5 * x0 + (1 - alpha_bar_next) ** 0.5 * direction
+    if noise is None:
+        return alpha_bar_next**0.5 * x0 + (1 - alpha_bar_next) ** 0.5 * direction
+    variance = eta**2 * posterior_variance(alpha_bar, alpha_bar_next)
+    return alpha_bar_next**0.5 * x0 + (1 - alpha_bar_next - variance) ** 0.5 * direction + variance**0.5 * noise
+
+
+def posterior_variance(alpha_bar: float, alpha_bar_next: float) -> float:
+    """Variance of q(x_s | x_t, x_0), the process being that of the two points alone: beta_t (1 - alpha_bar_s) /
+    (1 - alpha_bar_t)."""
+    return (1 - alpha_bar / alpha_bar_next) * (1 - alpha_bar_next) / (1 - alpha_bar)
+
+
+def ddpm_step(
+    x: Tensor, eps: Tensor, gradient: Tensor | None, alpha_bar: float, alpha_bar_next: float, noise: Tensor | None
+) -> Tensor:
+    """One ancestral step (Algorithm 2): the mean from eps + c_t G, which shifts it by sigma_t^2 G, plus sigma_t noise.
+
+    c_t = -sqrt(alpha_t) (1 - alpha_bar_s) / sqrt(1 - alpha_bar_t), alpha_t = alpha_bar_t / alpha_bar_s: not the
+    coefficient of Algorithm 3. x0_hat is not clamped. ``noise`` None: the last step, which adds none.
+    """
+    alpha = alpha_bar / alpha_bar_next
+    if gradient is not None:
+        eps = eps - alpha**0.5 * (1 - alpha_bar_next) / (1 - alpha_bar) ** 0.5 * gradient
+    mean = (x - (1 - alpha) / (1 - alpha_bar) ** 0.5 * eps) / alpha**0.5
+    return mean if noise is None else mean + posterior_variance(alpha_bar, alpha_bar_next) ** 0.5 * noise
 
 
 def integrate(
@@ -80,20 +106,23 @@ def integrate(
     trajectory: Trajectory,
     *,
     clamp: float | None = 1.0,
+    eta: float = 0.0,
+    noise: Noise | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Carry x along the DDIM steps of ``trajectory``.
+    """Carry x along the DDIM steps of ``trajectory``; with ``eta`` above 0, noise() is drawn for every step.
 
     A field that knows how to run whole trajectories (captured CUDA graphs) says so by a method ``integrate``, which
     computes the same steps; it clamps to the range of images or not at all.
     """
     own = getattr(field, "integrate", None)
-    if own is not None and clamp in (None, 1.0):
+    if own is not None and not eta and clamp in (None, 1.0):
         return own(x.float(), trajectory, clamp, progress)
     x = state(x)
     for step in trajectory:
         eps, gradient = field(x, step.t, step.use_gradient)
-        x = ddim_step(x, eps, gradient, step.alpha_bar, step.alpha_bar_next, clamp)
+        drawn = noise() if eta else None
+        x = ddim_step(x, eps, gradient, step.alpha_bar, step.alpha_bar_next, clamp, eta, drawn)
         if progress:
             progress()
     return x
@@ -130,26 +159,17 @@ def ddim_invert(
 
 
 def ddpm(
-    field: Field,
-    x_T: Tensor,
-    schedule: Schedule,
-    noise: Callable[[], Tensor],
-    *,
-    progress: Progress | None = None,
+    field: Field, x_T: Tensor, trajectory: Trajectory, noise: Noise, *, progress: Progress | None = None
 ) -> Tensor:
-    """Ancestral sampling over all T steps (Algorithm 2): mean from eps + c_t G, plus sigma_t noise; no clamp.
+    """Ancestral sampling (Algorithm 2) along ``trajectory`` (from Schedule.ancestral): x_T -> x at t = -1, unclamped.
 
-    ``noise()`` returns a fresh standard normal of x_T's shape; it is called T - 1 times.
+    noise() is called for every step but the last.
     """
-    x = x_T.float()
-    for t in range(schedule.T - 1, -1, -1):
-        eps, gradient = field(x, t, True)
-        if gradient is not None:
-            eps = eps + float(schedule.shift_coef[t]) * gradient
-        beta, alpha, alpha_bar = (float(a[t]) for a in (schedule.beta, schedule.alpha, schedule.alpha_bar))
-        x = (x - beta / (1 - alpha_bar) ** 0.5 * eps) / alpha**0.5
-        if t > 0:
-            x = x + float(np.exp(0.5 * schedule.posterior_log_variance_clipped[t])) * noise()
+    x = state(x_T)
+    for i, step in enumerate(trajectory, 1):
+        eps, gradient = field(x, step.t, step.use_gradient)
+        drawn = noise() if i < len(trajectory) else None
+        x = ddpm_step(x, eps, gradient, step.alpha_bar, step.alpha_bar_next, drawn)
         if progress:
             progress()
     return x
@@ -177,65 +197,3 @@ def guided(field: Field, log_probability: Callable[[Tensor, int], Tensor], scale
         return eps, ascent if gradient is None else gradient + ascent
 
     return evaluate
-
-
-def lerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-    """(1 - w) a + w b; a and b broadcast against each other, weight [B]."""
-    w = weight.view(-1, *[1] * (max(a.ndim, b.ndim) - 1))
-    return (1 - w) * a + w * b
-
-
-def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-    """Spherical interpolation over all dimensions but the first; a and b [1 or B, ...], weight [B].
-
-    Falls back to :func:`lerp` where the two are (nearly) parallel.
-    """
-    flat_a, flat_b = a.flatten(1).double(), b.flatten(1).double()
-    cosine = torch.nn.functional.cosine_similarity(flat_a, flat_b, dim=1).clamp(-1, 1)
-    theta = torch.acos(cosine)
-    sine = torch.sin(theta)
-    w = weight.double()
-    parallel = sine < 1e-4
-    safe = torch.where(parallel, torch.ones_like(sine), sine)
-    weight_a = torch.where(parallel, 1 - w, torch.sin((1 - w) * theta) / safe)
-    weight_b = torch.where(parallel, w, torch.sin(w * theta) / safe)
-    shape = (-1, *[1] * (a.ndim - 1))
-    return (weight_a.view(shape) * a.double() + weight_b.view(shape) * b.double()).to(a.dtype)
-
-
-class ImageNoise:
-    """Standard normal noise with one generator per image, so that results do not depend on how a batch is split.
-
-    Image number ``indices[k]`` of seed ``seed`` gets the same draws whatever else is in its batch, on every device
-    (drawn on the CPU). Calling the object returns float32 [len(indices), *shape].
-    """
-
-    def __init__(
-        self, seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu"
-    ) -> None:
-        self.shape, self.device = tuple(shape), device
-        states = [np.random.SeedSequence((seed, int(i))).generate_state(1, np.uint64)[0] for i in indices]
-        self.generators = [torch.Generator().manual_seed(int(state) >> 1) for state in states]
-
-    def __call__(self) -> Tensor:
-        if not self.generators:
-            return torch.empty(0, *self.shape, device=self.device)
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
-
-
-def standardise(x: Tensor) -> Tensor:
-    """x [B, C, H, W] shifted and scaled to mean 0 and standard deviation 1 in every channel of every image."""
-    variance, mean = torch.var_mean(x, dim=(2, 3), correction=0, keepdim=True)
-    return (x - mean) * variance.clamp_min(torch.finfo(x.dtype).tiny).rsqrt()
-
-
-def random_noise(kind: str, draws: Tensor) -> Tensor:
-    """x_T of one of config.NOISES from standard normal ``draws`` [B, C, H, W].
-
-    "normal" is those draws, as published. "standardised" takes from them the little by which the mean and the spread of
-    a finite map differ from 0 and 1. A U-Net whose norms have few channels in a group does not see that difference (a
-    norm takes away just these two numbers) and leaves it in eps_hat, where 1 / sqrt(SNR) turns it into speckles and
-    wrong colours. Not in the paper.
-    """
-    check_noise(kind)
-    return standardise(draws) if kind == "standardised" else draws

@@ -1,6 +1,6 @@
 """Inferring x_T accurately: every step of the DDIM decoder solved for where it started, instead of run upward.
 
-The published inversion (:func:`sampling.ddim_invert`) evaluates the networks at the lower end of a step, where the
+The published inversion (:func:`ddim.ddim_invert`) evaluates the networks at the lower end of a step, where the
 decoder evaluates them at the upper end: an error of first order in the step, which is why it takes up to 999 of them.
 Here x_t is found from x_s, s < t, such that the decoder's own step from t leads to x_s. With
 sigma = sqrt(1 - alpha_bar) and r = sqrt(alpha_bar_t / alpha_bar_s) that step is
@@ -24,9 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import UserError
-from .sampling import Field, Progress, estimate_noise, state
-from .schedule import Step, Trajectory
+from ..errors import UserError
+from .ddim import Field, Progress, estimate_noise, state
+from ..schedule import Step, Trajectory
 
 MAX_EXTRAPOLATION = 2.0  # beyond it two residuals in a row were nearly the same, and their difference is rounding
 

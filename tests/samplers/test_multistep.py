@@ -9,9 +9,11 @@ import torch
 from golden_rule import relative
 from helpers import images, tiny_pdae, tiny_prior
 from pdae_fast import Pipeline, ScheduleConfig, UserError
-from pdae_fast.sampling import ImageNoise, integrate
+from pdae_fast.samplers.ddim import integrate
+from pdae_fast.samplers.multistep import _weights
+from pdae_fast.samplers.noise import ImageNoise
+from pdae_fast.samplers.solvers import SOLVERS, Multistep
 from pdae_fast.schedule import SPACINGS, Step, build_schedule
-from pdae_fast.solvers import MULTISTEP, SOLVERS, _weights, decode
 
 SCHEDULE = build_schedule(ScheduleConfig())
 MEAN, STD = 0.3, 0.5
@@ -41,7 +43,7 @@ class Gaussian:
 
 def error(solver: str, steps: int) -> float:
     model, x = Gaussian(steps), torch.tensor([[-1.5], [0.2], [2.0]], dtype=torch.float64)
-    return float((decode(model.field, x, model.trajectory, solver, clamp=None) - model.exact(x)).abs().max())
+    return float((SOLVERS[solver].decode(model.field, x, model.trajectory, clamp=None) - model.exact(x)).abs().max())
 
 
 ORDERS = {"ddim": 1, "dpm++2m": 2, "dpm++3m": 3, "unipc2": 3, "unipc3": 4, "belm": 2}
@@ -55,7 +57,7 @@ def test_order_of_convergence(solver, order):
 
 
 def test_every_solver_is_in_the_table_of_orders():
-    assert set(ORDERS) == set(SOLVERS)
+    assert {*ORDERS, "ddpm"} == set(SOLVERS)  # ddpm is stochastic: its moments are tested with it
 
 
 @pytest.mark.parametrize("solver", ["dpm++2m", "dpm++3m", "unipc2", "unipc3", "belm"])
@@ -64,7 +66,8 @@ def test_all_reach_what_ddim_reaches_with_many_steps(solver):
     x_T = ImageNoise(0, range(2), (1, 8, 8))()
     limit = integrate(field, x_T, SCHEDULE.decoding(1000))
     few, many = (
-        relative(decode(field, x_T, SCHEDULE.decoding(n, spacing="quadratic"), solver), limit) for n in (15, 150)
+        relative(SOLVERS[solver].decode(field, x_T, SCHEDULE.decoding(n, spacing="quadratic")), limit)
+        for n in (15, 150)
     )
     assert many < 0.01 and many < few
 
@@ -76,7 +79,7 @@ def clamped_field(x, t, use_gradient):
     return (x - a**0.5 * x0) / (1 - a) ** 0.5, None
 
 
-@pytest.mark.parametrize("solver", MULTISTEP)
+@pytest.mark.parametrize("solver", [name for name, solver in SOLVERS.items() if isinstance(solver, Multistep)])
 def test_the_first_step_is_that_of_ddim(solver):
     seen = []
 
@@ -86,7 +89,7 @@ def test_the_first_step_is_that_of_ddim(solver):
 
     trajectory = SCHEDULE.decoding(20)
     x_T = ImageNoise(0, range(2), (1, 4, 4))()
-    decode(field, x_T, trajectory, solver)
+    SOLVERS[solver].decode(field, x_T, trajectory)
     torch.testing.assert_close(seen[1], integrate(clamped_field, x_T, trajectory[:1]), atol=1e-5, rtol=1e-5)
 
 
@@ -101,7 +104,7 @@ def test_a_constant_estimate_makes_all_methods_ddim(solver):
     x_T, trajectory = ImageNoise(0, range(2), (1, 4, 4))(), SCHEDULE.decoding(20, spacing="karras")
     x_T, constant = x_T.double(), constant.double()
     expected = integrate(field, x_T, trajectory, clamp=None)
-    assert relative(decode(field, x_T, trajectory, solver, clamp=None), expected) < 1e-10
+    assert relative(SOLVERS[solver].decode(field, x_T, trajectory, clamp=None), expected) < 1e-10
 
 
 @pytest.mark.parametrize("h", [0.01, 0.7, 4.0, -0.5])
@@ -128,7 +131,7 @@ def test_2m_and_3m_in_the_notation_of_the_paper():
     assert _weights([0.0, -r, -r - r1], h) == pytest.approx(expected.tolist(), rel=1e-9)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", ORDERS)
 def test_one_evaluation_a_step_in_order(solver):
     calls, ticks = [], []
 
@@ -137,7 +140,7 @@ def test_one_evaluation_a_step_in_order(solver):
         return clamped_field(x, t, use_gradient)
 
     trajectory = SCHEDULE.decoding(10, stop_percent=0.4)
-    decode(field, torch.zeros(1, 1, 2, 2), trajectory, solver, progress=lambda: ticks.append(1))
+    SOLVERS[solver].decode(field, torch.zeros(1, 1, 2, 2), trajectory, progress=lambda: ticks.append(1))
     assert calls == [(step.t, step.use_gradient) for step in trajectory] and len(ticks) == 10
 
 
@@ -152,7 +155,7 @@ def test_history_is_forgotten_where_G_stops(solver):
         a = float(SCHEDULE.alpha_bar[t])
         return x / (1 - a) ** 0.5, 5 * x.sin() if use_gradient else None
 
-    x = decode(field, x_T.double(), trajectory, solver, clamp=None)
+    x = SOLVERS[solver].decode(field, x_T.double(), trajectory, clamp=None)
     switch = next(i for i, step in enumerate(trajectory) if not step.use_gradient)
     # x0_hat = 0 from there on: x only shrinks with sigma (belm: with the noise of each point).
     after = integrate(field, seen[switch], trajectory[switch:], clamp=None)
@@ -169,7 +172,7 @@ def test_few_steps_end_in_lower_order():
             seen.append(x)
             return clamped_field(x, t, use_gradient)
 
-        x = decode(field, ImageNoise(0, [0], (1, 4, 4))(), trajectory, solver)
+        x = SOLVERS[solver].decode(field, ImageNoise(0, [0], (1, 4, 4))(), trajectory)
         torch.testing.assert_close(x, integrate(clamped_field, seen[-1], trajectory[-1:]), atol=1e-5, rtol=1e-5)
 
 
@@ -211,12 +214,12 @@ def test_pipeline_runs_the_pure_functions(model, solver):
             eps, gradient = model(x, torch.full((len(x),), t), z)
         return eps, gradient if use_gradient else None
 
-    expected = decode(field, x_T, pipe.schedule.decoding(5, 0.2, "karras"), solver)
+    expected = SOLVERS[solver].decode(field, x_T, pipe.schedule.decoding(5, 0.2, "karras"))
     before = pipe.evaluations.get("trunk", 0)
     assert relative(pipe.decode(z, x_T, 0.2), expected) < 1e-4
     assert pipe.evaluations["trunk"] - before == 3 * 5
     plain = Pipeline(model, steps=5, device="cpu", dtype="float32", spacing="karras")
-    assert relative(plain.decode(z, x_T, 0.2, solver=solver), expected) < 1e-4
+    assert relative(plain.with_recipe(solver=solver, iterations=0).decode(z, x_T, 0.2), expected) < 1e-4
     assert relative(plain.decode(z, x_T, 0.2), expected) > 1e-3  # ddim is something else
 
 
@@ -244,13 +247,13 @@ class Deviceside:
         return x
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", ORDERS)
 def test_only_ddim_is_left_to_the_device(solver):
     field, x_T = Deviceside(), ImageNoise(0, [0], (1, 4, 4))()
-    x = decode(field, x_T, SCHEDULE.decoding(5), solver)
+    x = SOLVERS[solver].decode(field, x_T, SCHEDULE.decoding(5))
     assert field.whole == (solver == "ddim")
     if solver != "ddim":
-        torch.testing.assert_close(x, decode(clamped_field, x_T, SCHEDULE.decoding(5), solver))
+        torch.testing.assert_close(x, SOLVERS[solver].decode(clamped_field, x_T, SCHEDULE.decoding(5)))
 
 
 @pytest.mark.parametrize(
@@ -262,12 +265,11 @@ def test_only_ddim_is_left_to_the_device(solver):
         (lambda m: Pipeline(m, solver="unipc3", iterations=2), "iterations .* cannot be combined with unipc3"),
         (lambda m: Pipeline(m, solver="belm", iterations=1), "cannot be combined with belm"),
         (lambda m: Pipeline(m, spacing="edm"), "'edm' is not known; expected uniform, quadratic, logsnr or karras"),
-        (lambda m: Pipeline(m, device="cpu").decode(torch.zeros(1, 16), solver="plms"), "'plms' is not known"),
-        (lambda m: Pipeline(m, device="cpu").decode(torch.zeros(1, 16), steps=1, solver="dpm++2m"), "at least 2 steps"),
-        (lambda m: decode(clamped_field, torch.zeros(1, 1), SCHEDULE.decoding(1), "dpm++2m"), "at least 2 steps"),
+        (lambda m: Pipeline(m, device="cpu").with_recipe(solver="plms"), "'plms' is not known"),
+        (lambda m: Pipeline(m, device="cpu").with_recipe("published", steps=1, solver="dpm++2m"), "at least 2 steps"),
         (
-            lambda m: decode(clamped_field, torch.zeros(1, 1), SCHEDULE.decoding(4), companion=torch.zeros(1, 1)),
-            "only the solver belm",
+            lambda m: SOLVERS["dpm++2m"].decode(clamped_field, torch.zeros(1, 1), SCHEDULE.decoding(1)),
+            "at least 2 steps",
         ),
     ],
 )

@@ -9,10 +9,11 @@ from golden_rule import relative
 from helpers import images, tiny_pdae, tiny_prior
 from pdae_fast import PDAE, Pipeline, ScheduleConfig, UserError, metrics
 from pdae_fast.data import open_dataset
-from pdae_fast.inversion import invert_implicit
-from pdae_fast.reconstruct import SAMPLES
-from pdae_fast.reversible import _coefficients, belm, belm_invert
-from pdae_fast.sampling import ImageNoise, estimate_noise, integrate
+from pdae_fast.data.bundled import SAMPLES
+from pdae_fast.samplers.belm import _coefficients, belm, belm_invert
+from pdae_fast.samplers.ddim import estimate_noise, integrate
+from pdae_fast.samplers.inversion import invert_implicit
+from pdae_fast.samplers.noise import ImageNoise
 from pdae_fast.schedule import build_schedule
 
 SCHEDULE = build_schedule(ScheduleConfig())
@@ -132,10 +133,13 @@ def test_latents_of_the_wrong_form(model):
         (lambda: pipe.decode(z, torch.zeros(1, 3, 1, 32, 32)), r"x_T has shape .1, 3, 1, 32, 32.; .* expects"),
         (lambda: pipe.decode(z, torch.zeros(1, 2, 1, 16, 16)), r"expects .B, 1, 32, 32"),
         (lambda: pipe.decode(z, torch.full((1, 2, 1, 32, 32), float("nan"))), "NaN"),
-        (lambda: pipe.decode(z, torch.zeros(1, 2, 1, 32, 32), solver="ddim"), r"only the solver belm .* x_T.:, 0."),
+        (
+            lambda: pipe.with_recipe(solver="ddim").decode(z, torch.zeros(1, 2, 1, 32, 32)),
+            r"only the solver belm .* x_T.:, 0.",
+        ),
         (lambda: pipe.decode_mixture(z[None], torch.ones(1, 1), torch.zeros(1, 2, 1, 32, 16)), r"expects .B, 1, 32"),
-        (lambda: pipe.decode(z, torch.zeros(1, 2, 1, 32, 32), steps=1), "belm needs at least 2 steps"),
-        (lambda: pipe.invert(images(1), z, steps=5), "belm runs the 4 steps that decode"),
+        (lambda: pipe.with_recipe(steps=1), "belm needs at least 2 steps"),
+        (lambda: pipe.with_recipe(encode_steps=5), "belm .* the 4 steps that decode"),
         (lambda: Pipeline(model, steps=1, solver="belm"), "belm needs at least 2 steps, not 1"),
         (lambda: belm_invert(None, images(1), SCHEDULE.decoding(4, 0.5)), "in all of its steps or in none"),
         (lambda: belm_invert(None, images(1), SCHEDULE.decoding(1)), "at least 2 steps"),

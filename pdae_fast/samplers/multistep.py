@@ -24,10 +24,9 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from .errors import UserError
-from .reversible import belm
-from .sampling import Field, Progress, estimate_x0, integrate, state
-from .schedule import Step, Trajectory
+from .ddim import Field, Progress, estimate_x0, state
+from ..errors import UserError
+from ..schedule import Step, Trajectory
 
 
 class Method(NamedTuple):
@@ -37,49 +36,8 @@ class Method(NamedTuple):
     corrector: bool
 
 
-MULTISTEP = {
-    "dpm++2m": Method(2, False),
-    "dpm++3m": Method(3, False),
-    "unipc2": Method(2, True),
-    "unipc3": Method(3, True),
-}
-SOLVERS = ("ddim", *MULTISTEP, "belm")
 # Below this many steps the last ones extrapolate less, as both papers' code does: the last step is the longest there.
 FEW_STEPS = 15
-
-
-def check_steps(solver: str, steps: int) -> None:
-    """UserError unless ``solver`` is known and ``steps`` are enough for its order."""
-    if solver not in SOLVERS:
-        raise UserError(f"solver {solver!r} is not known; expected {', '.join(SOLVERS[:-1])} or {SOLVERS[-1]}")
-    least = MULTISTEP[solver].order if solver in MULTISTEP else 2 if solver == "belm" else 1
-    if steps < least:
-        raise UserError(f"the solver {solver} needs at least {least} steps, not {steps}")
-
-
-def decode(
-    field: Field,
-    x_T: Tensor,
-    trajectory: Trajectory,
-    solver: str = "ddim",
-    *,
-    companion: Tensor | None = None,
-    clamp: float | None = 1.0,
-    progress: Progress | None = None,
-) -> Tensor:
-    """Carry x_T [B, ...] down ``trajectory`` (from Schedule.decoding) by ``solver``; x at t = 0, unclamped.
-
-    One evaluation a step (with the ``companion`` of x_T that "belm" knows, see :mod:`pdae_fast.reversible`, none for
-    the first). Raises UserError for an unknown solver, too few steps for it, or a companion for another solver.
-    """
-    if companion is not None and solver != "belm":
-        raise UserError(f"only the solver belm decodes a pair of states; {solver} starts from x_T alone")
-    check_steps(solver, len(trajectory))
-    if solver == "ddim":
-        return integrate(field, x_T, trajectory, clamp=clamp, progress=progress)
-    if solver == "belm":
-        return belm(field, x_T, trajectory, companion, clamp=clamp, progress=progress)
-    return multistep(field, x_T, trajectory, MULTISTEP[solver], clamp=clamp, progress=progress)
 
 
 class _Point(NamedTuple):
@@ -100,6 +58,8 @@ def multistep(
 
     Where G comes into use or out of it, x0_hat jumps: the points before are forgotten and the order starts again.
     """
+    if len(trajectory) < method.order:
+        raise UserError(f"a method of order {method.order} needs at least {method.order} steps, not {len(trajectory)}")
     x = state(x)
     known: list[_Point] = []  # latest first
     start, previous = x, None

@@ -16,9 +16,9 @@ from .errors import UserError
 from .experiments import common, retrieval
 from .experiments import probe as probes
 from .experiments.parts import Part, find_parts
-from .experiments.plots import COLOURS, chart
 from .experiments.probe import CHOICES, SCALINGS, Estimate, Features
 from .files import atomic_write, make_folder
+from .plots import COLOURS, chart
 
 SCALED = {"whiten": "whitened", "standardise": "standardised"}
 SHOWN = 6  # queries in the picture

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..plots import COLOURS, chart
 from .common import MODES
 from .pareto import Row, mark
 from .pareto_settings import FAMILIES
-from .plots import COLOURS, chart
 
 COSTS = (
     ("evaluations", "front_evaluations", "whole-network evaluations per image"),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from .plots import chart
+from ..plots import chart
 from .probe import Features
 from .targets import Targets
 

@@ -12,7 +12,7 @@ from pdae_fast.data import FashionMNIST, bundled, open_dataset
 from pdae_fast.engine.cost import network_costs
 from pdae_fast.errors import UserError
 from pdae_fast.experiments import common
-from pdae_fast.experiments.plots import chart
+from pdae_fast.plots import chart
 
 
 def test_the_bundled_data_opens_by_its_word():

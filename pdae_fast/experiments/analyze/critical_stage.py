@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from ... import sampling
 from ...errors import UserError
+from ...plots import chart
 from ...schedule import Schedule, Trajectory
 from .. import common
 from ..parts import find_parts
-from ..plots import chart
 from ..targets import Targets
 
 HOLDOUT = 0.25  # of data without a test split, to judge the judge

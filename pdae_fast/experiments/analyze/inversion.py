@@ -13,10 +13,10 @@ from torch import Tensor
 from ... import metrics
 from ...errors import UserError
 from ...pipeline import PRESETS, Pipeline
+from ...plots import COLOURS, chart
 from .. import common
 from ..evaluate import Setting
 from ..manipulate import Edit, against_truth, find_edits, load_pairs, pairs_folder
-from ..plots import COLOURS, chart
 from .latents import STATISTICS, interpolations, mean_and_error, noise_statistics, smoothness
 
 QUALITY = {"ssim": metrics.ssim, "mse": metrics.mse}

@@ -11,10 +11,10 @@ from ... import cli
 from ...data import save_grid, stream
 from ...errors import UserError
 from ...files import make_folder
+from ...plots import COLOURS, chart
 from ...sampling import ImageNoise
 from .. import common
 from ..common import Cost
-from ..plots import COLOURS, chart
 from . import shift, times
 from .times import Comparison, write_csv
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ... import metrics
+from ...plots import COLOURS, chart
 from ...sampling import shifted_eps
 from ...schedule import Schedule
-from ..plots import COLOURS, chart
 from .times import Comparison, Point, per_image
 
 

@@ -9,8 +9,9 @@ from . import cli
 from .errors import UserError
 from .experiments import common
 from .experiments.encode import FORMATS, Encoded, check_format, encode, label_columns, write_npz, write_parquet
-from .experiments.shards import Journal, processes
+from .experiments.journal import Journal
 from .experiments.targets import Targets, find_targets
+from .processes import processes
 
 # Every block is flushed to disk, which would cost more than encoding a small one.
 BLOCK_IMAGES = 256

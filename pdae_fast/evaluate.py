@@ -15,9 +15,10 @@ from .experiments import common, perceptual
 from .experiments.common import MODES
 from .experiments.evaluate import METRICS, Metric, Setting, evaluate, frechet, merge
 from .experiments.frechet import FeatureNetwork
-from .experiments.shards import Group, Journal, processes
+from .experiments.journal import Journal
 from .files import atomic_write
 from .pipeline import PRESETS
+from .processes import Group, processes
 
 STEPS = (10, 100)
 DEFAULT_IMAGES = 64

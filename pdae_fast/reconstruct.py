@@ -14,7 +14,8 @@ from .data import load_image, save_grid, save_images
 from .errors import UserError
 from .experiments import common
 from .experiments.common import MODES, Cost
-from .experiments.shards import Block, Journal, processes
+from .experiments.journal import Block, Journal
+from .processes import processes
 
 METRICS = {"ssim": metrics.ssim, "psnr": metrics.psnr, "mse": metrics.mse}
 GRID_IMAGES = 16

@@ -17,7 +17,7 @@ from .errors import UserError
 from .experiments import common
 from .experiments.common import Cost
 from .experiments.frechet import FeatureNetwork, FrechetDistance
-from .experiments.sample import Block, Reference, figures, find_reference, nearest, sample, sample_prior
+from .experiments.sample import Reference, Samples, figures, find_reference, nearest, sample, sample_prior
 from .files import make_folder
 
 COLUMNS = 10  # of the grid
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     reference = find_reference(run)
     features = _fid(run) if args.fid else None
     make_folder(run.out)
-    ways: dict[str, Callable[[], Iterator[Block]]] = {
+    ways: dict[str, Callable[[], Iterator[Samples]]] = {
         "latent": lambda: sample(
             pipe,
             args.count,
@@ -107,7 +107,7 @@ def _fid(run: common.Run) -> tuple[FeatureNetwork, FrechetDistance]:
 
 
 def _draw(
-    run: common.Run, name: str, way: Callable[[], Iterator[Block]], features: tuple | None
+    run: common.Run, name: str, way: Callable[[], Iterator[Samples]], features: tuple | None
 ) -> tuple[Tensor, Cost, list[np.ndarray]]:
     """Every image written to OUT/images/NAME; the first KEPT of them, the cost, and all features."""
     kept, cost, pieces = [], Cost(), []

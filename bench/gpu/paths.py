@@ -24,7 +24,7 @@ from pdae_fast.engine.options import Rewrites
 from pdae_fast.sampling import ddim, ddim_invert
 from pdae_fast.schedule import build_schedule
 
-from .journal import Cases, Context, Skip
+from .cases import Cases, Context, Skip
 
 CPU = torch.device("cpu")
 TIMES = (999, 420, 9)

@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..files import atomic_write
 from ..pipeline import Pipeline
 from .common import Cost
-from .shards import Block, Journal
+from .journal import Block, Journal
 from .targets import Targets
 
 FORMATS = ("npz", "parquet")

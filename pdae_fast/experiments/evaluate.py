@@ -21,7 +21,7 @@ from ..pipeline import Pipeline
 from . import common
 from .common import MODES, Cost
 from .frechet import FeatureNetwork, FrechetDistance
-from .shards import Block, Entry, Journal
+from .journal import Block, Entry, Journal
 
 Metric = Callable[[Tensor, Tensor], Tensor]
 METRICS: dict[str, Metric] = {"ssim": metrics.ssim, "psnr": metrics.psnr, "mse": metrics.mse}

@@ -16,7 +16,7 @@ REFERENCE_IMAGES = 2000
 _PAIRS = 2**24  # distances at a time
 
 
-class Block(NamedTuple):
+class Samples(NamedTuple):
     """``images`` [B, C, H, W]: numbers ``first`` ... ``first + B - 1``."""
 
     first: int
@@ -31,23 +31,23 @@ def sample(
     latent_steps: int | None = None,
     latent_clamp: bool = True,
     seed: int = 0,
-) -> Iterator[Block]:
+) -> Iterator[Samples]:
     """``count`` images by `Pipeline.sample` in blocks; the same images however large the blocks are."""
     options = {"stop_percent": stop_percent, "latent_steps": latent_steps, "latent_clamp": latent_clamp, "seed": seed}
     return _blocks(pipe, count, lambda first, n: pipe.sample(n, first=first, **options))
 
 
-def sample_prior(pipe: Pipeline, count: int, seed: int = 0) -> Iterator[Block]:
+def sample_prior(pipe: Pipeline, count: int, seed: int = 0) -> Iterator[Samples]:
     """The same by the prior alone, from the same x_T: no z, and G is not run."""
     return _blocks(pipe, count, lambda first, n: pipe.decode(count=n, seed=seed, first=first))
 
 
-def _blocks(pipe: Pipeline, count: int, draw: Callable[[int, int], Tensor]) -> Iterator[Block]:
+def _blocks(pipe: Pipeline, count: int, draw: Callable[[int, int], Tensor]) -> Iterator[Samples]:
     for first in range(0, count, pipe.batch_size):
         x = draw(first, min(pipe.batch_size, count - first))
         if not bool(torch.isfinite(x).all()):
             raise UserError("the sampled images hold NaN or infinite values; try --dtype float32")
-        yield Block(first, x)
+        yield Samples(first, x)
 
 
 # -- the data they are compared with -------------------------------------------------------------------------------

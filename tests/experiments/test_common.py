@@ -1,10 +1,9 @@
-"""Bundled data, pipelines that share a plan, cost, charts."""
+"""Bundled data, pipelines that share a plan, cost."""
 
 import json
 
 import pytest
 import torch
-from PIL import Image
 
 from helpers import TINY_FULL, image_folder, images, tiny_pdae
 from pdae_fast import Pipeline, cli, reconstruct
@@ -12,7 +11,6 @@ from pdae_fast.data import FashionMNIST, bundled, open_dataset
 from pdae_fast.engine.cost import network_costs
 from pdae_fast.errors import UserError
 from pdae_fast.experiments import common
-from pdae_fast.plots import chart
 
 
 def test_the_bundled_data_opens_by_its_word():
@@ -80,16 +78,6 @@ def test_a_fingerprint_sees_every_weight():
     with torch.no_grad():
         model.decoder.out[2].bias[0] += 1e-3
     assert common.fingerprint(model) != before
-
-
-def test_a_chart_is_written_whole_or_not_at_all(tmp_path):
-    with chart(tmp_path / "a.png", 2, 1) as axes:
-        axes.plot([0, 1], [0, 1])
-    with Image.open(tmp_path / "a.png") as picture:
-        assert picture.size == (300, 150)
-    with pytest.raises(RuntimeError), chart(tmp_path / "b.png") as axes:
-        raise RuntimeError
-    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_parts_of_the_network_are_counted_as_parts(tmp_path, model_dir, capsys):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pdae_fast import PDAE, Pipeline, metrics
 from pdae_fast.data import open_dataset
-from pdae_fast.reconstruct import SAMPLES
+from pdae_fast.experiments.reconstruct import SAMPLES
 
 from .contenders import relative
 

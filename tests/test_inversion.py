@@ -8,9 +8,9 @@ from helpers import images, tiny_pdae
 from pdae_fast import PDAE, Pipeline, UserError, metrics
 from pdae_fast.config import ScheduleConfig
 from pdae_fast.data import open_dataset
+from pdae_fast.experiments.reconstruct import SAMPLES
 from pdae_fast.inversion import _FixedPoint, invert_implicit
 from pdae_fast.pipeline import PRESETS
-from pdae_fast.reconstruct import SAMPLES
 from pdae_fast.sampling import ddim_invert, integrate
 from pdae_fast.schedule import build_schedule
 

@@ -9,8 +9,8 @@ from golden_rule import relative
 from helpers import images, tiny_pdae, tiny_prior
 from pdae_fast import PDAE, Pipeline, ScheduleConfig, UserError, metrics
 from pdae_fast.data import open_dataset
+from pdae_fast.experiments.reconstruct import SAMPLES
 from pdae_fast.inversion import invert_implicit
-from pdae_fast.reconstruct import SAMPLES
 from pdae_fast.reversible import _coefficients, belm, belm_invert
 from pdae_fast.sampling import ImageNoise, estimate_noise, integrate
 from pdae_fast.schedule import build_schedule

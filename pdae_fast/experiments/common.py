@@ -33,6 +33,7 @@ MODES = {
     "random": "random x_T",
     "prior": "random x_T without G",
 }
+Broken = Sequence[tuple[str, str]]  # names of images that could not be read, with the reasons
 
 # -- options -------------------------------------------------------------------------------------------------------
 
@@ -226,6 +227,18 @@ def evaluations(pipe: Pipeline, mode: str, encode_steps: int | None) -> int:
     return down + len(pipe.schedule.timesteps(encode_steps or pipe.steps, pipe.spacing)) - 1
 
 
+def check_finite(x: Tensor, subject: str) -> Tensor:
+    """``x``; UserError when it holds NaN or infinite values. ``subject`` goes with "hold" or "holds"."""
+    if not bool(torch.isfinite(x).all()):
+        raise UserError(f"{subject} NaN or infinite values; try --dtype float32")
+    return x
+
+
+def decode_edits(pipe: Pipeline, codes: Tensor, x_T: Tensor) -> Tensor:
+    """Several ``codes`` [K B, D] of each of B images, all of the first image group first, decoded from x_T [B, ...]."""
+    return pipe.decode(codes, x_T.repeat(len(codes) // len(x_T), *[1] * (x_T.ndim - 1)))
+
+
 def whole_evaluations(pipe: Pipeline, evaluations: Mapping[str, int], images: int) -> float:
     """``evaluations`` of ``images`` images for one of them, in whole networks: ``reuse`` runs parts of it."""
     return equivalents(pipe.model, evaluations, pipe.plan.outer) / images
@@ -323,8 +336,8 @@ def job_settings(run: Run, **values: Any) -> dict[str, Any]:
     }
 
 
-def report(run: Run, **values: Any) -> dict[str, Any]:
-    """What every metrics.json starts with, then ``values``."""
+def report(run: Run, broken: Broken | None = None, **values: Any) -> dict[str, Any]:
+    """What every metrics.json starts with, then ``values``; ``broken``: the images that could not be read."""
     args, pipe = run.args, run.pipe
     return {
         "model": str(args.model),
@@ -344,5 +357,34 @@ def report(run: Run, **values: Any) -> dict[str, Any]:
         "device": describe_device(pipe.device),
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "versions": cli.versions(),
+        **({} if broken is None else {"broken": named(broken)}),
         **values,
     }
+
+
+def named(broken: Broken) -> list[dict[str, str]]:
+    return [{"name": name, "reason": reason} for name, reason in broken]
+
+
+# -- what commands print -------------------------------------------------------------------------------------------
+
+
+def say(run: Run, summary: Sequence[str], files: Sequence[str], broken: Broken = ()) -> None:
+    """The end of every command, unless --quiet: ``summary``, the images left out, what was assumed, and ``files``."""
+    if run.args.quiet:
+        return
+    lines, names = list(summary), list(dict(broken))
+    if names:
+        lines.append(f"{len(names)} broken images skipped: {', '.join(names[:5])}")
+    lines += [f"assumed about the model: {note}" for note in run.model.notes]
+    *first, last = (str(run.out / name) for name in files)
+    print("\n".join([*lines, f"wrote {', '.join(first)} and {last}" if first else f"wrote {last}"]))
+
+
+def where(report: dict[str, Any]) -> str:
+    """What computed the numbers of a `report`, in words."""
+    return f"model {report['model']}, {report['plan']} plan, {report['dtype']}, {report['device']}"
+
+
+def cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

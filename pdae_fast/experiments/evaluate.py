@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import metrics
-from ..data import save_grid
+from .. import cli
+from ..data import none_read, save_grid
 from ..errors import UserError
 from ..files import atomic_write
-from ..pipeline import Pipeline
-from . import common
+from ..metrics import METRICS
+from ..pipeline import PRESETS, Pipeline
+from ..processes import Group, processes
+from . import common, frechet, perceptual
 from .common import MODES, Cost
 from .frechet import FeatureNetwork, FrechetDistance
 from .journal import Block, Entry, Journal
+from .perceptual import Metric
 
-Metric = Callable[[Tensor, Tensor], Tensor]
-METRICS: dict[str, Metric] = {"ssim": metrics.ssim, "psnr": metrics.psnr, "mse": metrics.mse}
 GRID_IMAGES = 8
 
 
@@ -150,8 +152,7 @@ def merge(journal: Journal, settings: list[Setting], dataset: Any, out: Path) ->
             if entry.names:
                 _add(results, entry, writer)
         if not results.images:
-            first = ": ".join(results.broken[0])
-            raise UserError(f"none of the {len(results.broken)} images could be read; the first: {first}")
+            raise none_read(results.broken)
     if shown:
         rows = [common.load(dataset, places).images, *torch.from_numpy(np.concatenate(shown, axis=1))]
         save_grid(rows, out / "grid.png", ["input", *(setting.label for setting in settings)])
@@ -175,7 +176,7 @@ def _add(results: Results, entry: Entry, writer: Any) -> None:
     results.images += len(entry.names)
 
 
-def frechet(journal: Journal, reference: Journal, rows: list[Row]) -> int:
+def add_fid(journal: Journal, reference: Journal, rows: list[Row]) -> int:
     """Set ``fid`` of every row from the features in both journals; returns the number of reference images."""
     distance = FrechetDistance(entry.arrays["features"] for entry in reference.entries() if entry.names)
     for k, row in enumerate(rows):
@@ -185,3 +186,158 @@ def frechet(journal: Journal, reference: Journal, rows: list[Row]) -> int:
 
 def _features(journal: Journal, k: int) -> Iterator[np.ndarray]:
     return (entry.arrays["features"][k] for entry in journal.entries() if entry.names)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+STEPS = (10, 100)
+DEFAULT_IMAGES = 64
+TITLES = {"ssim": "SSIM", "psnr": "PSNR", "mse": "MSE", "lpips": "LPIPS", "st_lpips": "ST-LPIPS", "fid": "FID"}
+FORMATS = {"psnr": ".2f", "mse": ".3e", "fid": ".3f"}
+
+
+def _parser() -> argparse.ArgumentParser:
+    # --steps and --preset take several values here.
+    about = "How close reconstructions come, for numbers of steps and ways to infer x_T."
+    p = cli.parser("evaluate", about, conflict_handler="resolve")
+    common.add_options(p, out="evaluation")
+    add = p.add_argument
+    add("--modes", nargs="+", choices=list(MODES), default=list(MODES), help="what to decode from")
+    add("--steps", nargs="+", type=int, help=f"rows of so many steps (default: {STEPS}, or none beside --preset)")
+    add("--preset", nargs="+", choices=list(PRESETS), help="rows with the settings of these presets")
+    add("--alexnet", metavar="FILE", help="torchvision's AlexNet weights, for LPIPS (default: where torch keeps them)")
+    frechet.add_options(p)
+    return p
+
+
+def _settings(args: argparse.Namespace) -> list[Setting]:
+    """The rows: every mode for each number of steps, then for each preset."""
+    steps = args.steps if args.steps is not None else ([] if args.preset else STEPS)
+    shared = {"spacing": args.spacing, "iterations": args.iterations, "solver": args.solver}
+    rows = [({**shared, "steps": n}, None) for n in steps]
+    rows += [({**shared, **PRESETS[name]}, name) for name in args.preset or ()]
+    settings = []
+    for values, preset in rows:
+        solved = values["iterations"] or values["solver"] == "belm"
+        if args.encode_steps is not None and solved and args.encode_steps != values["steps"]:
+            raise UserError("--iterations, belm and such presets infer x_T by the steps that decode; "
+                            "leave out --encode-steps")  # fmt: skip
+        up = args.encode_steps if args.encode_steps is not None else values["steps"]
+        settings += [
+            Setting(mode=mode, encode_steps=up if mode == "inferred" else None, preset=preset, **values)
+            for mode in args.modes
+        ]
+    return list(dict.fromkeys(settings))
+
+
+def _quality(run: common.Run) -> tuple[dict[str, Metric], dict[str, str]]:
+    """The metrics that can be computed here, and why the others cannot."""
+    quality, absent = dict(METRICS), {}
+    for name, build in (
+        ("lpips", lambda: perceptual.lpips(run.pipe.device, run.args.alexnet)),
+        ("st_lpips", lambda: perceptual.st_lpips(run.pipe.device)),
+    ):
+        try:
+            quality[name] = build()
+        except perceptual.NotAvailable as error:
+            if name == "lpips" and run.args.alexnet:
+                raise UserError(f"--alexnet was given, but {error}") from None
+            absent[name] = str(error)
+    return quality, absent
+
+
+def _reference(run: common.Run, images: Any, network: FeatureNetwork, group: Group) -> Journal:
+    """Features of the images of --fid, in a journal of their own: they are shared and continued as everything is."""
+    settings = {"images": run.args.fid, "network": _digest(run.args.fid_network), "names": common.names_digest(images)}
+    journal = Journal(run.out / "fid", settings, len(images), run.pipe.batch_size, group)
+    journal.run(images, lambda block: ({}, {"features": network(block.images)}), run.args.on_error)
+    return journal
+
+
+def _digest(path: str) -> str:
+    return common.file_digest(Path(path))
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    frechet.check_options(args)
+    settings = _settings(args)
+    # The pipeline is built for the first row, and the others are variants of it.
+    args.steps, preset, args.preset = settings[0].steps, args.preset, None
+    encode_steps, args.encode_steps = args.encode_steps, None
+    with processes() as group:
+        args.device = group.device(args.device)
+        run = common.open_run(args, default_limit=DEFAULT_IMAGES)
+        rows = [setting.pipeline(run.pipe) for setting in settings]  # every mistake shows before anything is written
+        for own, setting in zip(rows, settings, strict=True):
+            own.schedule.timesteps(setting.encode_steps or own.steps, own.spacing)
+        quality, absent = _quality(run)
+        real = common.open_data(args, run.model, [args.fid], "test") if args.fid else None
+        network = FeatureNetwork(args.fid_network, run.pipe.device) if args.fid else None
+        job = common.job_settings(run, rows=[asdict(s) for s in settings], quality=list(quality))
+        if network:
+            job["fid"] = [args.fid, _digest(args.fid_network)]
+        journal = Journal(run.out, job, len(run.dataset), run.pipe.batch_size, group)
+        one = sum(common.evaluations(p, s.mode, s.encode_steps) for p, s in zip(rows, settings, strict=True))
+        with common.progress(run.pipe, journal.left() * one, "evaluate", args.quiet or not group.first):
+            journal.run(
+                run.dataset,
+                lambda block: evaluate(run.pipe, settings, block, quality, args.seed, network),
+                args.on_error,
+            )
+        reference = _reference(run, real, network, group) if network else None
+        if not group.first:
+            return
+        results = merge(journal, settings, run.dataset, run.out)
+        values: dict[str, Any] = {}
+        if reference:
+            values["fid"] = {"reference": args.fid, "images": add_fid(journal, reference, results.rows)}
+            values["fid"] |= {"network": args.fid_network, "network_digest": _digest(args.fid_network)}
+        report = common.report(
+            run,
+            results.broken,
+            images=results.images,
+            processes=group.size,
+            steps=list(dict.fromkeys(s.steps for s in settings)),
+            encode_steps=encode_steps,
+            preset=preset,
+            not_available=absent,
+            rows=[row.report(results.images, reference is not None) for row in results.rows],
+            **values,
+        )
+        _write(run.out, report)
+        journal.remove()
+        if reference:
+            reference.remove(with_folder=True)
+        files = ["grid.png", "table.csv", "per_image.csv", "metrics.json"]
+        common.say(run, _summary(report), files, results.broken)
+
+
+def _columns(report: dict[str, Any]) -> list[str]:
+    return [*report["rows"][0]["mean"], *(["fid"] if "fid" in report else [])]
+
+
+def _write(out: Path, report: dict[str, Any]) -> None:
+    names = _columns(report)
+    keys = ["mode", "preset", "steps", "encode_steps", "spacing", "iterations", "solver"]
+    with atomic_write(out / "table.csv", "w") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*keys, *names, "network_evaluations", "seconds"])
+        for row in report["rows"]:
+            values = {**row["mean"], "fid": row.get("fid")}
+            evaluations = row["network_evaluations_per_image"]["trunk"]
+            writer.writerow([*(row[key] for key in keys), *(values[n] for n in names), evaluations, row["seconds"]])
+    cli.write_json(out / "metrics.json", report)
+
+
+def _summary(report: dict[str, Any]) -> list[str]:
+    names = _columns(report)
+    lines = []
+    for row in report["rows"]:
+        values = {**row["mean"], "fid": row.get("fid")}
+        cells = [common.cell(values[n], FORMATS.get(n, ".4f")) for n in names]
+        cost = [f"{row['network_evaluations_per_image']['trunk']:g}", f"{row['seconds']:.1f}"]
+        lines.append([row["label"], *cells, *cost])
+    text = [cli.table(["decoded from", *(TITLES[n] for n in names), "evaluations", "seconds"], lines)]
+    text += [f"{TITLES[name]}: not available ({reason})" for name, reason in report["not_available"].items()]
+    return [*text, f"{report['images']} images of {' '.join(report['input'])}, {common.where(report)}"]

@@ -14,9 +14,9 @@ from pdae_fast.engine.cost import equivalents, network_costs
 from pdae_fast.engine.fused import FusedPlan
 from pdae_fast.engine.options import Rewrites
 from pdae_fast.engine.reuse import Turn, Turns
+from pdae_fast.experiments.reconstruct import SAMPLES
 from pdae_fast.inversion import invert_implicit
 from pdae_fast.models.unet import Features
-from pdae_fast.reconstruct import SAMPLES
 from pdae_fast.schedule import build_schedule
 
 CPU = torch.device("cpu")

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from helpers import TINY, image_folder, tiny_pdae
-from pdae_fast import cli, metrics, pareto
+from pdae_fast import cli, metrics
 from pdae_fast.experiments import common
 from pdae_fast.experiments import pareto as sweeps
-from pdae_fast.experiments.pareto_plot import draw
+from pdae_fast.experiments.pareto import draw
 from pdae_fast.experiments.pareto_settings import FAMILIES, Setting, select, settings
 from pdae_fast.pipeline import PRESETS, Pipeline
 
@@ -32,12 +32,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(pareto, "settings", lambda which: TABLE)
+    monkeypatch.setattr(sweeps, "settings", lambda which: TABLE)
 
 
 def command(model_dir, folder, out, *more):
     arguments = ("--model", model_dir, "--input", folder, "--out", out, "--device", "cpu", "--batch-size", 2, *more)
-    return cli.run(pareto.main, [str(a) for a in arguments])
+    return cli.run(sweeps.main, [str(a) for a in arguments])
 
 
 def rows_of(out):
@@ -62,7 +62,7 @@ def test_a_sweep_leaves_table_csv_json_and_picture(tmp_path, model_dir, folder, 
     cached = rows["random", "cached"]
     assert (cached["trunk"], cached["eps"], cached["gradient"]) == (4, 4, 2) and 2 < cached["evaluations"] < 4
     # The numbers are those of a pipeline that is asked for the same.
-    model = pareto.common.PDAE.from_pretrained(model_dir)
+    model = sweeps.common.PDAE.from_pretrained(model_dir)
     images = common.load(common.open_dataset([folder], 32, 1, split="test"), range(3)).images
     pipe = Pipeline(model, 2, "cpu", spacing="quadratic", iterations=2)
     mse = metrics.mse(images, pipe.reconstruct(images)).mean()
@@ -103,7 +103,7 @@ def test_a_killed_sweep_goes_on_where_it_stopped(tmp_path, model_dir, folder, sm
     done.clear()
     assert command(model_dir, folder, out) == 0 and not done
     # A setting that means something else now is measured again.
-    monkeypatch.setattr(pareto, "settings", lambda which: [Setting("coarse", "published", 3), *TABLE[1:]])
+    monkeypatch.setattr(sweeps, "settings", lambda which: [Setting("coarse", "published", 3), *TABLE[1:]])
     assert command(model_dir, folder, out) == 0 and done == [("coarse", "inferred"), ("coarse", "random")]
     assert len(rows_of(out)) == 4
     capsys.readouterr()

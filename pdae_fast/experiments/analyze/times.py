@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data import stream
+from ...data import none_read, stream
 from ...errors import UserError
 from ...files import atomic_write
 from ...pipeline import Pipeline
@@ -102,7 +102,7 @@ def measure(
         for name, values in columns.items():
             gathered.setdefault(name, []).append(np.stack(values))
     if not first:
-        raise UserError("no image could be read" + (f"; the first: {': '.join(broken[0])}" if broken else ""))
+        raise none_read(broken)
     found = {name: np.concatenate(parts, axis=1) for name, parts in gathered.items()}
     for name, values in found.items():
         if not np.isfinite(values).all():

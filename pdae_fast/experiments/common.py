@@ -235,7 +235,7 @@ def check_finite(x: Tensor, subject: str) -> Tensor:
 
 
 def decode_edits(pipe: Pipeline, codes: Tensor, x_T: Tensor) -> Tensor:
-    """Several ``codes`` [K B, D] of each of B images, all of the first image group first, decoded from x_T [B, ...]."""
+    """``codes`` [K B, D], K for each of B images (the first for all, then the next), decoded from x_T [B, ...]."""
     return pipe.decode(codes, x_T.repeat(len(codes) // len(x_T), *[1] * (x_T.ndim - 1)))
 
 
@@ -301,7 +301,7 @@ def names_digest(dataset: Any) -> str:
     return hashlib.sha256("\n".join(dataset.names).encode("utf-8", "replace")).hexdigest()[:16]
 
 
-def file_digest(path: Path) -> str:
+def file_digest(path: str | os.PathLike) -> str:
     """16 hexadecimal digits of a file's content."""
     digest = hashlib.sha256()
     try:

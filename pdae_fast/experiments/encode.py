@@ -144,7 +144,7 @@ def check_format(format: str) -> None:
         _pyarrow()
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
+# -- the command ---------------------------------------------------------------------------------------------------
 
 # Every block is flushed to disk, which would cost more than encoding a small one.
 BLOCK_IMAGES = 256

@@ -188,7 +188,7 @@ def _features(journal: Journal, k: int) -> Iterator[np.ndarray]:
     return (entry.arrays["features"][k] for entry in journal.entries() if entry.names)
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
+# -- the command ---------------------------------------------------------------------------------------------------
 
 STEPS = (10, 100)
 DEFAULT_IMAGES = 64
@@ -248,14 +248,14 @@ def _quality(run: common.Run) -> tuple[dict[str, Metric], dict[str, str]]:
 
 def _reference(run: common.Run, images: Any, network: FeatureNetwork, group: Group) -> Journal:
     """Features of the images of --fid, in a journal of their own: they are shared and continued as everything is."""
-    settings = {"images": run.args.fid, "network": _digest(run.args.fid_network), "names": common.names_digest(images)}
+    settings = {
+        "images": run.args.fid,
+        "network": common.file_digest(run.args.fid_network),
+        "names": common.names_digest(images),
+    }
     journal = Journal(run.out / "fid", settings, len(images), run.pipe.batch_size, group)
     journal.run(images, lambda block: ({}, {"features": network(block.images)}), run.args.on_error)
     return journal
-
-
-def _digest(path: str) -> str:
-    return common.file_digest(Path(path))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -276,7 +276,7 @@ def main(argv: list[str] | None = None) -> None:
         network = FeatureNetwork(args.fid_network, run.pipe.device) if args.fid else None
         job = common.job_settings(run, rows=[asdict(s) for s in settings], quality=list(quality))
         if network:
-            job["fid"] = [args.fid, _digest(args.fid_network)]
+            job["fid"] = [args.fid, common.file_digest(args.fid_network)]
         journal = Journal(run.out, job, len(run.dataset), run.pipe.batch_size, group)
         one = sum(common.evaluations(p, s.mode, s.encode_steps) for p, s in zip(rows, settings, strict=True))
         with common.progress(run.pipe, journal.left() * one, "evaluate", args.quiet or not group.first):
@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
         values: dict[str, Any] = {}
         if reference:
             values["fid"] = {"reference": args.fid, "images": add_fid(journal, reference, results.rows)}
-            values["fid"] |= {"network": args.fid_network, "network_digest": _digest(args.fid_network)}
+            values["fid"] |= {"network": args.fid_network, "network_digest": common.file_digest(args.fid_network)}
         report = common.report(
             run,
             results.broken,

@@ -32,7 +32,7 @@ from ..files import make_folder
 from ..pipeline import Pipeline
 from . import common
 from .image_classifier import ImageClassifier, cached_classifier, predict
-from .parts import Part, find_parts
+from .parts import Side, find_parts
 from .sample import add_drawing_options, check_drawing
 from .targets import Targets
 
@@ -45,14 +45,14 @@ JUDGED = 5000  # training images of the judge, at most
 # -- the classifier on z -------------------------------------------------------------------------------------------
 
 
-class Labelled(NamedTuple):
+class Shots(NamedTuple):
     """Places of the images that the classifier learns from: positives, and what it takes for negatives."""
 
     positives: np.ndarray
     others: np.ndarray
 
 
-def choose(positive: np.ndarray, setting: str, k: int, others: int, seed: int = 0) -> Labelled:
+def choose(positive: np.ndarray, setting: str, k: int, others: int, seed: int = 0) -> Shots:
     """``k`` positives at random, and at most ``others`` other images: for "binary" true negatives, for "pu" any others,
     unseen positives among them. positive: bool [N]. Raises UserError where there are fewer than k (or no) others."""
     if setting not in SETTINGS:
@@ -67,7 +67,7 @@ def choose(positive: np.ndarray, setting: str, k: int, others: int, seed: int = 
     pool = np.flatnonzero(~positive) if setting == "binary" else np.setdiff1d(np.arange(len(positive)), chosen)
     if not len(pool):
         raise UserError("every labelled image is positive: there is nothing to tell the positives from")
-    return Labelled(np.sort(chosen), np.sort(random.permutation(pool)[:others]))
+    return Shots(np.sort(chosen), np.sort(random.permutation(pool)[:others]))
 
 
 def fit(positives: np.ndarray, others: np.ndarray, l2: float = 0.01) -> Any:
@@ -233,7 +233,7 @@ def default_names(targets: Targets, positives: int) -> list[str]:
     return [enough[i * len(enough) // count] for i in range(count)]
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
+# -- the command ---------------------------------------------------------------------------------------------------
 
 TITLES = {"pu": "positive-unlabelled", "binary": "binary", "unconditional": "unconditional"}
 COLUMNS = 10  # of the grid
@@ -308,7 +308,7 @@ def _names(args: argparse.Namespace, targets: Targets) -> list[str]:
     return list(dict.fromkeys(args.name or default_names(targets, args.positives)))
 
 
-def _choose(args: argparse.Namespace, targets: Targets, name: str, setting: str) -> Labelled:
+def _choose(args: argparse.Namespace, targets: Targets, name: str, setting: str) -> Shots:
     negatives = args.positives if args.negatives is None else args.negatives
     others = negatives if setting == "binary" else args.unlabelled
     positive = targets.positive(name)
@@ -318,7 +318,7 @@ def _choose(args: argparse.Namespace, targets: Targets, name: str, setting: str)
         raise UserError(f"{name}: {error}") from None
 
 
-def _accept(run: common.Run, draws: Draws, train: Part, name: str, setting: str) -> dict[str, Any]:
+def _accept(run: common.Run, draws: Draws, train: Side, name: str, setting: str) -> dict[str, Any]:
     """Fit the classifier of one name and setting, and draw until enough z are accepted."""
     args = run.args
     labelled = _choose(args, train.targets, name, setting)
@@ -336,7 +336,7 @@ def _accept(run: common.Run, draws: Draws, train: Part, name: str, setting: str)
     return {"name": name, "setting": setting, "labelled": labelled, "accepted": accepted, "hidden": hidden}
 
 
-def _judge(run: common.Run, train: Part, test: Part, name: str) -> Judge:
+def _judge(run: common.Run, train: Side, test: Side, name: str) -> Judge:
     """The classifier of pixels that says what a sample shows; its file is found again for the same images."""
     asked = question(train.targets, name)
     chosen = np.sort(np.random.default_rng((run.args.seed, 12)).permutation(len(train.z))[:JUDGED])

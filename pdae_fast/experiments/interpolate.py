@@ -172,7 +172,7 @@ def _two_passes(pipe: Pipeline, z: Tensor, weight: Tensor, x_T: Tensor) -> Tenso
     return solvers.decode(field, start, trajectory, pipe.solver, companion=companion).cpu()
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
+# -- the command ---------------------------------------------------------------------------------------------------
 
 
 def _parser() -> argparse.ArgumentParser:

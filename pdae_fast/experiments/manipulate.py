@@ -165,7 +165,7 @@ def _edited(pipe: Pipeline, x0: Tensor, attributes: Sequence[str], scales: Seque
     return common.decode_edits(pipe, codes, x_T)
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
+# -- the command ---------------------------------------------------------------------------------------------------
 
 DEFAULT_IMAGES = 6
 DEFAULT_PAIRS = 32

@@ -256,7 +256,7 @@ def _named(row: Row) -> bool:
     return row["family"] == "preset" or row["name"] in ("published 100+100", "published 1000+100")
 
 
-# -- the picture -------------------------------------------------------------------------------------------------------
+# -- the picture ---------------------------------------------------------------------------------------------------
 
 COSTS = (
     ("evaluations", "front_evaluations", "whole-network evaluations per image"),
@@ -303,7 +303,7 @@ def _panel(axis: Any, rows: list[Row], cost: str, front: str) -> None:
     axis.set(xscale="log", yscale="log" if max(losses) > 5 * min(losses) else "linear")
     low, high = axis.get_xlim()
     for row in rows:
-        if row["family"] == "preset" or row["name"] in ("published 100+100", "published 1000+100"):
+        if _named(row):
             left = row[cost] > (low * high) ** 0.5
             axis.annotate(
                 row["name"],
@@ -316,7 +316,7 @@ def _panel(axis: Any, rows: list[Row], cost: str, front: str) -> None:
             ).set_in_layout(False)
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
+# -- the command ---------------------------------------------------------------------------------------------------
 
 DEFAULT_LIMIT = 64
 # Options of add_run_options that a setting of the table decides.

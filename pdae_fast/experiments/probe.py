@@ -27,7 +27,7 @@ from ..errors import UserError
 from ..files import atomic_write, make_folder
 from ..plots import COLOURS, chart
 from . import common
-from .parts import Part, find_parts
+from .parts import Side, find_parts
 from .targets import Targets
 
 CHOICES = (0.001, 0.01, 0.1, 1.0, 10.0)  # of C
@@ -204,7 +204,7 @@ def mean_estimate(estimates: list[Estimate], resampled: list[np.ndarray]) -> Est
     return _estimate(mean, drawn)
 
 
-# -- nearest neighbours ------------------------------------------------------------------------------------------------
+# -- nearest neighbours --------------------------------------------------------------------------------------------
 
 GOOD, BAD = "#007a4d", "#b3261e"
 
@@ -291,7 +291,7 @@ def _tile(axes: Any, image: np.ndarray, words: str, colour: str) -> None:
         side.set_visible(False)
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
+# -- the command ---------------------------------------------------------------------------------------------------
 
 SCALED = {"whiten": "whitened", "standardise": "standardised"}
 SHOWN = 6  # queries in the picture
@@ -349,10 +349,7 @@ def main(argv: list[str] | None = None) -> None:
     common.say(run, _summary(report), ["probe.png", "neighbours.png", "neighbours.csv", "metrics.json"])
 
 
-# -- results -------------------------------------------------------------------------------------------------------
-
-
-def _classes(sets: list[Features], train: Part, test: Part, seed: int) -> tuple[str, list[dict], list[str]]:
+def _classes(sets: list[Features], train: Side, test: Side, seed: int) -> tuple[str, list[dict], list[str]]:
     rows, right = [], []
     for features in sets:
         count = max(3, len(train.targets.names))  # two classes too: scores for each of them
@@ -365,7 +362,7 @@ def _classes(sets: list[Features], train: Part, test: Part, seed: int) -> tuple[
     return "accuracy", rows, []
 
 
-def _attributes(sets: list[Features], train: Part, test: Part, seed: int) -> tuple[str, list[dict], list[str]]:
+def _attributes(sets: list[Features], train: Side, test: Side, seed: int) -> tuple[str, list[dict], list[str]]:
     usable, notes = [], []
     for j, name in enumerate(train.targets.names):
         sides = [np.bincount(part.targets.values[:, j] > 0, minlength=2) for part in (train, test)]
@@ -400,7 +397,7 @@ def _attributes(sets: list[Features], train: Part, test: Part, seed: int) -> tup
     return "mean_auroc", rows, notes
 
 
-def _classifier(run: common.Run, test: Part) -> dict[str, Any] | None:
+def _classifier(run: common.Run, test: Side) -> dict[str, Any] | None:
     """What the model's own classifier, which nothing here is fitted to, says of the test images; None without one for
     all classes or any attribute."""
     own, targets, seed = run.model.config.attributes, test.targets, run.args.seed
@@ -420,7 +417,7 @@ def _classifier(run: common.Run, test: Part) -> dict[str, Any] | None:
     return {"mean_auroc": mean_estimate(list(found), list(samples))._asdict(), "auroc": each}
 
 
-def _neighbours(run: common.Run, latent: Features, train: Part, test: Part) -> dict[str, Any]:
+def _neighbours(run: common.Run, latent: Features, train: Side, test: Side) -> dict[str, Any]:
     """Agreement of the neighbours in z and in pixels, neighbours.csv, and the picture."""
     count, seed, k = min(QUERIES, len(test.z)), run.args.seed, run.args.neighbours
     chosen = np.sort(np.random.default_rng((seed, 6)).permutation(len(test.z))[:count])

@@ -60,7 +60,7 @@ def _grid(run: common.Run, modes: list[str], shown: list[tuple[str, int]]) -> No
     save_grid(rows, run.out / "grid.png", ["input", *(MODES[mode] for mode in modes)])
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
+# -- the command ---------------------------------------------------------------------------------------------------
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -236,7 +236,7 @@ def write_page(path: Path, title: str, summary: dict[str, str], found: list[Sect
         file.write(page)
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
+# -- the command ---------------------------------------------------------------------------------------------------
 
 PAGE = "index.html"
 # What every command takes, and which of them only those that read labels.

@@ -141,7 +141,7 @@ def entropy(logits: Tensor) -> Tensor:
     return bits / torch.log(torch.tensor(2.0, dtype=torch.float64))
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
+# -- the command ---------------------------------------------------------------------------------------------------
 
 COLUMNS = 10  # of the grid
 SHOWN = 40
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     if features:
         report["fid"] = {"reference": args.fid, "network": args.fid_network, "images": features[1].images}
-        report["fid"]["network_digest"] = common.file_digest(Path(args.fid_network))
+        report["fid"]["network_digest"] = common.file_digest(args.fid_network)
     _grid(run.out / "grid.png", shown, reference)
     cli.write_json(run.out / "metrics.json", report)
     common.say(run, _summary(report), ["grid.png", "images", "metrics.json"])

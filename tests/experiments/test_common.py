@@ -1,6 +1,8 @@
 """Bundled data, pipelines that share a plan, cost."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,3 +95,28 @@ def test_parts_of_the_network_are_counted_as_parts(tmp_path, model_dir, capsys):
     assert found["network_evaluations_per_image"]["trunk"] == 3
     table = capsys.readouterr().out
     assert "reuse gradient:off" in table and f" {expected:.1f} " in table
+
+
+def test_every_command_ends_alike(capsys):
+    run = SimpleNamespace(args=SimpleNamespace(quiet=False), model=SimpleNamespace(notes=["1 head"]), out=Path("out"))
+    files, broken = ["grid.png", "images", "metrics.json"], [("x", "cut off"), ("y", "empty"), ("x", "cut off")]
+    common.say(run, ["table"], files, broken)
+    wrote = f"wrote {Path('out/grid.png')}, {Path('out/images')} and {Path('out/metrics.json')}"
+    lines = ["table", "2 broken images skipped: x, y", "assumed about the model: 1 head", wrote]
+    assert capsys.readouterr().out.splitlines() == lines
+    run.args.quiet = True
+    common.say(run, ["table"], files, broken)
+    assert capsys.readouterr().out == ""
+
+
+def test_codes_in_groups_share_their_images_noise():
+    x_T = images(2)
+    pipe = SimpleNamespace(decode=lambda codes, x_T: torch.cat([codes, x_T.flatten(1)[:, :1]], dim=1))
+    found = common.decode_edits(pipe, torch.arange(6.0)[:, None], x_T)
+    assert found.tolist() == [[float(k), float(x_T[k % 2, 0, 0, 0])] for k in range(6)]
+
+
+def test_values_that_are_no_numbers_are_named():
+    assert common.check_finite(images(1), "the image holds").shape == (1, 1, 32, 32)
+    with pytest.raises(UserError, match="the image holds NaN or infinite values; try --dtype float32"):
+        common.check_finite(torch.tensor([1.0, float("inf")]), "the image holds")

@@ -186,7 +186,7 @@ def _rectangle(*args: Any, **options: Any) -> Any:
     return Rectangle(*args, **options)
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
+# -- the command ---------------------------------------------------------------------------------------------------
 
 SEEN = 60000  # images that a classifier sees in training
 SHOWN = 10  # samples in a row of the picture

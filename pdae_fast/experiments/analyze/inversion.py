@@ -194,7 +194,7 @@ def picture(path: Path, rows: dict[str, dict[str, Any]], reference: dict[str, di
             panel.set_visible(False)
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
+# -- the command ---------------------------------------------------------------------------------------------------
 
 SHOWN = 8  # images in a picture
 

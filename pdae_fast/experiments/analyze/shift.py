@@ -129,7 +129,7 @@ def draw_curve(axes: Any, t: Sequence[int], rows: Sequence[dict], name: str, lab
         axes.fill_between(t, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
-# -- the commands ------------------------------------------------------------------------------------------------------
+# -- the commands --------------------------------------------------------------------------------------------------
 
 DEFAULT_TIMES = 50
 DEFAULT_IMAGES = 64

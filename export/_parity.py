@@ -11,10 +11,10 @@ import onnx
 import torch
 from torch import Tensor
 
-from ..samplers import ddim as sampling
 from ..engine.rewrites import resblocks
 from ..errors import UserError
 from ..models import PDAE, Prior
+from ..samplers import ddim as sampling
 from ..schedule import Step, build_schedule
 from . import manifest as manifests
 from ._tracing import widened

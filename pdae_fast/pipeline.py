@@ -219,10 +219,10 @@ class Pipeline:
     ) -> Tensor:
         """Images [B, C, H, W] (not clamped) decoded from z [B, latent_dim] and x_T, [B, C, H, W] or what invert gave.
 
-        Without x_T it is drawn: image k of the call is image ``indices[k]`` (None: k) of ``seed`` (see noise.ImageNoise),
-        or the next draw of ``generator``. Noise that the steps draw (solver "ddpm", eta above 0) is chosen likewise.
-        Without z the prior alone decodes, and G is not run; then ``x_T`` or ``count`` says how many images.
-        ``stop_percent``: G is left out for the last part of the trajectory.
+        Without x_T it is drawn: image k of the call is image ``indices[k]`` (None: k) of ``seed`` (noise.ImageNoise), or
+        the next draw of ``generator``. Noise that the steps draw (solver "ddpm", eta above 0) is chosen likewise. Without
+        z the prior alone decodes, and G is not run; then ``x_T`` or ``count`` says how many images. ``stop_percent``: G
+        is left out for the last part of the trajectory.
         """
         z = self._codes(z)
         known = {len(v) for v in (z, x_T, indices) if v is not None} | ({count} if count is not None else set())

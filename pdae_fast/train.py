@@ -20,9 +20,9 @@ from .config import NORM_GROUPS, LatentConfig, PDAEConfig, presets
 from .data import Labels, open_dataset, read_attributes
 from .engine import resolve_device
 from .errors import UserError
-from .experiments.shards import Group, processes
 from .files import make_folder
 from .models import PDAE, Prior
+from .processes import Group, processes
 from .training import Trainer, TrainSettings, held_out, target_codes, warm_start
 from .training.arguments import parse as _arguments
 from .training.codes import classifier_task, latent_task

@@ -24,7 +24,7 @@ from pdae_fast.engine.options import Rewrites
 from pdae_fast.samplers.ddim import ddim, ddim_invert
 from pdae_fast.schedule import build_schedule
 
-from .journal import Cases, Context, Skip
+from .cases import Cases, Context, Skip
 
 CPU = torch.device("cpu")
 TIMES = (999, 420, 9)
@@ -226,7 +226,9 @@ def _ragged(network: str, context: Context, steps: int) -> dict[str, Any]:
     x0 = x.clamp(-1, 1)
     results = []
     for size in (7, 3):
-        pipe = Pipeline(model, "published", steps=steps, device=context.device, dtype="float32", batch_size=size, plan="fused")
+        pipe = Pipeline(
+            model, "published", steps=steps, device=context.device, dtype="float32", batch_size=size, plan="fused"
+        )
         results.append(pipe.reconstruct(x0))
     return _held(relative(results[1], results[0]), RAGGED_BOUND)
 

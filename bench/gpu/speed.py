@@ -24,7 +24,7 @@ from bench.operations import operations, prepare, row
 from bench.timing import Alternation, clock
 from pdae_fast.engine.options import Rewrites
 
-from .journal import Cases, Context, Journal, Skip
+from .cases import CaseLog, Cases, Context, Skip
 from .paths import describe, need_xformers, variants
 
 SIDES = ("eager-bfloat16", "fused-float32", "fused-float16", "fused-bfloat16")
@@ -36,7 +36,7 @@ UNDECIDED = ("fused_output on",)  # off by default because no GPU has said yet t
 
 def _peaks(context: Context) -> dict[str, float]:
     """The matrix-product peaks that the first phase measured."""
-    rows = Journal(context.out).rows("environment")
+    rows = CaseLog(context.out).rows("environment")
     return {
         r["case"].removeprefix("matmul "): r["rate"] for r in rows if r["case"].startswith("matmul ") and "rate" in r
     }
@@ -64,12 +64,12 @@ def _speed(network: str, batch: int, context: Context) -> list[dict[str, Any]]:
     for name, error in failures.items():
         details = "".join(traceback.format_exception(error))
         where = f"{network} batch {batch}: {name}"
-        Journal(context.out).fail("speed", where, f"{type(error).__name__}: {error}", details)
+        CaseLog(context.out).fail("speed", where, f"{type(error).__name__}: {error}", details)
     return [{"status": "INFO", "table": "step", **r} for r in rows]
 
 
 def operation_bandwidth(context: Context) -> Cases:
-    bandwidth = [r["rate"] for r in Journal(context.out).rows("environment") if r["case"] == "copy" and "rate" in r]
+    bandwidth = [r["rate"] for r in CaseLog(context.out).rows("environment") if r["case"] == "copy" and "rate" in r]
     rate = bandwidth[0] if bandwidth else copy_bandwidth(context.device)
     for batch in (1,) if context.quick else (1, 16):
         for operation in operations(batch, tiny=context.quick):

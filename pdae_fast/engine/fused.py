@@ -14,6 +14,7 @@ from ..config import NORM_GROUPS
 from ..models import PDAE, Prior
 from ..models.layers import AttentionBlock
 from ..models.unet import PDAEDecoder
+from ..samplers.reuse import Reuse
 from ..schedule import Trajectory
 from . import rewrites
 from .attention import resolve_attention
@@ -22,7 +23,6 @@ from .device import last_level_cache
 from .norms import Affine, Skip
 from .options import Rewrites
 from .plan import Plan
-from ..samplers.reuse import Reuse
 from .reuse import Kept, Turn, Turns
 from .trajectory import Conditioning, DeviceTrajectory
 

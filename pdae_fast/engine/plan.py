@@ -14,9 +14,9 @@ from torch import Tensor
 from ..config import UNetConfig
 from ..errors import UserError
 from ..models import PDAE, Prior
+from ..samplers.reuse import NOTHING, Reuse
 from .cost import equivalents
 from .device import available_memory
-from ..samplers.reuse import NOTHING, Reuse
 
 P = TypeVar("P", bound="Plan")
 Field = Callable[[Tensor, int, bool], tuple[Tensor, Tensor | None]]

@@ -13,7 +13,7 @@ What a trajectory is known by is therefore *two* neighbouring states: x_T and it
 below (:class:`Pipeline` stacks them: [B, 2, C, H, W]). From x_T alone, one DDIM step finds the companion. From an image
 alone, the state above it is free, as far as the way back is concerned: any leads back to the image. What differs is how
 far the two sequences of every other state drift apart on the way up (the midpoint rule does not damp that), hence how
-normal the latent is. The state whose DDIM step leads to the image, solved for by :mod:`pdae_fast.samplers.inversion`, was best.
+normal the latent is. The state whose DDIM step leads to the image, solved for by :mod:`.inversion`, was best.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..errors import UserError
-from .inversion import invert_implicit
-from .ddim import Field, Progress, estimate_noise, state
 from ..schedule import Trajectory
+from .ddim import Field, Progress, estimate_noise, state
+from .inversion import invert_implicit
 
 START_ITERATIONS = 2
 

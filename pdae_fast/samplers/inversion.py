@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .ddim import Field, Progress, estimate_noise, state
 from ..schedule import Step, Trajectory
+from .ddim import Field, Progress, estimate_noise, state
 
 MAX_EXTRAPOLATION = 2.0  # beyond it two residuals in a row were nearly the same, and their difference is rounding
 

@@ -24,9 +24,9 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from .ddim import Field, Progress, estimate_x0, state
 from ..errors import UserError
 from ..schedule import Step, Trajectory
+from .ddim import Field, Progress, estimate_x0, state
 
 
 class Method(NamedTuple):

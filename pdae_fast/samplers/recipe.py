@@ -207,7 +207,8 @@ class Recipe:
         return trajectory
 
     def up(self, schedule: Schedule) -> Trajectory:
-        """What the solver infers x_T along: DDIM steps upward, or the steps that decode where it runs these backward."""
+        """What the solver infers x_T along: DDIM steps upward, or the steps that decode where these are solved or run
+        backward. UserError where the steps draw noise."""
         if self.draws:
             what = f"eta {self.eta:g}" if self.eta else f"the solver {self.solver}"
             raise UserError(f"x_T cannot be inferred with {what}: its steps draw noise; decode from random x_T")

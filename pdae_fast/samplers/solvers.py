@@ -21,9 +21,9 @@ class Solver:
     """What all solvers share; a class below says where it differs.
 
     ``least``: steps that it needs. ``states``: of a latent that it infers. ``solved``: whether ``iterations`` can solve
-    its steps for their start. ``backward``: whether its own steps run upward, exactly. ``draws``: whether its steps draw
-    noise, so that no x_T leads back to an image. ``extrapolates``: whether it looks across steps, and so has to know
-    where a window switches G.
+    its steps for their start. ``backward``: whether its own steps run upward, exactly. ``draws``: whether its steps
+    draw noise, so that no x_T leads back to an image. ``extrapolates``: whether it looks across steps, and so has to
+    know where a window switches G.
     """
 
     least = 1

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from .. import config as configs
 from ..errors import UserError
-from ..experiments.shards import Group
 from ..files import atomic_write, make_folder
 from ..models import PDAE, Prior
+from ..processes import Group
 from . import distributed, log, state
 from .distributed import PeerGone
 from .feed import Prefetcher, Prepared, closing_feed

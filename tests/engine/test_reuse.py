@@ -9,13 +9,13 @@ from golden_rule import relative
 from helpers import images, tiny_pdae, tiny_prior
 from pdae_fast import PDAE, PDAEConfig, Pipeline, UNetConfig, UserError, metrics, presets
 from pdae_fast.data import load_image
+from pdae_fast.data.bundled import SAMPLES
 from pdae_fast.engine import build_plan, graphs
 from pdae_fast.engine.cost import equivalents, network_costs
 from pdae_fast.engine.fused import FusedPlan
 from pdae_fast.engine.options import Rewrites
 from pdae_fast.engine.reuse import Turn, Turns
 from pdae_fast.models.unet import Features
-from pdae_fast.data.bundled import SAMPLES
 from pdae_fast.samplers import Reuse
 from pdae_fast.samplers import ddim as sampling
 from pdae_fast.samplers.inversion import invert_implicit
@@ -365,9 +365,7 @@ def test_a_solver_does_not_extrapolate_across_the_edge_of_a_window(solver):
     """As with stop_percent, it starts again where G switches: solvers.decode is told so by use_gradient."""
     model, z, x_T = tiny_pdae(), noise(2, 16), noise(2, 1, 32, 32)
     pipe = Pipeline(model, steps=8, device="cpu", dtype="float32", solver=solver, reuse="window:300-1000")
-    told = tuple(
-        step._replace(use_gradient=step.t >= 300) for step in pipe.schedule.decoding(8)
-    )
+    told = tuple(step._replace(use_gradient=step.t >= 300) for step in pipe.schedule.decoding(8))
     exact = Pipeline(model, steps=8, device="cpu", dtype="float32")
     expected = SOLVERS[solver].decode(exact.plan.field(z), x_T, told)
     torch.testing.assert_close(pipe.decode(z, x_T), expected, atol=1e-4, rtol=1e-4)

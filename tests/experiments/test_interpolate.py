@@ -10,7 +10,7 @@ from PIL import Image
 
 from golden_rule import relative
 from helpers import image_folder, images
-from pdae_fast import Pipeline, UserError, cli, interpolate
+from pdae_fast import Pipeline, UserError, cli
 from pdae_fast.data import Sample
 from pdae_fast.experiments import animation
 from pdae_fast.experiments import interpolate as experiment
@@ -23,7 +23,7 @@ def base(tmp_path, model_dir):
 
 
 def run(*argv):
-    return cli.run(interpolate.main, [str(a) for a in argv])
+    return cli.run(experiment.main, [str(a) for a in argv])
 
 
 class Images:

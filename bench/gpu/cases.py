@@ -49,7 +49,7 @@ Result = dict[str, Any] | list[dict[str, Any]] | None
 Cases = Iterable[tuple[str, Callable[[], Result]]]
 
 
-class Journal:
+class CaseLog:
     def __init__(self, out: Path) -> None:
         self.path, self.failures = out / "rows.jsonl", out / "failures.txt"
 
@@ -91,7 +91,7 @@ class Journal:
 
 def run_cases(phase: str, cases: Cases, context: Context) -> int:
     """Run what is not in the journal yet; 0, or DEVICE_BROKEN when this process cannot go on."""
-    journal = Journal(context.out)
+    journal = CaseLog(context.out)
     seen = journal.started(phase)
     for name, function in cases:
         if name in seen:

@@ -12,7 +12,8 @@ import torch
 
 from pdae_fast.data import BrokenImage, Sample
 from pdae_fast.errors import UserError
-from pdae_fast.experiments.shards import Group, Journal, read_blocks
+from pdae_fast.experiments.journal import Journal, read_blocks
+from pdae_fast.processes import Group
 
 SCRIPT = Path(__file__).parent / "job_for_torchrun.py"
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..errors import UserError
-from ..files import atomic_write
+from .errors import UserError
+from .files import atomic_write
 
 # Distinguishable with every common colour blindness (Okabe and Ito), and dark enough on white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")

@@ -355,7 +355,7 @@ def main(argv: list[str] | None = None) -> None:
     with common.progress(run.pipe, sum(each) * len(run.dataset), "pareto", args.quiet):
         rows = sweep(run, table, broken)
     if not args.no_plot:
-        draw(run.out / "png", rows, _title(run, rows))
+        draw(run.out / "pareto.png", rows, _title(run, rows))
     files = ["pareto.csv", *([] if args.no_plot else ["pareto.png"]), "metrics.json"]
     common.say(run, _summary(rows, len(todo)), files, broken)
 

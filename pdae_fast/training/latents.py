@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..checkpoints.directory import save_torch
-from ..data import BrokenImage, none_read, stream
+from ..data import BrokenImage, stream
 from ..errors import UserError
 from ..files import make_folder
 from ..models import PDAE
@@ -212,7 +212,7 @@ def encode_all(
             labels += batch.labels
             bar.update(len(z))
     if not parts:
-        raise none_read(broken)
+        raise UserError(f"none of the {len(broken)} images could be read; the first: {': '.join(broken[0])}")
     z = torch.cat(parts)
     return Latents(z, names, labels, *statistics(z), encoder, images, broken)
 

@@ -73,12 +73,13 @@ class Pipeline:
     def with_recipe(self, recipe: Recipe | str | None = None, **fields: Any) -> Pipeline:
         """Another pipeline with ``recipe`` (None: this one's) and ``fields`` in place of its own.
 
-        It shares the weights and the progress; evaluations are counted anew.
+        It shares the weights and the progress, and unless it leaves out other work, the count of evaluations.
         """
         other = copy.copy(self)
         other.recipe = Recipe.of(self.recipe if recipe is None else recipe, **fields)
         other.recipe.check(self.schedule)
-        other.plan = self.plan.reusing(other.recipe.reuse)
+        if other.recipe.reuse != self.recipe.reuse:
+            other.plan = self.plan.reusing(other.recipe.reuse)
         return other
 
     @property
@@ -219,10 +220,10 @@ class Pipeline:
     ) -> Tensor:
         """Images [B, C, H, W] (not clamped) decoded from z [B, latent_dim] and x_T, [B, C, H, W] or what invert gave.
 
-        Without x_T it is drawn: image k of the call is image ``indices[k]`` (None: k) of ``seed`` (noise.ImageNoise), or
-        the next draw of ``generator``. Noise that the steps draw (solver "ddpm", eta above 0) is chosen likewise. Without
-        z the prior alone decodes, and G is not run; then ``x_T`` or ``count`` says how many images. ``stop_percent``: G
-        is left out for the last part of the trajectory.
+        Without x_T it is drawn: image k of the call is image ``indices[k]`` (None: k) of ``seed`` (noise.ImageNoise),
+        or the next draw of ``generator``. Noise that the steps draw (solver "ddpm", eta above 0) is chosen likewise.
+        Without z the prior alone decodes, and G is not run; then ``x_T`` or ``count`` says how many images.
+        ``stop_percent``: G is left out for the last part of the trajectory.
         """
         z = self._codes(z)
         known = {len(v) for v in (z, x_T, indices) if v is not None} | ({count} if count is not None else set())

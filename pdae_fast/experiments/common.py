@@ -178,7 +178,7 @@ class Case:
         return f"{MODES[self.mode]}, {self.preset or steps}"
 
     def pipeline(self, pipe: Pipeline) -> Pipeline:
-        """``pipe`` with this recipe, except for the kind of noise, which stays; evaluations are counted anew."""
+        """``pipe`` with this recipe, except for the kind of noise, which stays."""
         return pipe.with_recipe(self.recipe, noise=pipe.recipe.noise)
 
     def describe(self) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def measure(run: Run, candidate: Candidate, mode: str, broken: list) -> Row:
         **candidate.values(),
         "images": first,
         **{name: statistics.fmean(values) for name, values in quality.items()},
-        "evaluations": pipe.plan.equivalents() / first,
+        "evaluations": common.whole_evaluations(pipe, cost.evaluations, first),
         **{name: n / first for name, n in counts.items()},
         "seconds_per_image": cost.seconds / first,
         "relative_seconds": statistics.median(ratios),

@@ -80,7 +80,7 @@ class Recipe:
             what = "iterations" if self.iterations else self.solver
             raise UserError(
                 f"{what} and encode steps do not go together: x_T is inferred by the {self.steps} steps that decode; "
-                "leave out encode steps, or ask for iterations 0"
+                "leave out --encode-steps (encode_steps), or ask for iterations 0"
             )
         self._check_least(self.steps)
 

@@ -20,14 +20,14 @@ def run(*argv):
 def direct(model_dir, folder):
     dataset = open_dataset(folder, 32, 1, split="test")
     x0 = torch.stack([dataset[i].image for i in range(len(dataset))])
-    pipe = Pipeline(PDAE.from_pretrained(model_dir), steps=2, device="cpu", plan="eager")
+    pipe = Pipeline(PDAE.from_pretrained(model_dir), "published", steps=2, device="cpu", plan="eager")
     return dataset, x0, pipe
 
 
 def test_npz_holds_latents_names_and_x_T(tmp_path, model_dir, monkeypatch, capsys):
     folder = image_folder(tmp_path / "in", 5)
     monkeypatch.setattr(experiment, "BLOCK_IMAGES", 2)
-    assert run("--model", model_dir, "--input", folder, "--out", tmp_path / "out", "--with-x-T", "--steps", 2,
+    assert run("--model", model_dir, "--input", folder, "--out", tmp_path / "out", "--with-x-T", "--steps", 2, "--iterations", 0,
                "--batch-size", 2, "--device", "cpu", "--plan", "eager") == 0  # fmt: skip
     assert "z [5, 16] and x_T, no labels" in capsys.readouterr().out
     dataset, x0, pipe = direct(model_dir, folder)

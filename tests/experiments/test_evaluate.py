@@ -39,8 +39,8 @@ def rows_of(path):
 def test_the_table_is_that_of_direct_calls(tmp_path, model_dir, base, capsys, monkeypatch):
     out = tmp_path / "out"
     monkeypatch.setitem(RECIPES, "fast", Recipe(steps=3, spacing="quadratic", iterations=2))
-    assert run(experiment.main, *base, "--out", out, "--steps", 2, "--preset", "fast", "--modes", "inferred", "random",
-               "--seed", 3) == 0  # fmt: skip
+    assert run(experiment.main, *base, "--out", out, "--steps", 2, "--iterations", 0, "--preset", "fast",
+               "--modes", "inferred", "random", "--seed", 3) == 0  # fmt: skip
     printed = capsys.readouterr().out
     report = json.loads((out / "metrics.json").read_text())
     assert [row["label"] for row in report["rows"]] == [
@@ -54,7 +54,7 @@ def test_the_table_is_that_of_direct_calls(tmp_path, model_dir, base, capsys, mo
     dataset = open_dataset(base[3], 32, 1)
     x0 = torch.stack([dataset[i].image for i in range(5)])
     model = experiment.common.PDAE.from_pretrained(model_dir)
-    pipe = Pipeline(model, steps=2, device="cpu", plan="eager", batch_size=5)
+    pipe = Pipeline(model, "published", steps=2, device="cpu", plan="eager", batch_size=5)
     decoded = [pipe.reconstruct(x0), pipe.decode(pipe.encode(x0), pipe.random_x_T(3, range(5)))]
     per_image = rows_of(out / "per_image.csv")
     assert [row["image"] for row in per_image[::4]] == dataset.names

@@ -17,13 +17,26 @@ SCALES = [-0.5, 0.7]
 
 @pytest.fixture(scope="module")
 def pipe(model):
-    return Pipeline(model, steps=2, device="cpu", batch_size=8)
+    return Pipeline(model, "published", steps=2, device="cpu", batch_size=8)
 
 
 @pytest.fixture
 def base(tmp_path, model_dir):
     folder = image_folder(tmp_path / "in", 3)
-    return ["--model", model_dir, "--input", folder, "--device", "cpu", "--batch-size", 8, "--steps", 2]
+    return [
+        "--model",
+        model_dir,
+        "--input",
+        folder,
+        "--device",
+        "cpu",
+        "--batch-size",
+        8,
+        "--steps",
+        2,
+        "--iterations",
+        0,
+    ]
 
 
 def run(*argv):

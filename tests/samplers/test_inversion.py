@@ -163,7 +163,7 @@ def test_random_networks_through_the_pipeline():
     ("call", "words"),
     [
         (lambda p, x: Pipeline(p.model, iterations=-1), "iterations must not be negative, not -1"),
-        (lambda p, x: p.with_recipe(encode_steps=5), "leave out encode steps"),
+        (lambda p, x: p.with_recipe(encode_steps=5), "leave out --encode-steps"),
         (
             lambda p, x: Pipeline(p.model, spacing="cubic"),
             "'cubic' is not known; expected uniform, quadratic, logsnr or karras",

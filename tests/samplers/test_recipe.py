@@ -125,12 +125,14 @@ def test_a_pipeline_takes_names_recipes_and_fields(model):
         Pipeline(model, device="cpu", colour="red")
 
 
-def test_with_recipe_shares_the_weights_and_counts_anew(model):
+def test_with_recipe_shares_the_weights(model):
     pipe = Pipeline(model, "published", steps=4, device="cpu", dtype="float32", batch_size=2)
     other = pipe.with_recipe("fast", steps=3)
     z = pipe.encode(images(2))
     x = other.decode(z, seed=1)
-    assert other.evaluations["trunk"] == 6 and "trunk" not in pipe.evaluations
+    assert other.evaluations == pipe.evaluations and pipe.evaluations["trunk"] == 6
+    less = pipe.with_recipe("published", steps=4, reuse="gradient:2")
+    assert less.evaluations == {} and less.plan.model is pipe.plan.model
     assert pipe.recipe.steps == 4 and other.recipe == dataclasses.replace(RECIPES["fast"], steps=3)
     own = Pipeline(model, "fast", steps=3, device="cpu", dtype="float32").decode(z, seed=1)
     torch.testing.assert_close(x, own, rtol=1e-3, atol=1e-3)
@@ -167,8 +169,8 @@ def test_noise_in_the_steps_is_an_images_own(model, fields):
         ({"steps": "10"}, "whole number, not '10'"),
         ({"encode_steps": 0}, "encode_steps must be between"),
         ({"iterations": -1}, "must not be negative"),
-        ({"iterations": 1, "encode_steps": 50}, "leave out encode steps, or ask for iterations 0"),
-        ({"solver": "belm", "encode_steps": 50}, "leave out encode steps"),
+        ({"iterations": 1, "encode_steps": 50}, "leave out --encode-steps, or ask for iterations 0"),
+        ({"solver": "belm", "encode_steps": 50}, "leave out --encode-steps"),
         ({"solver": "belm", "iterations": 1}, "cannot be combined with belm"),
         ({"solver": "ddpm", "iterations": 1}, "cannot be combined with ddpm"),
         ({"solver": "ddpm", "eta": 0.5}, "eta belongs to ddim"),

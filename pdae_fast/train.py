@@ -35,7 +35,6 @@ from .training.step import HELP as STEP_HELP
 from .training.step import StepOptions
 from .training.target_codes import COMPONENTS
 from .training.tasks import TASKS
-from .training.whitening import whiten_codes
 
 SHOWN = 5  # broken images that are named one by one
 # Each group of a norm is then one channel, whose mean is taken away at the input, the output and between.
@@ -95,15 +94,10 @@ def _check(args) -> None:
             raise UserError(f"--out {out} is {flag} itself, which the run would overwrite; choose another --out")
     if args.resume and not (out / CHECKPOINT_NAME).is_file():
         load(out / CHECKPOINT_NAME)  # says so
-    if getattr(args, "whiten", 0) and args.task != "pdae":
-        raise UserError(f"--whiten prepares the codes of pdae; train {args.task} has none to start with")
     if not 0 <= getattr(args, "velocity", 0) < math.inf:
         raise UserError(f"--velocity must be a number from 0 up, not {args.velocity}")
-    if getattr(args, "freeze_encoder", False):
-        if not args.start_from:
-            raise UserError("--freeze-encoder trains G alone; --start-from must give the encoder that stays as it is")
-        if args.whiten:
-            raise UserError("--whiten changes the codes, which --freeze-encoder keeps; give one of the two")
+    if getattr(args, "freeze_encoder", False) and not args.start_from:
+        raise UserError("--freeze-encoder trains G alone; --start-from must give the encoder that stays as it is")
     if getattr(args, "start_from", None):
         if args.task not in ("pdae", "encoder"):
             raise UserError(f"--start-from gives pdae its encoder and G; train {args.task} starts from --init-from")
@@ -132,9 +126,6 @@ def _image_task(args, device: torch.device):
     model = build_model(args)
     channels, size, _ = model.image_shape
     dataset = open_dataset(args.data, size, channels, split="train")
-    if args.whiten and not args.resume:
-        chosen = torch.linspace(0, len(dataset) - 1, min(args.whiten, len(dataset))).long().tolist()
-        whiten_codes(model, torch.stack([dataset[i].image for i in chosen]))
     preview = None
     if args.sample_every:
         shown = torch.stack([dataset[i].image for i in range(min(IMAGES, len(dataset)))])

@@ -71,14 +71,6 @@ def _options(p: argparse.ArgumentParser, task: str) -> None:
             help="pdae: a trained PDAE whose encoder and G to start from, as when its prior was trained further",
         )
         p.add_argument(
-            "--whiten",
-            type=int,
-            default=0,
-            metavar="N",
-            help="pdae: start with codes that are uncorrelated over N images, an exact change of coordinates between "
-            "encoder and G; 0 leaves them, as published",
-        )
-        p.add_argument(
             "--velocity",
             type=float,
             default=0.0,

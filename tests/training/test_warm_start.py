@@ -360,7 +360,6 @@ def test_g_alone_keeps_what_sits_on_the_codes(places):
 
 MISTAKES_OF_G = [
     (["--freeze-encoder"], "--start-from must give the encoder"),
-    (["--freeze-encoder", "--start-from", "{places}/same", "--whiten", "4"], "give one of the two"),
     (["--freeze-encoder", "--start-from", "{places}/broad"], "broad: its unet is"),
     (["--velocity", "-1"], "--velocity must be a number from 0 up"),
     (["--velocity", "nan"], "--velocity must be a number from 0 up"),

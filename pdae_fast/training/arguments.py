@@ -59,8 +59,8 @@ def _options(p: argparse.ArgumentParser, task: str) -> None:
         p.add_argument(
             "--architecture",
             default="fashion32",
-            metavar="PRESET|JSON",
-            help=f"{', '.join(presets)}, or a config.json",
+            metavar="NAME|JSON",
+            help=f"of the networks: {', '.join(presets)}, or a config.json",
         )
     if task == "encoder":
         _encoder_options(p)

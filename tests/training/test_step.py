@@ -8,16 +8,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import TINY, images, tiny_pdae, tiny_prior
-from pdae_fast import PDAE, UserError, train
+from pdae_fast import PDAE, UserError
 from pdae_fast.data import Sample
-from pdae_fast.training import Trainer, TrainSettings
+from pdae_fast.schedule import Tables
+from pdae_fast.training import Trainer, TrainSettings, command
 from pdae_fast.training import step as steps
 from pdae_fast.training.feed import Prefetcher, Prepared
-from pdae_fast.training.graphed import GraphedStep
 from pdae_fast.training.losses import Losses
-from pdae_fast.training.objective import Tables, pdae_loss
+from pdae_fast.training.objective import pdae_loss
 from pdae_fast.training.state import CHECKPOINT_NAME
-from pdae_fast.training.step import StepOptions
+from pdae_fast.training.step import GraphedStep, StepOptions
 from pdae_fast.training.tasks import TASKS
 
 CPU = torch.device("cpu")
@@ -245,15 +245,15 @@ def test_the_command_passes_the_options_on(tmp_path, monkeypatch):
         seen.append(options)
         raise Stop
 
-    monkeypatch.setattr(train, "Trainer", stop)
-    monkeypatch.setattr(train, "_image_task", lambda *a: (None, None, None))
-    command = ["pdae", "--data", "x", "--out", str(tmp_path / "o"), "--init-from", "fashion32", "--device", "cpu"]
+    monkeypatch.setattr(command, "Trainer", stop)
+    monkeypatch.setattr(command, "_image_task", lambda *a: (None, None, None))
+    arguments = ["pdae", "--data", "x", "--out", str(tmp_path / "o"), "--init-from", "fashion32", "--device", "cpu"]
     for more in ([], ["--fused-adam", "--channels-last"]):
         with pytest.raises(Stop):
-            train.main([*command, *more])
+            command.main([*arguments, *more])
     assert seen == [StepOptions(), StepOptions(fused_adam=True, channels_last=True)]
     with pytest.raises(UserError, match="--cuda-graph needs a CUDA device"):
-        train.main([*command, "--cuda-graph"])
+        command.main([*arguments, "--cuda-graph"])
 
 
 # -- a captured step, with a capture that repeats the calls instead ----------------------------------------------------

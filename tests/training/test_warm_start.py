@@ -22,8 +22,8 @@ from helpers import (
 )
 from pdae_fast import PDAE, UserError, cli, train
 from pdae_fast.data import open_dataset
+from pdae_fast.data.latents import Latents, encode_dataset, statistics
 from pdae_fast.training import Trainer, TrainSettings, warm_start
-from pdae_fast.training.latents import Latents, encode_dataset, statistics
 from pdae_fast.training.objective import encoder_loss
 from pdae_fast.training.target_codes import feature_codes, pca_codes
 from pdae_fast.training.tasks import EncoderTask

@@ -76,7 +76,8 @@ class ResBlock(nn.Module):
 
     def _norm_in(self, x: Tensor) -> Tensor:
         """SiLU(GN(x))."""
-        return self.in_layers[:2](x)
+        norm, act, _ = self.in_layers
+        return act(norm(x))
 
     def _norm_out(self, h: Tensor, emb: Tensor, emb_z: Tensor | None) -> Tensor:
         """SiLU of the adaptive norm of h."""

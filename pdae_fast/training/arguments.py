@@ -8,8 +8,7 @@ import dataclasses
 from .. import cli
 from ..config import LatentConfig, presets
 from .settings import DEFAULTS, TrainSettings
-from .step import HELP as STEP_HELP
-from .step import UNET_ONLY
+from .step import STEP_HELP, UNET_ONLY
 from .target_codes import PCA
 
 ABOUT = {

@@ -31,8 +31,7 @@ from .distributed import say_once
 from .previews import IMAGES, ImagePreview, SamplePreview, tensorboard
 from .settings import TrainSettings
 from .state import CHECKPOINT_NAME, load
-from .step import HELP as STEP_HELP
-from .step import StepOptions
+from .step import STEP_HELP, StepOptions
 from .target_codes import COMPONENTS
 from .tasks import TASKS
 from .trainer import Trainer

@@ -18,7 +18,7 @@ from ..models.layers import ResBlock, Stage
 from ..models.unet import Features, PDAEDecoder, UNet
 from .tasks import PDAETask, Task
 
-HELP = {
+STEP_HELP = {
     "compile": "compile the step with torch.compile; the first step then takes minutes, on the CPU too",
     "fused_adam": "Adam as one operation over all weights",
     "frozen_bfloat16": "pdae: the frozen half runs on a bfloat16 copy of its weights, whatever --amp says",
@@ -32,8 +32,8 @@ UNET_ONLY = ("frozen_bfloat16", "channels_last", "checkpointing", "fused_norms")
 
 @dataclass(frozen=True)
 class StepOptions:
-    """All off: the plain step. HELP says what each is. They are no settings of the run: it may be resumed with others,
-    as it may be on another device, and is bit for bit the same only with the same ones."""
+    """All off: the plain step. STEP_HELP says what each is. They are no settings of the run: it may be resumed with
+    others, as it may be on another device, and is bit for bit the same only with the same ones."""
 
     compile: bool = False
     fused_adam: bool = False

@@ -26,7 +26,7 @@ NO_DROPOUT = dataclasses.replace(TINY, unet=dataclasses.replace(TINY.unet, dropo
 
 def trainer(out, task="pdae", dataset=None, model=None, config=TINY, save_every=1000, **changes):
     """Options of the step and settings of the run, by name."""
-    options = {name: changes.pop(name) for name in steps.HELP if name in changes}
+    options = {name: changes.pop(name) for name in steps.STEP_HELP if name in changes}
     values = {"steps": 4, "batch_size": 4, "lr": 1e-3, "seed": 3, **changes}
     dataset = dataset or [Sample(image, f"{i}", None) for i, image in enumerate(images(10))]
     model = model or (tiny_pdae(config) if task == "pdae" else tiny_prior(config))

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from .config import ScheduleConfig
 from .errors import UserError
@@ -171,3 +173,35 @@ def build_schedule(config: ScheduleConfig) -> Schedule:
     for array in arrays.values():
         array.setflags(write=False)
     return Schedule(**arrays)
+
+
+class Tables(nn.Module):
+    """The constants of ``schedule`` that training gathers at t, float32 [T], rounded once from float64.
+
+    Buffers, so that they go where the networks go and no step has to copy them there; no part of any state dict.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__()
+        for name, values in (
+            ("signal", schedule.alpha_bar**0.5),
+            ("spread", (1 - schedule.alpha_bar) ** 0.5),
+            ("shift_coef", schedule.shift_coef),
+            ("loss_weight", schedule.loss_weight),
+        ):
+            self.register_buffer(name, torch.from_numpy(values.copy()).float(), persistent=False)
+
+
+def as_tables(schedule: Schedule | Tables, device: torch.device) -> Tables:
+    return schedule if isinstance(schedule, Tables) else Tables(schedule).to(device)
+
+
+def column(values: Tensor, t: Tensor, ndim: int = 4) -> Tensor:
+    """Constants [T] gathered at t [B] -> [B, 1, ...] of ``ndim`` dimensions."""
+    return values[t].reshape(-1, *(1,) * (ndim - 1))
+
+
+def q_sample(schedule: Schedule | Tables, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) noise; x0 and noise [B, ...], t int64 [B]."""
+    tables = as_tables(schedule, x0.device)
+    return column(tables.signal, t, x0.ndim) * x0 + column(tables.spread, t, x0.ndim) * noise

@@ -10,8 +10,8 @@ from golden_rule import NETWORKS, fill, latent_mlp, pdae, relative, vectors
 from pdae_fast import Pipeline, ScheduleConfig
 from pdae_fast.models import Encoder
 from pdae_fast.samplers import ddim
-from pdae_fast.schedule import build_schedule
-from pdae_fast.training.objective import pdae_loss, q_sample
+from pdae_fast.schedule import build_schedule, q_sample
+from pdae_fast.training.objective import pdae_loss
 
 FORWARD, LOOP = 1e-5, 1e-4
 

@@ -258,6 +258,7 @@ def main(argv: list[str] | None = None) -> None:
             run,
             results.broken,
             recipe=False,
+            preset=args.preset,
             images=results.images,
             processes=group.size,
             not_available=absent,

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..data.latents import encode_dataset, split
 from ..errors import UserError
-from ..training.labels import split
-from ..training.latents import encode_dataset
 from . import common
 from .targets import Targets, find_targets
 

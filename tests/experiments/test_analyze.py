@@ -14,8 +14,8 @@ from pdae_fast.data import Sample
 from pdae_fast.experiments.analyze import shift, times
 from pdae_fast.experiments.analyze.times import Comparison, Point
 from pdae_fast.samplers import ddim
-from pdae_fast.schedule import Step, build_schedule
-from pdae_fast.training.objective import pdae_loss, q_sample
+from pdae_fast.schedule import Step, build_schedule, q_sample
+from pdae_fast.training.objective import pdae_loss
 
 CONFIG = TINY
 

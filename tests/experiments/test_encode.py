@@ -27,8 +27,8 @@ def direct(model_dir, folder):
 def test_npz_holds_latents_names_and_x_T(tmp_path, model_dir, monkeypatch, capsys):
     folder = image_folder(tmp_path / "in", 5)
     monkeypatch.setattr(experiment, "BLOCK_IMAGES", 2)
-    assert run("--model", model_dir, "--input", folder, "--out", tmp_path / "out", "--with-x-T", "--steps", 2, "--iterations", 0,
-               "--batch-size", 2, "--device", "cpu", "--plan", "eager") == 0  # fmt: skip
+    assert run("--model", model_dir, "--input", folder, "--out", tmp_path / "out", "--with-x-T", "--steps", 2,
+               "--iterations", 0, "--batch-size", 2, "--device", "cpu", "--plan", "eager") == 0  # fmt: skip
     assert "z [5, 16] and x_T, no labels" in capsys.readouterr().out
     dataset, x0, pipe = direct(model_dir, folder)
     z = pipe.encode(x0)

@@ -169,7 +169,7 @@ def test_noise_in_the_steps_is_an_images_own(model, fields):
         ({"steps": "10"}, "whole number, not '10'"),
         ({"encode_steps": 0}, "encode_steps must be between"),
         ({"iterations": -1}, "must not be negative"),
-        ({"iterations": 1, "encode_steps": 50}, "leave out --encode-steps, or ask for iterations 0"),
+        ({"iterations": 1, "encode_steps": 50}, "leave out --encode-steps .*, or ask for iterations 0"),
         ({"solver": "belm", "encode_steps": 50}, "leave out --encode-steps"),
         ({"solver": "belm", "iterations": 1}, "cannot be combined with belm"),
         ({"solver": "ddpm", "iterations": 1}, "cannot be combined with ddpm"),

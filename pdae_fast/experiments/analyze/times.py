@@ -17,8 +17,7 @@ from ...errors import UserError
 from ...files import atomic_write
 from ...pipeline import Pipeline
 from ...samplers.noise import ImageNoise, random_noise
-from ...schedule import Schedule
-from ...training.objective import q_sample
+from ...schedule import Schedule, q_sample
 
 RANGES = 10  # into which t is divided for summaries
 RESAMPLES = 1000

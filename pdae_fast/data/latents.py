@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ..checkpoints.directory import save_torch
-from ..data import BrokenImage, stream
-from ..errors import UserError
-from ..files import make_folder
-from ..models import PDAE
-from ..pipeline import Pipeline
+from pdae_fast.checkpoints.directory import save_torch
+from pdae_fast.data.sample import BrokenImage
+from pdae_fast.data.stream import none_read, stream
+from pdae_fast.errors import UserError
+from pdae_fast.files import make_folder
+from pdae_fast.models import PDAE
+from pdae_fast.pipeline import Pipeline
 
 FORMAT = "pdae_fast-latents-1"
 PROBES = 64
@@ -212,7 +213,7 @@ def encode_all(
             labels += batch.labels
             bar.update(len(z))
     if not parts:
-        raise UserError(f"none of the {len(broken)} images could be read; the first: {': '.join(broken[0])}")
+        raise none_read(broken)
     z = torch.cat(parts)
     return Latents(z, names, labels, *statistics(z), encoder, images, broken)
 
@@ -260,3 +261,15 @@ class LatentSet(Dataset):
         places = torch.as_tensor(places, dtype=torch.int64)
         z = (self.z[self.indices[places]] - self.mean) / self.std
         return z if self.labels is None else (z, self.labels[places])
+
+
+def split(count: int, holdout: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places 0 ... count - 1 as (training, held out), ascending; a function of its arguments alone.
+
+    holdout: the fraction that is held out, in [0, 1); at least one image of each part where it is not 0.
+    """
+    if not 0 <= holdout < 1:
+        raise UserError(f"holdout must be a fraction in [0, 1), not {holdout}")
+    held = min(max(1, round(holdout * count)), count - 1) if holdout else 0
+    order = np.random.default_rng((seed, 4)).permutation(count)
+    return np.sort(order[held:]), np.sort(order[:held])

@@ -16,8 +16,8 @@ import idx_files
 from helpers import TINY, image_folder, tiny_pdae, tiny_prior
 from pdae_fast import Pipeline, UserError
 from pdae_fast.data import BrokenImage, open_dataset
-from pdae_fast.training import latents as module
-from pdae_fast.training.latents import LatentSet, cache_path, encode_dataset, statistics
+from pdae_fast.data import latents as module
+from pdae_fast.data.latents import LatentSet, cache_path, encode_dataset, split, statistics
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ import io, os, signal, sys, torch
 sys.path[:0] = {path!r}
 from helpers import tiny_pdae
 from pdae_fast.data import open_dataset
-from pdae_fast.training.latents import encode_dataset
+from pdae_fast.data.latents import encode_dataset
 real = torch.save
 def save(contents, file):
     buffer = io.BytesIO()
@@ -245,3 +245,13 @@ def test_normalised_batches(tmp_path):
     assert labels.tolist() == [[1], [1]] and len(part) == 3
     with pytest.raises(ValueError, match="2 rows of labels for 3"):
         LatentSet(z, mean, std, [1, 2, 3], torch.zeros(2, 1))
+
+
+def test_the_split():
+    for count, holdout, held in ((100, 0.1, 10), (3, 0.01, 1), (3, 0.99, 2), (5, 0.0, 0)):
+        train, test = split(count, holdout, seed=1)
+        assert len(test) == held and sorted([*train, *test]) == list(range(count))
+    assert split(100, 0.1, 1)[1].tolist() == split(100, 0.1, 1)[1].tolist() != split(100, 0.1, 2)[1].tolist()
+    for wrong in (-0.1, 1.0, float("nan")):
+        with pytest.raises(UserError, match="holdout must be a fraction"):
+            split(10, wrong, 0)

@@ -18,7 +18,7 @@ from ..models import PDAE, Prior
 from ..schedule import Step, build_schedule
 from . import manifest as manifests
 from ._tracing import widened
-from .runtime import Backend
+from .backends.backend import Backend
 
 # Largest relative error of one evaluation by dtype, float32 plain modules the reference. For a step the error of x_next
 # is divided by what a relative error of 1 in the network's output would change of it: relative to x_next itself, most

@@ -26,10 +26,8 @@ from ..errors import UserError
 from ..files import atomic_write
 from ..models import PDAE, Prior
 from ..schedule import build_schedule
-from . import _description
 from . import manifest as manifests
-from ._blocks import NORMS
-from .graphs import build_graphs
+from .graphs import NORMS, build_graphs, conditioning_width
 from .runtime import load_backend
 from .staging import check_target, staged_directory
 
@@ -104,9 +102,9 @@ def main(args: argparse.Namespace) -> None:
     model = _load(args.model, args.prior, cli.foreign_options(args))
     start = time.perf_counter()
     with tqdm(total=_work(model, settings), desc="export", disable=args.quiet or None) as bar:
-        manifest = export_onnx(model, args.out, settings, _description.source(args.model), bar.update)
+        manifest = export_onnx(model, args.out, settings, _origin(args.model), bar.update)
     if not args.quiet:
-        print(_description.summary(args.out, manifest, model, time.perf_counter() - start))
+        print(_summary(args.out, manifest, model, time.perf_counter() - start))
 
 
 def export_onnx(
@@ -130,7 +128,7 @@ def export_onnx(
     model, settings = _as_reference(model), settings or Settings()
     schedule = build_schedule(model.config.schedule)
     encode_steps = settings.steps if settings.encode_steps is None else settings.encode_steps
-    manifest = _description.describe(model, settings, encode_steps, source)
+    manifest = _describe(model, settings, encode_steps, source)
     modules = build_graphs(model, schedule, settings.steps, encode_steps, DTYPES[settings.dtype], settings.norm)
     seed = secrets.randbits(32)
     with staged_directory(out) as directory:
@@ -189,9 +187,7 @@ def _write_graphs(
         path = directory / f"{name}.onnx"
         _tracing.save(traced.pop(name), path)
         _tracing.check(path)
-        manifest["graphs"][name] = _description.entry(
-            directory, name, manifest, [SHARED_WEIGHTS] if name in STEPS else []
-        )
+        manifest["graphs"][name] = _entry(directory, name, manifest, [SHARED_WEIGHTS] if name in STEPS else [])
 
 
 def _write_reconstruct(directory: Path, manifest: dict[str, Any]) -> None:
@@ -202,7 +198,7 @@ def _write_reconstruct(directory: Path, manifest: dict[str, Any]) -> None:
     with atomic_write(path) as file:
         file.write(model.SerializeToString())
     _tracing.check(path)
-    manifest["graphs"][manifests.RECONSTRUCT] = _description.entry(directory, manifests.RECONSTRUCT, manifest, [])
+    manifest["graphs"][manifests.RECONSTRUCT] = _entry(directory, manifests.RECONSTRUCT, manifest, [])
 
 
 def _compare(
@@ -234,3 +230,95 @@ def _compare(
 def _work(model: PDAE | Prior, settings: Settings) -> int:
     graphs = len(manifests.GRAPHS["pdae" if isinstance(model, PDAE) else "prior"])
     return graphs + 1 + settings.single_file + (settings.single_file or settings.verify)
+
+
+# -- what the manifest and the terminal say of an export --------------------------------------------------------------
+
+
+def _origin(name: str) -> dict[str, Any]:
+    """The model's name without its folder, and the hash of its weights' file."""
+    bundled = name in checkpoints.available()
+    path = checkpoints.directory.BUNDLED / name if bundled else Path(name).expanduser().resolve()
+    file = path / checkpoints.directory.WEIGHTS_NAME if path.is_dir() else path
+    return {"name": path.name, "file": file.name, **manifests.file_entry(file)}
+
+
+def _describe(
+    model: PDAE | Prior, settings: Settings, encode_steps: int, source: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The manifest as far as it is known before anything is written."""
+    import onnx
+    import onnxruntime
+    import onnxscript
+
+    schedule = build_schedule(model.config.schedule)
+    decode, invert = schedule.timesteps(settings.steps), schedule.timesteps(encode_steps)
+    pdae = isinstance(model, PDAE)
+    return {
+        "backend": "onnxruntime",
+        "kind": "pdae" if pdae else "prior",
+        "image_shape": list(model.image_shape),
+        "latent_dim": model.config.latent_dim if pdae else None,
+        "conditioning_width": conditioning_width(model),
+        "noise": model.config.noise,
+        "dtype": settings.dtype,
+        # Rounding to whole time points can merge some: 1000 steps asked for are 999 to run.
+        "steps": len(decode) - 1,
+        "encode_steps": len(invert) - 1,
+        "requested_steps": settings.steps,
+        "requested_encode_steps": encode_steps,
+        "opset": settings.opset,
+        "norm": settings.norm,
+        "max_batch": settings.max_batch,
+        "schedule": {
+            **dataclasses.asdict(model.config.schedule),
+            "decode_times": decode[::-1].tolist(),
+            "invert_times": invert.tolist(),
+        },
+        "model": source or {"name": type(model).__name__},
+        "versions": {
+            **cli.versions(),
+            "onnx": onnx.__version__,
+            "onnxscript": onnxscript.__version__,
+            "onnxruntime": onnxruntime.__version__,
+        },
+        "graphs": {},
+        "files": {},
+    }
+
+
+def _entry(directory: Path, graph: str, manifest: dict[str, Any], external: list[str]) -> dict[str, Any]:
+    path = directory / f"{graph}.onnx"
+    signature = manifests.signature(
+        graph, manifest["image_shape"], manifest["latent_dim"], manifest["conditioning_width"]
+    )
+    return {**manifests.graph_entry(path, *signature), "external": external}
+
+
+def _summary(out: str, manifest: dict[str, Any], model: PDAE | Prior, seconds: float) -> str:
+    rows = []
+    for name, entry in manifest["graphs"].items():
+        errors = manifest["parity"][name]
+        rows.append(
+            [name, entry["file"], _size(entry["bytes"]), f"{errors['relative_error']:.1e}", f"{errors['bound']:.0e}"]
+        )
+    rows += [["", name, _size(entry["bytes"]), "", ""] for name, entry in manifest["files"].items()]
+    lines = [cli.table(["graph", "file", "size", "error", "allowed"], rows, left=2)]
+    if "all_steps" in manifest["parity"]:
+        errors = manifest["parity"]["all_steps"]
+        lines.append(
+            f"verified: a whole reconstruction differs from the model's by {errors['relative_error']:.1e} (relative)"
+        )
+    if "note" in manifest["parity"]:
+        lines.append(f"errors {manifest['parity']['note']}")
+    lines += [f"assumed about the model: {note}" for note in model.notes]
+    lines.append(
+        f"wrote {out}: {manifest['kind']}, {manifest['encode_steps']} steps up and {manifest['steps']} down, "
+        f"{manifest['dtype']}, opset {manifest['opset']}, at most {manifest['max_batch']} images at a time, "
+        f"in {seconds:.0f} s"
+    )
+    return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"

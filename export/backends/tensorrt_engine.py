@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
-from .tensorrt_cuda import Cuda
+from ...errors import UserError
+from .cuda import Cuda
 from .tensorrt_flavor import create_context, dtype_name, make_log
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
-from . import manifest as manifests
-from .tensorrt_cuda import Cuda
+from ...errors import UserError
+from .. import manifest as manifests
+from .cuda import Cuda
 from .tensorrt_engine import Engine
 from .tensorrt_flavor import FLAVORS
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from .tensorrt_flavor import Flavor, configure, dtype_name, make_log, network_flags, targets
+from ...errors import UserError
+from ..backends.tensorrt_flavor import Flavor, configure, dtype_name, make_log, network_flags, targets
 
 # bfloat16 arithmetic came with compute capability 8.0.
 BFLOAT16_FROM = 8.0

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
-from .runtime import PROVIDERS, Backend
+from ...errors import UserError
+from .backend import PROVIDERS, Backend
 
 INSTALL = "pip install 'pdae_fast[onnx]' (on a GPU machine: pip install onnxruntime-gpu)"
 _FULL_NAMES = {

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
-from .runtime import Backend
+from ...errors import UserError
+from .backend import Backend
 
 
 class OpenVINOBackend(Backend):

@@ -34,7 +34,7 @@ BFLOAT16_NOTE = (
 )
 
 
-class Reference:
+class PlainModules:
     """The plain modules in float32, on random inputs of ``seed``; one method for every exported graph."""
 
     def __init__(self, model: PDAE | Prior, seed: int) -> None:
@@ -112,7 +112,7 @@ class _Worst:
 
 
 def measure(
-    backend: Backend, reference: Reference, manifest: dict[str, Any], batches: tuple[int, ...]
+    backend: Backend, reference: PlainModules, manifest: dict[str, Any], batches: tuple[int, ...]
 ) -> dict[str, dict[str, Any]]:
     """Errors of every graph but ``reconstruct``, for each number of images in ``batches``, over several steps."""
     bound = BOUNDS[manifest["dtype"]]
@@ -145,7 +145,7 @@ def measure(
 
 
 def measure_all_steps(
-    backend: Backend, reference: Reference, manifest: dict[str, Any], graph: bool, loops: bool
+    backend: Backend, reference: PlainModules, manifest: dict[str, Any], graph: bool, loops: bool
 ) -> dict[str, dict[str, Any]]:
     """Errors of one image after all steps up and down.
 

@@ -1,6 +1,6 @@
 """`python -m pdae_fast.export onnx`: the graphs of a model, checked against it, and their manifest.
 
-From Python: ``export_onnx(model, "exported", Settings(dtype="float16"))``.
+From Python: ``export_onnx(model, "exported", ExportSettings(dtype="float16"))``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .runtime import load_backend
 from .staging import check_target, staged_directory
 
 if TYPE_CHECKING:
-    from ._parity import Reference
+    from ._parity import PlainModules
 
 DESCRIPTION = "Write a model as ONNX graphs that run without PyTorch, every one checked against the model first."
 INSTALL = "pip install 'pdae_fast[onnx]'"
@@ -42,7 +42,7 @@ STEPS = ("decode_step", "invert_step")
 
 
 @dataclass(frozen=True)
-class Settings:
+class ExportSettings:
     """What to export, checked when it is made (UserError).
 
     steps, encode_steps: DDIM steps down and up (None: the same), constants of the graphs. dtype: of the networks; the
@@ -79,7 +79,7 @@ class Settings:
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    defaults = Settings()
+    defaults = ExportSettings()
     p.add_argument("--model", default=cli.DEFAULT_MODEL, help="bundled name, saved directory or foreign checkpoint")
     p.add_argument("--out", required=True, metavar="DIR", help="directory to write; an earlier export is replaced")
     p.add_argument("--steps", type=int, default=defaults.steps, help="DDIM steps of a decoding")
@@ -96,7 +96,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    settings = Settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)})
+    settings = ExportSettings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(ExportSettings)})
     check_target(args.out)
     _require_onnx()
     model = _load(args.model, args.prior, cli.foreign_options(args))
@@ -110,7 +110,7 @@ def main(args: argparse.Namespace) -> None:
 def export_onnx(
     model: PDAE | Prior,
     out: str | Path,
-    settings: Settings | None = None,
+    settings: ExportSettings | None = None,
     source: dict[str, Any] | None = None,
     progress: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
@@ -123,9 +123,9 @@ def export_onnx(
     from the model by more than its dtype explains, or when onnx or onnxruntime is missing.
     """
     _require_onnx()
-    from ._parity import Reference
+    from ._parity import PlainModules
 
-    model, settings = _as_reference(model), settings or Settings()
+    model, settings = _as_reference(model), settings or ExportSettings()
     schedule = build_schedule(model.config.schedule)
     encode_steps = settings.steps if settings.encode_steps is None else settings.encode_steps
     manifest = _describe(model, settings, encode_steps, source)
@@ -136,7 +136,7 @@ def export_onnx(
         if settings.single_file:
             _write_reconstruct(directory, manifest)
             progress()
-        reference = Reference(model, seed)
+        reference = PlainModules(model, seed)
         manifest["parity"] = {"seed": seed, "reference": "plain modules, float32"}
         _compare(directory, manifest, reference, settings, progress)
         manifests.write(directory, manifest)
@@ -204,8 +204,8 @@ def _write_reconstruct(directory: Path, manifest: dict[str, Any]) -> None:
 def _compare(
     directory: Path,
     manifest: dict[str, Any],
-    reference: Reference,
-    settings: Settings,
+    reference: PlainModules,
+    settings: ExportSettings,
     progress: Callable[[], object],
 ) -> None:
     """Fill ``manifest["parity"]``; UserError when an error is beyond its bound."""
@@ -227,7 +227,7 @@ def _compare(
     manifest["parity"] = parity
 
 
-def _work(model: PDAE | Prior, settings: Settings) -> int:
+def _work(model: PDAE | Prior, settings: ExportSettings) -> int:
     graphs = len(manifests.GRAPHS["pdae" if isinstance(model, PDAE) else "prior"])
     return graphs + 1 + settings.single_file + (settings.single_file or settings.verify)
 
@@ -244,7 +244,7 @@ def _origin(name: str) -> dict[str, Any]:
 
 
 def _describe(
-    model: PDAE | Prior, settings: Settings, encode_steps: int, source: dict[str, Any] | None
+    model: PDAE | Prior, settings: ExportSettings, encode_steps: int, source: dict[str, Any] | None
 ) -> dict[str, Any]:
     """The manifest as far as it is known before anything is written."""
     import onnx

@@ -244,7 +244,7 @@ def _tensors(entries: Iterable[dict[str, Any]], batched: bool) -> list[dict[str,
         {
             "name": entry["name"],
             "data_type": Word(TYPES[entry["dtype"]]),
-            "dims": [v if isinstance(v, int) else -1 for v in entry["shape"][1 if batched else 0 :]],
+            "dims": manifests.dims(entry["shape"][1 if batched else 0 :]),
         }
         for entry in entries
     ]

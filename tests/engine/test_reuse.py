@@ -17,7 +17,7 @@ from pdae_fast.engine.options import Rewrites
 from pdae_fast.engine.reuse import Turn, Turns
 from pdae_fast.models.unet import Features
 from pdae_fast.samplers import Reuse
-from pdae_fast.samplers import ddim as sampling
+from pdae_fast.samplers import ddim
 from pdae_fast.samplers.inversion import invert_implicit
 from pdae_fast.samplers.solvers import SOLVERS
 from pdae_fast.schedule import build_schedule
@@ -68,7 +68,7 @@ def noise(*shape, seed=0):
 
 def decoding(plan, spec, schedule, x_T, z, weights=None, steps=STEPS, stop_percent=0.0):
     plan = plan.reusing(Reuse.parse(spec))
-    return sampling.ddim(plan.field(z, weights), x_T, schedule, steps, stop_percent=stop_percent), plan
+    return ddim.ddim(plan.field(z, weights), x_T, schedule, steps, stop_percent=stop_percent), plan
 
 
 # -- the same approximations by the modules --------------------------------------------------------------------------
@@ -142,7 +142,7 @@ class Emulation:
 @pytest.mark.parametrize("spec", SPECS)
 def test_the_plan_computes_what_the_modules_do_with_the_same_reuse(model, plan, schedule, spec):
     x_T, z = noise(2, *model.image_shape), noise(2, 8, seed=1)
-    expected = sampling.ddim(Emulation(model, z, Reuse.parse(spec)), x_T, schedule, STEPS)
+    expected = ddim.ddim(Emulation(model, z, Reuse.parse(spec)), x_T, schedule, STEPS)
     found, _ = decoding(plan, spec, schedule, x_T, z)
     assert relative(found, expected) < 1e-4
     exact, _ = decoding(plan, "none", schedule, x_T, z)
@@ -163,14 +163,14 @@ def test_on_the_device_with_one_graph_for_every_kind_of_step(model, schedule, mo
 
     monkeypatch.setattr(graphs, "capture", capture)
     approximate = plan.reusing(Reuse.parse(spec))
-    expected = sampling.ddim(Emulation(model, z, Reuse.parse(spec)), x_T, schedule, STEPS)
+    expected = ddim.ddim(Emulation(model, z, Reuse.parse(spec)), x_T, schedule, STEPS)
     for B in (3, 2):  # the second uses the buffers, and what the first left in them, of the first
-        found = sampling.ddim(approximate.field(z[:B]), x_T[:B], schedule, STEPS)
+        found = ddim.ddim(approximate.field(z[:B]), x_T[:B], schedule, STEPS)
         assert relative(found, expected[:B]) < 1e-4
     (trajectory,) = approximate._trajectories.values()
     assert set(trajectory.graphs) == set(trajectory.turns) and 2 <= len(trajectory.graphs) <= 4
     pointers = {name: value.data_ptr() for name, value in trajectory.kept._values.items()}
-    sampling.ddim(approximate.field(-z), x_T, schedule, STEPS)
+    ddim.ddim(approximate.field(-z), x_T, schedule, STEPS)
     assert pointers == {name: value.data_ptr() for name, value in trajectory.kept._values.items()}
 
 
@@ -179,14 +179,14 @@ def test_on_the_device_with_one_graph_for_every_kind_of_step(model, schedule, mo
 )
 def test_every_step_a_key_step_is_exact(model, plan, schedule, spec):
     x_T, z = noise(2, *model.image_shape), noise(2, 8, seed=1)
-    assert torch.equal(decoding(plan, spec, schedule, x_T, z)[0], sampling.ddim(plan.field(z), x_T, schedule, STEPS))
+    assert torch.equal(decoding(plan, spec, schedule, x_T, z)[0], ddim.ddim(plan.field(z), x_T, schedule, STEPS))
 
 
 @pytest.mark.parametrize("spec", ["gradient:9", "deep:9:2", "trunk:9", "gradient:2,deep:2"])
 def test_a_trajectory_of_one_step_is_exact(model, plan, schedule, spec):
     x_T, z = noise(2, *model.image_shape), noise(2, 8, seed=1)
     found, _ = decoding(plan, spec, schedule, x_T, z, steps=1)
-    assert relative(found, sampling.ddim(plan.field(z), x_T, schedule, 1)) < 1e-6
+    assert relative(found, ddim.ddim(plan.field(z), x_T, schedule, 1)) < 1e-6
 
 
 @pytest.mark.parametrize("spec", ["window:300-700", "gradient:off"])

@@ -266,10 +266,10 @@ def test_without_torch(exported, pipe, x0, tmp_path):
 @pytest.mark.slow
 def test_the_bundled_model_without_torch_after_100_steps(tmp_path):
     pytest.importorskip("onnx")
-    from pdae_fast.export.onnx import Settings, export_onnx
+    from pdae_fast.export.onnx import ExportSettings, export_onnx
 
     model = PDAE.from_pretrained("fashion32")
-    export_onnx(model, tmp_path / "exported", Settings())
+    export_onnx(model, tmp_path / "exported", ExportSettings())
     x0 = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     expected = Pipeline(model, "published", device="cpu", dtype="float32", plan="eager").reconstruct(x0)
     found = without_torch(tmp_path / "exported", x0.numpy(), tmp_path, "reconstruct")
@@ -299,12 +299,12 @@ def test_load_backend_defaults_to_what_the_directory_was_made_for(exported):
 
 def test_another_image_size_and_head_layout(tmp_path):
     pytest.importorskip("onnx")
-    from pdae_fast.export.onnx import Settings, export_onnx
+    from pdae_fast.export.onnx import ExportSettings, export_onnx
 
     unet = dataclasses.replace(TINY.unet, input_channel=3, learn_sigma=True, use_new_attention_order=True)
     config = dataclasses.replace(TINY, image_size=64, unet=unet, latent_dim=8)
     model = tiny_pdae(config)
-    export_onnx(model, tmp_path / "out", Settings(3, norm="instance", max_batch=1))
+    export_onnx(model, tmp_path / "out", ExportSettings(3, norm="instance", max_batch=1))
     x0 = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(2)) * 2 - 1
     expected = Pipeline(model, "published", steps=3, device="cpu", dtype="float32", plan="eager").reconstruct(x0)
     assert relative(Session(tmp_path / "out", threads=1).reconstruct(x0.numpy()), expected) < 1e-4

@@ -11,14 +11,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .. import cli
-from ..errors import UserError
-from ..files import atomic_write
-from . import manifest as manifests
-from .serving_pbtxt import Word, dumps
-from .staging import check_target, staged_directory
-from .tensorrt_flavor import file_suffix
-from .tensorrt_runtime import check_engines
+from ... import cli
+from ...errors import UserError
+from ...files import atomic_write
+from .. import manifest as manifests
+from ..backends.tensorrt import check_engines
+from ..backends.tensorrt_flavor import file_suffix
+from ..staging import check_target, staged_directory
+from .pbtxt import Word, dumps
 
 DESCRIPTION = "Write a model repository for NVIDIA Triton Inference Server from exported graphs."
 #: beside the repository; written last, so that a directory without it is half-finished
@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> None:
                 shutil.copyfile(file, version / target)
             with atomic_write(version.parent / "config.pbtxt", "w") as file:
                 file.write(dumps(config))
-        shutil.copyfile(Path(__file__).with_name("serving_client.py"), staging / CLIENT)
+        shutil.copyfile(Path(__file__).with_name(CLIENT), staging / CLIENT)
         cli.write_json(staging / INDEX, layout.index(staging))
     if not args.quiet:
         print(layout.table())
@@ -140,7 +140,7 @@ class Layout:
         for graph in manifests.GRAPHS[self.onnx["kind"]]:
             found[f"{self.args.name}_{graph}"] = self._graph(graph)
         for task in PIPELINES:
-            files = {"model.py": Path(__file__).with_name("serving_model.py")}
+            files = {"model.py": Path(__file__).with_name("model.py")}
             found[f"{self.args.name}_{task}"] = self._pipeline(task), files
         return found
 
@@ -244,7 +244,7 @@ def _tensors(entries: Iterable[dict[str, Any]], batched: bool) -> list[dict[str,
         {
             "name": entry["name"],
             "data_type": Word(TYPES[entry["dtype"]]),
-            "dims": [v if isinstance(v, int) else -1 for v in entry["shape"][1 if batched else 0 :]],
+            "dims": manifests.dims(entry["shape"][1 if batched else 0 :]),
         }
         for entry in entries
     ]

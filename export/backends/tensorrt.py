@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
-from . import manifest as manifests
-from .tensorrt_cuda import Cuda
+from ...errors import UserError
+from .. import manifest as manifests
+from .cuda import Cuda
 from .tensorrt_engine import Engine
 from .tensorrt_flavor import FLAVORS
 
@@ -23,9 +23,7 @@ def check_engines(directory: Path, manifest: dict[str, Any], capability: str) ->
     entries = manifest["engines"][capability]
     for graph in manifests.GRAPHS[manifest["kind"]]:
         entry = entries.get(graph) if isinstance(entries, dict) else None
-        name = entry.get("file") if isinstance(entry, dict) else None
-        # A manifest must not lead a reader out of its own directory.
-        if not isinstance(name, str) or Path(name).name != name or not {"sha256", "bytes"} <= set(entry):
+        if not manifests.names_file(entry):
             raise UserError(f"{directory / manifests.NAME}: no engine for {graph} on {capability}; build once more")
     manifests.check_files(directory, {"graphs": entries, "files": {}})
     return entries

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from .tensorrt_flavor import Flavor, configure, dtype_name, make_log, network_flags, targets
+from ...errors import UserError
+from .. import manifest as manifests
+from ..backends.tensorrt_flavor import Flavor, configure, dtype_name, make_log, network_flags, targets
 
 # bfloat16 arithmetic came with compute capability 8.0.
 BFLOAT16_FROM = 8.0
@@ -146,7 +147,7 @@ def network_io(network: Any) -> dict[str, list[dict[str, Any]]]:
 def _check_io(path: Path, network: Any, entry: dict[str, Any]) -> None:
     found = network_io(network)
     for side in ("inputs", "outputs"):
-        expected = {t["name"]: (t["dtype"], [v if isinstance(v, int) else -1 for v in t["shape"]]) for t in entry[side]}
+        expected = {t["name"]: (t["dtype"], manifests.dims(t["shape"])) for t in entry[side]}
         actual = {t["name"]: (t["dtype"], t["shape"]) for t in found[side]}
         if sorted(actual) != sorted(expected):
             raise UserError(

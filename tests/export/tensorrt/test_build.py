@@ -12,10 +12,10 @@ from fake_device import FakeCuda, fake_tensorrt
 from pdae_fast import UserError, cli
 from pdae_fast.export import manifest as manifests
 from pdae_fast.export.__main__ import main
+from pdae_fast.export.backends.cuda import present_capability
+from pdae_fast.export.backends.tensorrt_flavor import FLAVORS, targets
 from pdae_fast.export.runtime import Session
-from pdae_fast.export.tensorrt_cuda import present_capability
-from pdae_fast.export.tensorrt_flavor import FLAVORS, targets
-from pdae_fast.export.tensorrt_verify import relative_error
+from pdae_fast.export.tensorrt.verify import relative_error
 from toy_export import graph, write_toy
 
 pytest.importorskip("onnxruntime")

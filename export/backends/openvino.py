@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
-from .runtime import Backend
+from ...errors import UserError
+from .. import manifest as manifests
+from .backend import Backend
 
 
 class OpenVINOBackend(Backend):
@@ -26,7 +27,7 @@ class OpenVINOBackend(Backend):
             import openvino
         except ImportError as error:
             raise UserError(f"openvino cannot be imported ({error}); pip install 'pdae_fast[openvino]'") from None
-        self._core, self._directory, self._manifest = openvino.Core(), Path(directory), manifest
+        self._core, self._directory, self._manifest = openvino.Core(), directory, manifest
         device = "CPU" if provider in ("auto", "cpu") else provider.upper()
         if device not in self._core.available_devices:
             raise UserError(
@@ -42,9 +43,7 @@ class OpenVINOBackend(Backend):
 
     def _request(self, graph: str) -> Any:
         if graph not in self._requests:
-            if graph not in self._manifest["graphs"]:
-                raise UserError(f"{self._directory}: no graph {graph!r} in this export")
-            path = self._directory / self._manifest["graphs"][graph]["file"]
+            path = manifests.graph_path(self._directory, self._manifest, graph)
             try:
                 compiled = self._core.compile_model(str(path), self._device, self._settings)
             except RuntimeError as error:

@@ -13,10 +13,11 @@ import pytest
 import fake_triton
 from pdae_fast import cli
 from pdae_fast.export import manifest as manifests
-from pdae_fast.export import serving_client
 from pdae_fast.export.__main__ import main
-from pdae_fast.export.runtime import Backend, Session, load_backend
-from pdae_fast.export.serving_pbtxt import Word, dumps
+from pdae_fast.export.backends.backend import Backend
+from pdae_fast.export.runtime import Session, load_backend
+from pdae_fast.export.serving import client as serving_client
+from pdae_fast.export.serving.pbtxt import Word, dumps
 from toy_export import IMAGE, STEPS, write_toy
 
 pytest.importorskip("onnxruntime")

@@ -12,15 +12,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .. import cli
-from ..errors import UserError
-from ..files import atomic_write
-from . import manifest as manifests
-from .staging import check_target, staged_directory
-from .tensorrt_build import EngineBuilder, Profile
-from .tensorrt_cuda import present_capability
-from .tensorrt_flavor import FLAVORS, file_suffix, parse_capability
-from .tensorrt_runtime import check_engines
+from ... import cli
+from ...errors import UserError
+from ...files import atomic_write
+from .. import manifest as manifests
+from ..backends.cuda import present_capability
+from ..backends.tensorrt import check_engines
+from ..backends.tensorrt_flavor import FLAVORS, file_suffix, parse_capability
+from ..staging import check_target, staged_directory
+from .build import EngineBuilder, Profile
 
 DESCRIPTION = "Build TensorRT engines from a directory of exported ONNX graphs."
 
@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
 
     build(source, onnx, target, builder, capabilities, args)
     if args.verify:
-        from .tensorrt_verify import verify
+        from .verify import verify
 
         verify(source, target, quiet=args.quiet)
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from .. import cli
-from ..errors import UserError
-from . import manifest as manifests
-from .runtime import Backend, load_backend
+from ... import cli
+from ...errors import UserError
+from .. import manifest as manifests
+from ..backends.backend import Backend
+from ..runtime import load_backend
 
 # Largest accepted relative error, by dtype. Both compute the same graph in the same dtype; what is left is the order of
 # sums, and what the dtype rounds. TF32 keeps as many bits as float16.

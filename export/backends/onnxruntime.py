@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
-from .runtime import PROVIDERS, Backend
+from ...errors import UserError
+from .. import manifest as manifests
+from .backend import PROVIDERS, Backend
 
 INSTALL = "pip install 'pdae_fast[onnx]' (on a GPU machine: pip install onnxruntime-gpu)"
 _FULL_NAMES = {
@@ -44,7 +45,7 @@ class OnnxRuntimeBackend(Backend):
             import onnxruntime
         except ImportError as error:
             raise UserError(f"onnxruntime cannot be imported ({error}); {INSTALL}") from None
-        self._ort, self._directory, self._manifest = onnxruntime, Path(directory), manifest
+        self._ort, self._directory, self._manifest = onnxruntime, directory, manifest
         self._threads, self._sessions = threads, {}
         self._wanted, self._strict = self._choose(provider)
         self._strict = self._strict and not allow_fallback
@@ -76,9 +77,7 @@ class OnnxRuntimeBackend(Backend):
         return self._sessions[graph]
 
     def _load(self, graph: str) -> Any:
-        if graph not in self._manifest["graphs"]:
-            raise UserError(f"{self._directory}: no graph {graph!r} in this export")
-        path = self._directory / self._manifest["graphs"][graph]["file"]
+        path = manifests.graph_path(self._directory, self._manifest, graph)
         options = self._ort.SessionOptions()
         if self._threads is not None:
             options.intra_op_num_threads = self._threads

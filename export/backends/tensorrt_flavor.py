@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from ..errors import UserError
+from ...errors import UserError
 
 # numpy's words for the dtypes that the graphs use; the keys are names of trt.DataType.
 DTYPES = {

@@ -10,10 +10,11 @@ import pytest
 from fake_device import FakeCuda, Status, fake_tensorrt
 from pdae_fast import UserError
 from pdae_fast.export import manifest as manifests
-from pdae_fast.export.runtime import Backend, Session, load_backend
-from pdae_fast.export.tensorrt_cuda import Cuda
-from pdae_fast.export.tensorrt_flavor import file_suffix
-from pdae_fast.export.tensorrt_runtime import TensorRTBackend
+from pdae_fast.export.backends.backend import Backend
+from pdae_fast.export.backends.cuda import Cuda
+from pdae_fast.export.backends.tensorrt import TensorRTBackend
+from pdae_fast.export.backends.tensorrt_flavor import file_suffix
+from pdae_fast.export.runtime import Session, load_backend
 from toy_export import IMAGE, LATENT, STEPS, write_toy
 
 pytest.importorskip("onnxruntime")

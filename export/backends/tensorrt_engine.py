@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
-from .tensorrt_cuda import Cuda
+from ...errors import UserError
+from .. import manifest as manifests
+from .cuda import Cuda
 from .tensorrt_flavor import create_context, dtype_name, make_log
 
 
@@ -58,7 +59,7 @@ class Engine:
         for name, tensor in expected.items():
             mode = "INPUT" if name in self.inputs else "OUTPUT"
             found = (dtype_name(engine.get_tensor_dtype(name)), list(engine.get_tensor_shape(name)))
-            wanted = (tensor["dtype"], [v if isinstance(v, int) else -1 for v in tensor["shape"]])
+            wanted = (tensor["dtype"], manifests.dims(tensor["shape"]))
             if engine.get_tensor_mode(name).name != mode or found != wanted:
                 raise UserError(
                     f"{self.path}: {name} is {found[0]} {found[1]}; the manifest says {wanted[0]} {wanted[1]}"

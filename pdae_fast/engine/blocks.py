@@ -132,29 +132,18 @@ class Decoder(Part):
         self.split = options.split_skips
         self.norm = functools.partial(normaliser(options), affine=_affine(head[0]))
         self.head = convolution(head[2], options.packed_weights)
-        self.tail = None
-        if options.fused_output:
-            weight = head[2].weight.detach().contiguous(memory_format=torch.channels_last)
-            self.tail = (*(vector[0] for vector in _affine(head[0])), weight, head[2].bias.detach())
 
-    def __call__(self, skips: list[Skip], affine: Affine, raw: bool = False) -> Tensor:
-        """Map [B, C, H, W] from what the trunk left, first to last; ``raw`` as in :meth:`outer`."""
-        return self.outer(self.deep(skips, affine, len(skips)), skips, affine, raw)
+    def __call__(self, skips: list[Skip], affine: Affine) -> Tensor:
+        """Map [B, C, H, W] from what the trunk left, first to last."""
+        return self.outer(self.deep(skips, affine, len(skips)), skips, affine)
 
     def deep(self, skips: list[Skip], affine: Affine, outer: int) -> Tensor:
         """The map that the stages which read the first ``outer`` of ``skips`` start from."""
         return self._join(1, self.run(0, skips[-1].x, affine), skips[outer:], affine)
 
-    def outer(self, h: Tensor, skips: list[Skip], affine: Affine, raw: bool = False) -> Tensor:
-        """Map [B, C, H, W] from the deep map ``h`` by the last stages, which read ``skips``, and the head; without the
-        head, for :meth:`output`, when ``raw``."""
-        h = self._join(len(self.stages) - len(skips), h, skips, affine)
-        return h if raw else self.head(self.norm(h))
-
-    def output(self, h: Tensor, channels: int) -> kernels.Head:
-        """The head's first ``channels`` on the map ``h``, for :func:`kernels.output_step`."""
-        norm_weight, norm_bias, weight, bias = self.tail
-        return kernels.Head(h, norm_weight, norm_bias, weight[:channels], bias[:channels])
+    def outer(self, h: Tensor, skips: list[Skip], affine: Affine) -> Tensor:
+        """Map [B, C, H, W] from the deep map ``h`` by the last stages, which read ``skips``, and the head."""
+        return self.head(self.norm(self._join(len(self.stages) - len(skips), h, skips, affine)))
 
     def _join(self, first: int, h: Tensor, skips: list[Skip], affine: Affine) -> Tensor:
         """``h`` after the stages from ``first`` on, which read ``skips``, the last one first."""

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import kernels
-from ..config import NORM_GROUPS
 from ..models import PDAE, Prior
 from ..models.layers import AttentionBlock
 from ..models.unet import PDAEDecoder
@@ -120,26 +119,25 @@ class FusedPlan(Plan):
     # -- the networks ----------------------------------------------------------------------------------------------
 
     def evaluate(
-        self, x: Tensor, row: Tensor, codes: Conditioning | None, turn: Turn, kept: Kept, raw: bool = False
+        self, x: Tensor, row: Tensor, codes: Conditioning | None, turn: Turn, kept: Kept
     ) -> tuple[Tensor, Tensor | None]:
         """(eps_hat, G) of x float32 [B, C, H, W] at the time whose table row [1, W] is given.
 
         ``turn`` says what is computed and what is taken from ``kept``, where this evaluation leaves what later ones
-        may take over; G is None when it says "none". A G that is run needs ``codes``. With ``raw``, the maps that the
-        decoders' heads would make eps_hat and one G of.
+        may take over; G is None when it says "none". A G that is run needs ``codes``.
         """
         affines, run_gradient = self._affines(row), turn.gradient == "run"
         skips = self._features(x, affines[0], turn, kept, self.options.shared_statistics and run_gradient)
         if self._side is None or not run_gradient or len(x) * x.shape[2] * x.shape[3] > PARALLEL_PIXELS:
-            eps = self._decode_eps(skips, affines, turn, kept, raw)
-            gradient = self._decode_gradient(skips, affines, codes, turn, kept, raw) if run_gradient else None
+            eps = self._decode_eps(skips, affines, turn, kept)
+            gradient = self._decode_gradient(skips, affines, codes, turn, kept) if run_gradient else None
         else:
             # The side stream waits for the trunk and is waited for: memory that either frees is not reused too early.
             main = torch.cuda.current_stream(self.device)
             self._side.wait_stream(main)
             with torch.cuda.stream(self._side):
-                eps = self._decode_eps(skips, affines, turn, kept, raw)
-            gradient = self._decode_gradient(skips, affines, codes, turn, kept, raw)
+                eps = self._decode_eps(skips, affines, turn, kept)
+            gradient = self._decode_gradient(skips, affines, codes, turn, kept)
             main.wait_stream(self._side)
         if run_gradient and self.reuse.gradient > 1:
             kept.keep("gradient", gradient)
@@ -157,18 +155,8 @@ class FusedPlan(Plan):
         clamp: bool,
     ) -> Tensor:
         """x after the DDIM step ``index`` of the table ``coefficients``; the rest as :meth:`evaluate`."""
-        needed = turn.gradient == "kept" or (
-            turn.gradient == "run" and (codes.weights is not None or self.reuse.gradient > 1)
-        )  # G itself: to be mixed, or kept for later steps
-        if not self.options.fused_output or needed:
-            eps, gradient = self.evaluate(x, row, codes, turn, kept)
-            return kernels.ddim_update(x, eps, gradient, coefficients, index, clamp)
-        h, h_gradient = self.evaluate(x, row, codes, turn, kept, raw=True)
-        C = x.shape[1]
-        gradient = None if h_gradient is None else self.gradient.output(h_gradient, C)
-        return kernels.output_step(
-            x, self.eps.output(h, C), gradient, coefficients, index, clamp, NORM_GROUPS, rewrites.EPS
-        )
+        eps, gradient = self.evaluate(x, row, codes, turn, kept)
+        return kernels.ddim_update(x, eps, gradient, coefficients, index, clamp)
 
     def _features(self, x: Tensor, affine: Affine, turn: Turn, kept: Kept, share: bool) -> list[Skip]:
         """What the trunk leaves for the decoders, first to last: all maps, or the outer ones."""
@@ -191,27 +179,26 @@ class FusedPlan(Plan):
         affine: Affine,
         turn: Turn,
         kept: Kept,
-        raw: bool,
     ) -> Tensor:
         if self.reuse.deep == 1:
-            return decoder(repeat(skips, repeats), affine, raw)
+            return decoder(repeat(skips, repeats), affine)
         if turn.features == "all":
             repeated = repeat(skips, repeats)
             kept.keep(name, decoder.deep(repeated, affine, self.outer))
-            return decoder.outer(kept[name], repeated[: self.outer], affine, raw)
-        return decoder.outer(kept[name], repeat(skips, repeats), affine, raw)
+            return decoder.outer(kept[name], repeated[: self.outer], affine)
+        return decoder.outer(kept[name], repeat(skips, repeats), affine)
 
-    def _decode_eps(self, skips: list[Skip], affines: list[Affine], turn: Turn, kept: Kept, raw: bool) -> Tensor:
-        eps = self._decode(self.eps, "deep eps", skips, 1, affines[1], turn, kept, raw)
-        return eps if raw else eps[:, : self.unet.config.input_channel]
+    def _decode_eps(self, skips: list[Skip], affines: list[Affine], turn: Turn, kept: Kept) -> Tensor:
+        eps = self._decode(self.eps, "deep eps", skips, 1, affines[1], turn, kept)
+        return eps[:, : self.unet.config.input_channel]
 
     def _decode_gradient(
-        self, skips: list[Skip], affines: list[Affine], codes: Conditioning, turn: Turn, kept: Kept, raw: bool
+        self, skips: list[Skip], affines: list[Affine], codes: Conditioning, turn: Turn, kept: Kept
     ) -> Tensor:
         multiplier, addend = affines[2]
         K = 1 if codes.weights is None else len(codes.weights)
         affine = (codes.scale * multiplier, codes.scale * addend + codes.shift)
-        gradient = self._decode(self.gradient, "deep gradient", skips, K, affine, turn, kept, raw)
+        gradient = self._decode(self.gradient, "deep gradient", skips, K, affine, turn, kept)
         if codes.weights is None:
             return gradient
         return (codes.weights * gradient.float().unflatten(0, (K, -1))).sum(0)

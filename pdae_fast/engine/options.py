@@ -26,8 +26,6 @@ class Rewrites:
     fused_update: time tables, coefficients and the step index live on the device; the DDIM update is one op.
     parallel_decoders: the two decoders as branches on two streams (CUDA, small batches).
     graphs: one step captured as a CUDA graph and replayed (CUDA; needs ``fused_update``).
-    fused_output: both decoders' heads and the DDIM update as one op, where nothing else needs eps or G (whole DDIM
-        trajectories with at most one G, none kept; needs ``kernels`` and ``fused_update``).
     """
 
     packed_weights: bool = True
@@ -40,7 +38,6 @@ class Rewrites:
     parallel_decoders: bool = False
     graphs: bool = False
     native_norms: bool = False
-    fused_output: bool = False
 
     @classmethod
     def for_device(cls, device: torch.device) -> Rewrites:
@@ -48,8 +45,7 @@ class Rewrites:
 
         On the CPU the other ops of the project go through the framework and save nothing, and a sum of two skip
         convolutions costs what the cat of their inputs does. On CUDA the phase convolutions would save 8% of the
-        arithmetic of CelebA-64 but add a pass that interleaves their results, so they are off. ``fused_output`` saves
-        bytes there but multiplies in a kernel of the project what cuDNN would: off until a GPU says that it pays.
+        arithmetic of CelebA-64 but add a pass that interleaves their results, so they are off.
         """
         if device.type != "cuda":
             return cls(native_norms=True)
@@ -67,8 +63,6 @@ class Rewrites:
         # The native norms take no statistics: they read a map for less than the others save.
         if not options.split_skips or options.native_norms:
             options = off(options, shared_statistics=False)
-        if not (options.kernels and options.fused_update):
-            options = off(options, fused_output=False)
         if not (cuda and options.fused_update):
             options = off(options, graphs=False)
         # oneDNN adds residuals and biases inside its packed convolutions: nothing is left to fold.

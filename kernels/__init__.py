@@ -15,8 +15,9 @@ from .add_upsample import (
     upsample_add_reference,
 )
 from .ddim_update import ddim_coefficients, ddim_update, ddim_update_reference
-from .group_norm import channel_stats, group_norm, group_norm_apply, group_norm_reference
+from .group_norm import channel_stats, group_norm, group_norm_apply
 from .group_norm_native import NATIVE_DTYPES, group_norm_native, native_fits, native_status
+from .group_norm_torch import group_norm_reference
 
 __all__ = [
     "NATIVE_DTYPES",

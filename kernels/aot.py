@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ._triton import Launch
+from ._launch import Launch
 
 ARCHITECTURES = (80, 89, 90, 100)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

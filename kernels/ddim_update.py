@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._launch import run
 from ._layout import check_image, check_like, empty_image, is_channels_last, to_layout
-from ._triton import fallback_reason, run
+from ._triton import fallback_reason
 
 # Columns of the coefficient table: 1/√ᾱ, √(1/ᾱ-1), √(1-ᾱ), 1/√(1/ᾱ-1), √ᾱ', √(1-ᾱ').
 COEFFICIENTS = 6

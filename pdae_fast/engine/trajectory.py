@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,20 +12,10 @@ from torch import Tensor
 from .. import kernels
 from ..schedule import Trajectory
 from . import graphs
+from .networks import Conditioning, Networks
 from .reuse import Kept, Turn, Turns
 
-if TYPE_CHECKING:
-    from .fused import FusedPlan
-
 QUEUED_STEPS = 4  # replays the host may be ahead of the device, so that progress means something
-
-
-class Conditioning(NamedTuple):
-    """z's projections for every norm of the G-decoder, float32 [K * B, W]; ``weights`` [K, B, 1, 1, 1] mix K codes."""
-
-    scale: Tensor
-    shift: Tensor
-    weights: Tensor | None
 
 
 class DeviceTrajectory:
@@ -39,7 +28,7 @@ class DeviceTrajectory:
     """
 
     def __init__(
-        self, plan: FusedPlan, batch: int, codes: Conditioning | None, steps: Trajectory, clamp: float | None
+        self, plan: Networks, batch: int, codes: Conditioning | None, steps: Trajectory, clamp: float | None
     ) -> None:
         self.plan, self.steps, self.clamp = plan, steps, clamp is not None
         device = plan.device

@@ -68,7 +68,7 @@ def launch(monkeypatch):
     """Run a list of kernel launches and wait for them; skips the test where the kernels cannot run."""
     if OBSTACLE is not None:
         pytest.skip(OBSTACLE)
-    from pdae_fast.kernels._triton import run
+    from pdae_fast.kernels._launch import run
 
     if not CUDA:
         monkeypatch.setenv("TRITON_INTERPRET", "1")

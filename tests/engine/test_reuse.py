@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from golden_rule import relative
-from helpers import images, tiny_pdae, tiny_prior
+from helpers import ON_DEVICE, images, tiny_pdae, tiny_prior
 from pdae_fast import PDAE, PDAEConfig, Pipeline, UNetConfig, UserError, metrics, presets, sampling, solvers
 from pdae_fast.data import load_image
 from pdae_fast.engine import Reuse, build_plan, graphs
 from pdae_fast.engine.cost import equivalents, network_costs
 from pdae_fast.engine.fused import FusedPlan
-from pdae_fast.engine.options import Rewrites
 from pdae_fast.engine.reuse import Turn, Turns
 from pdae_fast.inversion import invert_implicit
 from pdae_fast.models.unet import Features
@@ -29,7 +28,6 @@ UNET = UNetConfig(
     num_heads=4,
 )
 CONFIG = PDAEConfig(image_size=32, latent_dim=8, encoder_channel=32, unet=UNET)
-ON_DEVICE = Rewrites(False, False, True, True, True, True, True)
 STEPS = 7
 SPECS = (
     *("gradient:2", "gradient:3", "trunk:2", "trunk:3", "deep:2", "deep:3:1", "deep:2:3", "trunk:2,gradient:3"),

@@ -12,7 +12,7 @@ from ..models import PDAE, Prior
 from ..schedule import Trajectory
 from .networks import Conditioning, Networks
 from .options import Rewrites
-from .reuse import Kept, Reuse, Turns
+from .reuse import Kept, Reuse, Workloads
 from .trajectory import DeviceTrajectory
 
 KEPT_TRAJECTORIES = 8
@@ -84,14 +84,14 @@ class FusedField:
 
     def __init__(self, plan: FusedPlan, codes: Conditioning | None) -> None:
         self.plan, self.codes = plan, codes
-        self.turns, self.kept = Turns(plan.reuse), Kept()
+        self.workloads, self.kept = Workloads(plan.reuse), Kept()
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, t: int, use_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        plan, turn = self.plan, self.turns(t, use_gradient and self.codes is not None)
+        plan, workload = self.plan, self.workloads(t, use_gradient and self.codes is not None)
         with plan.precision():
-            eps, gradient = plan.evaluate(x, plan.time_rows([t]), self.codes, turn, self.kept)
-        plan.count(len(x), self.codes, turn)
+            eps, gradient = plan.evaluate(x, plan.time_rows([t]), self.codes, workload, self.kept)
+        plan.count(len(x), self.codes, workload)
         return eps.float(), None if gradient is None else gradient.float()
 
 

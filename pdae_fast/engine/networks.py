@@ -15,12 +15,12 @@ from ..models.layers import AttentionBlock
 from ..models.unet import PDAEDecoder
 from . import rewrites
 from .attention import resolve_attention
-from .blocks import Decoder, Part, leave, repeat
+from .blocks import FusedDecoder, FusedStages, make_skip, repeat
 from .device import last_level_cache
 from .norms import Affine, Skip
 from .options import Rewrites
 from .plan import Plan
-from .reuse import Kept, Turn
+from .reuse import Kept, Workload
 
 # Pixels of a batch up to which the two decoders leave most of a large GPU idle when they run one after the other.
 PARALLEL_PIXELS = 2**16
@@ -53,10 +53,10 @@ class Networks(Plan):
         unet = self.unet
         self.attention, attend = resolve_attention(attention, device, dtype, self._attention_shape())
         with torch.inference_mode():
-            self.trunk = Part(unet.input_blocks, options, attend)
-            self.eps = Decoder(unet.middle_block, unet.output_blocks, unet.out, options, attend)
+            self.trunk = FusedStages(unet.input_blocks, options, attend)
+            self.eps = FusedDecoder(unet.middle_block, unet.output_blocks, unet.out, options, attend)
             self.gradient = (
-                Decoder(unet.shift_middle_block, unet.shift_output_blocks, unet.shift_out, options, attend)
+                FusedDecoder(unet.shift_middle_block, unet.shift_output_blocks, unet.shift_out, options, attend)
                 if isinstance(unet, PDAEDecoder)
                 else None
             )
@@ -115,96 +115,96 @@ class Networks(Plan):
     # -- the networks ----------------------------------------------------------------------------------------------
 
     def evaluate(
-        self, x: Tensor, row: Tensor, codes: Conditioning | None, turn: Turn, kept: Kept
+        self, x: Tensor, row: Tensor, codes: Conditioning | None, workload: Workload, kept: Kept
     ) -> tuple[Tensor, Tensor | None]:
         """(eps_hat, G) of x float32 [B, C, H, W] at the time whose table row [1, W] is given.
 
-        ``turn`` says what is computed and what is taken from ``kept``, where this evaluation leaves what later ones
+        ``workload`` says what is computed and what is taken from ``kept``, where this evaluation leaves what later ones
         may take over; G is None when it says "none". A G that is run needs ``codes``.
         """
-        affines, run_gradient = self._affines(row), turn.gradient == "run"
-        skips = self._features(x, affines[0], turn, kept, self.options.shared_statistics and run_gradient)
+        affines, run_gradient = self._affines(row), workload.gradient == "run"
+        skips = self._features(x, affines[0], workload, kept, self.options.shared_statistics and run_gradient)
         if self._side is None or not run_gradient or len(x) * x.shape[2] * x.shape[3] > PARALLEL_PIXELS:
-            eps = self._decode_eps(skips, affines, turn, kept)
-            gradient = self._decode_gradient(skips, affines, codes, turn, kept) if run_gradient else None
+            eps = self._decode_eps(skips, affines, workload, kept)
+            gradient = self._decode_gradient(skips, affines, codes, workload, kept) if run_gradient else None
         else:
             # The side stream waits for the trunk and is waited for: memory that either frees is not reused too early.
             main = torch.cuda.current_stream(self.device)
             self._side.wait_stream(main)
             with torch.cuda.stream(self._side):
-                eps = self._decode_eps(skips, affines, turn, kept)
-            gradient = self._decode_gradient(skips, affines, codes, turn, kept)
+                eps = self._decode_eps(skips, affines, workload, kept)
+            gradient = self._decode_gradient(skips, affines, codes, workload, kept)
             main.wait_stream(self._side)
         if run_gradient and self.reuse.gradient > 1:
             kept.keep("gradient", gradient)
-        return eps, kept["gradient"] if turn.gradient == "kept" else gradient
+        return eps, kept["gradient"] if workload.gradient == "kept" else gradient
 
     def advance(
         self,
         x: Tensor,
         row: Tensor,
         codes: Conditioning | None,
-        turn: Turn,
+        workload: Workload,
         kept: Kept,
         coefficients: Tensor,
         index: Tensor,
         clamp: bool,
     ) -> Tensor:
         """x after the DDIM step ``index`` of the table ``coefficients``; the rest as :meth:`evaluate`."""
-        eps, gradient = self.evaluate(x, row, codes, turn, kept)
+        eps, gradient = self.evaluate(x, row, codes, workload, kept)
         return kernels.ddim_update(x, eps, gradient, coefficients, index, clamp)
 
-    def _features(self, x: Tensor, affine: Affine, turn: Turn, kept: Kept, share: bool) -> list[Skip]:
+    def _features(self, x: Tensor, affine: Affine, workload: Workload, kept: Kept, share: bool) -> list[Skip]:
         """What the trunk leaves for the decoders, first to last: all maps, or the outer ones."""
-        if turn.features == "kept":
+        if workload.features == "kept":
             return [Skip(kept[f"skip {i}"]) for i in range(len(self.trunk.stages))]
         h, skips = x.to(self.dtype).contiguous(memory_format=torch.channels_last), []
-        for i in range(len(self.trunk.stages) if turn.features == "all" else self.outer):
+        for i in range(len(self.trunk.stages) if workload.features == "all" else self.outer):
             h = self.trunk.run(i, h, affine)
-            skips.append(leave(h, share, self._cache))
+            skips.append(make_skip(h, share, self._cache))
             if self.reuse.trunk > 1:
                 kept.keep(f"skip {i}", h)
         return skips
 
     def _decode(
         self,
-        decoder: Decoder,
+        decoder: FusedDecoder,
         name: str,
         skips: list[Skip],
         repeats: int,
         affine: Affine,
-        turn: Turn,
+        workload: Workload,
         kept: Kept,
     ) -> Tensor:
         if self.reuse.deep == 1:
             return decoder(repeat(skips, repeats), affine)
-        if turn.features == "all":
+        if workload.features == "all":
             repeated = repeat(skips, repeats)
             kept.keep(name, decoder.deep(repeated, affine, self.outer))
             return decoder.outer(kept[name], repeated[: self.outer], affine)
         return decoder.outer(kept[name], repeat(skips, repeats), affine)
 
-    def _decode_eps(self, skips: list[Skip], affines: list[Affine], turn: Turn, kept: Kept) -> Tensor:
-        eps = self._decode(self.eps, "deep eps", skips, 1, affines[1], turn, kept)
+    def _decode_eps(self, skips: list[Skip], affines: list[Affine], workload: Workload, kept: Kept) -> Tensor:
+        eps = self._decode(self.eps, "deep eps", skips, 1, affines[1], workload, kept)
         return eps[:, : self.unet.config.input_channel]
 
     def _decode_gradient(
-        self, skips: list[Skip], affines: list[Affine], codes: Conditioning, turn: Turn, kept: Kept
+        self, skips: list[Skip], affines: list[Affine], codes: Conditioning, workload: Workload, kept: Kept
     ) -> Tensor:
         multiplier, addend = affines[2]
         K = 1 if codes.weights is None else len(codes.weights)
         affine = (codes.scale * multiplier, codes.scale * addend + codes.shift)
-        gradient = self._decode(self.gradient, "deep gradient", skips, K, affine, turn, kept)
+        gradient = self._decode(self.gradient, "deep gradient", skips, K, affine, workload, kept)
         if codes.weights is None:
             return gradient
         return (codes.weights * gradient.float().unflatten(0, (K, -1))).sum(0)
 
-    def count(self, images: int, codes: Conditioning | None, turn: Turn) -> None:
+    def count(self, images: int, codes: Conditioning | None, workload: Workload) -> None:
         """Enter one evaluation of ``images`` images into ``evaluations``; outer parts have counters of their own."""
-        prefix = "outer_" if turn.features == "outer" else ""
-        if turn.features != "kept":
+        prefix = "outer_" if workload.features == "outer" else ""
+        if workload.features != "kept":
             self.evaluations[f"{prefix}trunk"] += images
         self.evaluations[f"{prefix}eps"] += images
-        if turn.gradient == "run":
+        if workload.gradient == "run":
             K = 1 if codes.weights is None else len(codes.weights)
             self.evaluations[f"{prefix}gradient"] += images * K

@@ -228,7 +228,7 @@ def test_attention_on_tokens(new_order):
         torch.testing.assert_close(found, block(x), atol=1e-5, rtol=1e-5)
 
 
-# Every way the CPU takes: narrow and wide groups, small and large maps, one affine for all images or one for each.
+# Narrow and wide groups, small and large maps, one affine for all images or one for each.
 @pytest.mark.parametrize(("C", "side"), [(32, 5), (96, 8), (512, 4), (32, 32), (160, 16), (256, 17)])
 @pytest.mark.parametrize("B", [1, 3])
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])

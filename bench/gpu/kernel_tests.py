@@ -27,7 +27,7 @@ from bench.operations import FLOOR, Operation, framework_norm, norm, operations
 
 from .cases import CaseLog, Cases, Context, Skip
 
-FILES = ("test_ddim_update.py", "test_add_upsample.py", "test_group_norm.py", "test_output_step.py")
+FILES = ("test_ddim_update.py", "test_add_upsample.py", "test_group_norm.py")
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 

@@ -31,7 +31,6 @@ SIDES = ("eager-bfloat16", "fused-float32", "fused-float16", "fused-bfloat16")
 CPU_SIDES = ("eager-bfloat16", "fused-float32", "fused-bfloat16")
 FALLBACK_SHARE = 0.35  # of the time left that stays for a cheaper mode if max-autotune takes too long to compile
 MIN_COMPILE_SECONDS = 40.0
-UNDECIDED = ("fused_output on",)  # off by default because no GPU has said yet that they pay
 
 
 def _peaks(context: Context) -> dict[str, float]:
@@ -131,17 +130,14 @@ def _graph(network: str, batch: int, context: Context) -> dict[str, Any]:
 
 def rewrites(context: Context) -> Cases:
     """Every switch of the fused plan turned around, and every attention backend, against the defaults, on the first
-    network; before that, on every other one, the switches that a visit has to decide on."""
-    batches = list(dict.fromkeys((context.batches[0], context.batches[-1])))[: 1 if context.quick else 2]
-    every = list(variants(context.device))
-    undecided = [(label, keywords) for label, keywords in every if label in UNDECIDED]
-    for network, chosen in [*((n, undecided) for n in context.networks[1:]), (context.networks[0], every)]:
-        for batch in batches:
-            for label, keywords in chosen:
-                yield (
-                    f"{network} batch {batch}: {label}",
-                    lambda n=network, b=batch, label=label, k=keywords: _rewrite(n, b, label, k, context),
-                )
+    network."""
+    network = context.networks[0]
+    for batch in list(dict.fromkeys((context.batches[0], context.batches[-1])))[: 1 if context.quick else 2]:
+        for label, keywords in variants(context.device):
+            yield (
+                f"{network} batch {batch}: {label}",
+                lambda b=batch, label=label, k=keywords: _rewrite(network, b, label, k, context),
+            )
 
 
 @functools.lru_cache(maxsize=1)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..samplers.reuse import Reuse
 
 
-class Turn(NamedTuple):
+class Workload(NamedTuple):
     """What one evaluation computes. ``features``: "all" of the trunk, the "outer" part of all networks, or the trunk as
     it was "kept"; ``gradient``: "run", "kept" or "none"."""
 
@@ -17,7 +17,7 @@ class Turn(NamedTuple):
     gradient: str
 
 
-class Turns:
+class Workloads:
     """Says what every evaluation of one trajectory computes, called once for each in their order.
 
     A step is told by its time t: evaluations that follow each other at one t are of one step and compute the same.
@@ -28,19 +28,19 @@ class Turns:
         self.reuse = reuse
         self.t: int | None = None
         self.direction = 0
-        self.turn = Turn("all", "none")
+        self.workload = Workload("all", "none")
         self.period = max(reuse.trunk, reuse.deep)
         self.features_age = self.gradient_age = 0  # steps since the trunk, and G, were evaluated
         self.has_gradient = self.has_deep_gradient = False
 
-    def __call__(self, t: int, use_gradient: bool) -> Turn:
+    def __call__(self, t: int, use_gradient: bool) -> Workload:
         """``use_gradient``: whether the sampler asks for G at this evaluation and there is a z to evaluate it for."""
         reuse = self.reuse
         wanted = use_gradient and reuse.wants_gradient(t)
         if not reuse.keeps:
-            return Turn("all", "run" if wanted else "none")
-        if t == self.t and wanted == (self.turn.gradient != "none"):
-            return self.turn
+            return Workload("all", "run" if wanted else "none")
+        if t == self.t and wanted == (self.workload.gradient != "none"):
+            return self.workload
         if self.t is not None and t != self.t:
             direction = 1 if t > self.t else -1
             if direction == -self.direction:
@@ -61,8 +61,8 @@ class Turns:
             self.features_age, self.has_deep_gradient = 0, gradient == "run"
         if gradient == "run":
             self.gradient_age, self.has_gradient = 0, True
-        self.turn = Turn(features, gradient)
-        return self.turn
+        self.workload = Workload(features, gradient)
+        return self.workload
 
 
 class Kept:

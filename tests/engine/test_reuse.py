@@ -6,18 +6,16 @@ import pytest
 import torch
 
 from golden_rule import relative
-from helpers import images, tiny_pdae, tiny_prior
+from helpers import ON_DEVICE, images, tiny_pdae, tiny_prior
 from pdae_fast import PDAE, PDAEConfig, Pipeline, UNetConfig, UserError, metrics, presets
 from pdae_fast.data import load_image
 from pdae_fast.data.bundled import SAMPLES
 from pdae_fast.engine import build_plan, graphs
 from pdae_fast.engine.cost import equivalents, network_costs
 from pdae_fast.engine.fused import FusedPlan
-from pdae_fast.engine.options import Rewrites
-from pdae_fast.engine.reuse import Turn, Turns
+from pdae_fast.engine.reuse import Workload, Workloads
 from pdae_fast.models.unet import Features
-from pdae_fast.samplers import Reuse
-from pdae_fast.samplers import ddim
+from pdae_fast.samplers import Reuse, ddim
 from pdae_fast.samplers.inversion import invert_implicit
 from pdae_fast.samplers.solvers import SOLVERS
 from pdae_fast.schedule import build_schedule
@@ -32,7 +30,6 @@ UNET = UNetConfig(
     num_heads=4,
 )
 CONFIG = PDAEConfig(image_size=32, latent_dim=8, encoder_channel=32, unet=UNET)
-ON_DEVICE = Rewrites(False, False, True, True, True, True, True)
 STEPS = 7
 SPECS = (
     *("gradient:2", "gradient:3", "trunk:2", "trunk:3", "deep:2", "deep:3:1", "deep:2:3", "trunk:2,gradient:3"),
@@ -168,7 +165,7 @@ def test_on_the_device_with_one_graph_for_every_kind_of_step(model, schedule, mo
         found = ddim.ddim(approximate.field(z[:B]), x_T[:B], schedule, STEPS)
         assert relative(found, expected[:B]) < 1e-4
     (trajectory,) = approximate._trajectories.values()
-    assert set(trajectory.graphs) == set(trajectory.turns) and 2 <= len(trajectory.graphs) <= 4
+    assert set(trajectory.graphs) == set(trajectory.workloads) and 2 <= len(trajectory.graphs) <= 4
     pointers = {name: value.data_ptr() for name, value in trajectory.kept._values.items()}
     ddim.ddim(approximate.field(-z), x_T, schedule, STEPS)
     assert pointers == {name: value.data_ptr() for name, value in trajectory.kept._values.items()}
@@ -270,10 +267,10 @@ def test_costs_are_those_of_the_layers(model):
     assert equivalents(model, {"encoder": 5, "latent": 2}, 1) == 0
 
 
-def test_turns():
+def test_workloads():
     def of(spec, times, use=None):
-        turns = Turns(Reuse.parse(spec))
-        return ["/".join(turns(t, True if use is None else use[i])) for i, t in enumerate(times)]
+        workloads = Workloads(Reuse.parse(spec))
+        return ["/".join(workloads(t, True if use is None else use[i])) for i, t in enumerate(times)]
 
     assert of("gradient:2", (9, 5, 5, 1)) == ["all/run", "all/kept", "all/kept", "all/run"]
     assert of("deep:2", (9, 5, 1)) == ["all/run", "outer/run", "all/run"]
@@ -287,12 +284,12 @@ def test_turns():
 
 
 def test_a_field_with_reuse_carries_one_trajectory(plan):
-    turns = Turns(Reuse.parse("gradient:2"))
-    assert turns(9, True) == Turn("all", "run")
-    turns(5, True)
+    workloads = Workloads(Reuse.parse("gradient:2"))
+    assert workloads(9, True) == Workload("all", "run")
+    workloads(5, True)
     with pytest.raises(RuntimeError, match="carries one trajectory"):
-        turns(9, True)
-    free = Turns(Reuse.parse("window:0-9"))
+        workloads(9, True)
+    free = Workloads(Reuse.parse("window:0-9"))
     assert [free(t, True).gradient for t in (9, 5, 9)] == ["none", "run", "none"]  # keeps nothing
 
 

@@ -6,16 +6,15 @@ import pytest
 import torch
 
 from golden_rule import relative
-from helpers import capture_into, images, tiny_pdae, tiny_prior
+from helpers import ON_DEVICE, capture_into, images, tiny_pdae, tiny_prior
 from pdae_fast.engine import graphs
 from pdae_fast.engine.fused import FusedPlan
-from pdae_fast.engine.options import Rewrites
+from pdae_fast.engine.options import NEEDS, Rewrites
 from pdae_fast.engine.plan import Plan
 from pdae_fast.samplers import ddim
 from pdae_fast.schedule import build_schedule
 
 CPU = torch.device("cpu")
-ON_DEVICE = Rewrites(False, False, True, True, True, True, True)
 
 
 def noise(*shape, seed=0):
@@ -67,9 +66,7 @@ def test_a_ragged_batch_uses_the_buffers_of_a_full_one(both):
         field = plan.field(codes[:, :B], weights[:, :B])
         assert relative(ddim.ddim(field, x_T[:B], schedule, 5), mixed[:B]) < 1e-4
     assert len(plan._trajectories) == 2
-    assert (
-        relative(ddim.ddim(plan.field(), x_T, schedule, 5), ddim.ddim(eager.field(), x_T, schedule, 5)) < 1e-4
-    )
+    assert relative(ddim.ddim(plan.field(), x_T, schedule, 5), ddim.ddim(eager.field(), x_T, schedule, 5)) < 1e-4
 
 
 def test_results_survive_the_next_call(both):
@@ -90,12 +87,23 @@ def test_only_so_many_trajectories_are_kept():
 
 
 def test_what_cannot_run_is_switched_off_and_said():
-    everything = Rewrites(*[True] * len(dataclasses.fields(Rewrites)))
+    everything = Rewrites(**{field.name: True for field in dataclasses.fields(Rewrites)})
     plan = FusedPlan(tiny_pdae(), CPU, torch.float32, everything)
     assert not plan.options.graphs and not plan.options.parallel_decoders and not plan.options.folded_biases
     assert "graphs" not in plan.describe()["rewrites"] and plan.describe()["attention"] == "sdpa"
-    nothing = Rewrites(False, False, False, True, True, True, True, True, True).usable_on(CPU, torch.float32)
-    assert nothing == Rewrites(False, False, fused_update=True)
+    nothing = dataclasses.replace(ON_DEVICE, kernels=False, parallel_decoders=True, graphs=True)
+    assert nothing.usable_on(CPU, torch.float32) == Rewrites(
+        packed_weights=False, phase_upsample=False, fused_update=True
+    )
+
+
+def test_the_table_of_needs_is_read_from_the_top():
+    """A switch stands below every switch that it names, and all names are known: switches or what a device has."""
+    switches, device = {field.name for field in dataclasses.fields(Rewrites)}, {"oneDNN", "native code", "a GPU"}
+    for place, (name, (needs, without)) in enumerate(NEEDS.items()):
+        named = {other for one_of in (*needs, without) for other in one_of}
+        assert name in switches and named <= switches | device
+        assert not named & set(list(NEEDS)[place:])
 
 
 def with_graphs(monkeypatch, capture):

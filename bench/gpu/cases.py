@@ -22,7 +22,7 @@ STATUSES = ("PASS", "FAIL", "INFO", "SKIP")
 DEVICE_BROKEN = 3  # exit status: a CUDA error that stays with the process; the remaining cases need a new one
 
 
-class Skip(Exception):
+class NotHere(Exception):
     """Raised by a case that cannot run here; the text says why."""
 
 
@@ -103,7 +103,7 @@ def run_cases(phase: str, cases: Cases, context: Context) -> int:
         start = time.time()
         try:
             found = function()
-        except Skip as reason:
+        except NotHere as reason:
             journal.write(phase, name, "SKIP", reason=str(reason))
         except Exception as error:  # noqa: BLE001 - whatever it is, the other cases still count
             journal.fail(phase, name, f"{type(error).__name__}: {error}", traceback.format_exc())

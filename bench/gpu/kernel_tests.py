@@ -25,7 +25,7 @@ from bench import ROOT
 from bench.contenders import relative
 from bench.operations import FLOOR, Operation, framework_norm, norm, operations
 
-from .cases import CaseLog, Cases, Context, Skip
+from .cases import CaseLog, Cases, Context, NotHere
 
 FILES = ("test_ddim_update.py", "test_add_upsample.py", "test_group_norm.py")
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -51,7 +51,7 @@ def cases(context: Context) -> Cases:
 def _pytest(files: tuple[str, ...], context: Context) -> list[dict[str, Any]]:
     """The tests of every file, side by side: a row for each file, and one for every test that failed."""
     if importlib.util.find_spec("pytest") is None:
-        raise Skip("pytest is not installed")
+        raise NotHere("pytest is not installed")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     with tempfile.TemporaryDirectory() as folder:
         running = {}

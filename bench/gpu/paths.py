@@ -24,7 +24,7 @@ from pdae_fast.engine.options import Rewrites
 from pdae_fast.samplers.ddim import ddim, ddim_invert
 from pdae_fast.schedule import build_schedule
 
-from .cases import Cases, Context, Skip
+from .cases import Cases, Context, NotHere
 
 CPU = torch.device("cpu")
 TIMES = (999, 420, 9)
@@ -137,9 +137,9 @@ def _evaluation(network, batch, context: Context, dtype: str, name: str, keyword
 
 def need_xformers(context: Context) -> None:
     if importlib.util.find_spec("xformers") is None:
-        raise Skip("xformers is not installed")
+        raise NotHere("xformers is not installed")
     if not context.cuda:
-        raise Skip("xformers has no kernels for the CPU")
+        raise NotHere("xformers has no kernels for the CPU")
 
 
 def describe(plan: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from bench.operations import operations, prepare, row
 from bench.timing import Alternation, clock
 from pdae_fast.engine.options import Rewrites
 
-from .cases import CaseLog, Cases, Context, Skip
+from .cases import CaseLog, Cases, Context, NotHere
 from .paths import describe, need_xformers, variants
 
 SIDES = ("eager-bfloat16", "fused-float32", "fused-float16", "fused-bfloat16")
@@ -218,7 +218,7 @@ def compile_opponent(context: Context) -> Cases:
 
 
 def _not_compiled() -> None:
-    raise Skip("a quick visit does not wait for a compiler; try `python -m bench.compiled --network tiny`")
+    raise NotHere("a quick visit does not wait for a compiler; try `python -m bench.compiled --network tiny`")
 
 
 def _compile(network: str, batch: int, context: Context) -> list[dict[str, Any]]:
@@ -237,7 +237,7 @@ def _compile(network: str, batch: int, context: Context) -> list[dict[str, Any]]
             notes.append(f"{mode} did not compile in {limit:.0f} s")
             continue
         return [{"status": "INFO", "table": "compiled", "note": "; ".join(notes) or None, **r} for r in rows]
-    raise Skip("; ".join(notes))
+    raise NotHere("; ".join(notes))
 
 
 def compile_in_process(network: str, batch: int, mode: str, limit: float, context: Context) -> list[dict[str, Any]]:

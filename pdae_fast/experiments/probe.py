@@ -36,7 +36,7 @@ RESAMPLES = 1000
 ITERATIONS = 2000
 
 
-class Features(NamedTuple):
+class FeatureSet(NamedTuple):
     """One description of the images: float32 [N, F] of the training images and [M, F] of the test images."""
 
     name: str
@@ -44,7 +44,7 @@ class Features(NamedTuple):
     test: np.ndarray
 
 
-def pixel_features(train: np.ndarray, test: np.ndarray, dimension: int, seed: int = 0) -> list[Features]:
+def pixel_features(train: np.ndarray, test: np.ndarray, dimension: int, seed: int = 0) -> list[FeatureSet]:
     """The baselines of at most ``dimension`` numbers an image: principal components of the pixels, and the image
     averaged down to the largest square that has so few values. train, test: [N, C, H, W]."""
     from sklearn.decomposition import PCA
@@ -56,8 +56,8 @@ def pixel_features(train: np.ndarray, test: np.ndarray, dimension: int, seed: in
     side = max(1, min(H, int((dimension / C) ** 0.5)))
     small, small_test = (_shrink(x, side).reshape(len(x), -1) for x in (train, test))
     return [
-        Features(f"PCA of pixels ({components})", pca.transform(flat), pca.transform(flat_test)),
-        Features(f"pixels {side}x{side}" + ("" if C == 1 else f"x{C}"), small, small_test),
+        FeatureSet(f"PCA of pixels ({components})", pca.transform(flat), pca.transform(flat_test)),
+        FeatureSet(f"pixels {side}x{side}" + ("" if C == 1 else f"x{C}"), small, small_test),
     ]
 
 
@@ -69,7 +69,7 @@ def _shrink(x: np.ndarray, side: int) -> np.ndarray:
     return F.interpolate(torch.from_numpy(x), size=(side, side), mode="area").numpy()
 
 
-def scale(features: Features, scaling: str) -> Features:
+def scale(features: FeatureSet, scaling: str) -> FeatureSet:
     """``features`` in the scale that probes and neighbours see, decided by the training images alone."""
     if scaling not in SCALINGS:
         raise UserError(f"scaling {scaling!r} is not known; expected {' or '.join(SCALINGS)}")
@@ -85,7 +85,7 @@ def scale(features: Features, scaling: str) -> Features:
         kept = pca.explained_variance_ > 1e-9 * pca.explained_variance_[0]
         root = np.sqrt(pca.explained_variance_[kept])
         train, test = (((x - pca.mean_) @ pca.components_[kept].T) / root for x in (train, test))
-    return Features(features.name, train, test)
+    return FeatureSet(features.name, train, test)
 
 
 # -- classifiers ---------------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ class Probe:
     scores: np.ndarray
 
 
-def fit(features: Features, labels: np.ndarray, classes: int, seed: int = 0) -> Probe:
+def fit(features: FeatureSet, labels: np.ndarray, classes: int, seed: int = 0) -> Probe:
     """Logistic regression of the scaled ``features`` on ``labels`` [N] (0 ... classes - 1; two classes: an attribute).
 
     Raises UserError when fewer than two classes, or too few images of one, are among the training images.
@@ -215,7 +215,7 @@ def check(k: int, count: int) -> None:
         raise UserError(f"the number of neighbours must be from 1 to {count}, not {k}")
 
 
-def neighbours(features: Features, k: int) -> np.ndarray:
+def neighbours(features: FeatureSet, k: int) -> np.ndarray:
     """Places [M, k] of the ``k`` training images nearest to each test image (Euclidean), nearest first."""
     from sklearn.neighbors import NearestNeighbors
 
@@ -318,7 +318,7 @@ def main(argv: list[str] | None = None) -> None:
     cache = run.out / "latents"
     train, test, how = find_parts(run, cache, args.holdout, args.test or ())
     check(args.neighbours, len(train.z))  # before minutes of fitting
-    latent = Features(f"z ({train.z.shape[1]})", train.z, test.z)
+    latent = FeatureSet(f"z ({train.z.shape[1]})", train.z, test.z)
     sets = [latent, *pixel_features(train.images, test.images, train.z.shape[1], args.seed)]
     scaled = [scale(features, args.scaling) for features in sets]
     make_folder(run.out)
@@ -349,7 +349,7 @@ def main(argv: list[str] | None = None) -> None:
     common.say(run, _summary(report), ["probe.png", "neighbours.png", "neighbours.csv", "metrics.json"])
 
 
-def _classes(sets: list[Features], train: Side, test: Side, seed: int) -> tuple[str, list[dict], list[str]]:
+def _classes(sets: list[FeatureSet], train: Side, test: Side, seed: int) -> tuple[str, list[dict], list[str]]:
     rows, right = [], []
     for features in sets:
         count = max(3, len(train.targets.names))  # two classes too: scores for each of them
@@ -362,7 +362,7 @@ def _classes(sets: list[Features], train: Side, test: Side, seed: int) -> tuple[
     return "accuracy", rows, []
 
 
-def _attributes(sets: list[Features], train: Side, test: Side, seed: int) -> tuple[str, list[dict], list[str]]:
+def _attributes(sets: list[FeatureSet], train: Side, test: Side, seed: int) -> tuple[str, list[dict], list[str]]:
     usable, notes = [], []
     for j, name in enumerate(train.targets.names):
         sides = [np.bincount(part.targets.values[:, j] > 0, minlength=2) for part in (train, test)]
@@ -417,7 +417,7 @@ def _classifier(run: common.Run, test: Side) -> dict[str, Any] | None:
     return {"mean_auroc": mean_estimate(list(found), list(samples))._asdict(), "auroc": each}
 
 
-def _neighbours(run: common.Run, latent: Features, train: Side, test: Side) -> dict[str, Any]:
+def _neighbours(run: common.Run, latent: FeatureSet, train: Side, test: Side) -> dict[str, Any]:
     """Agreement of the neighbours in z and in pixels, neighbours.csv, and the picture."""
     count, seed, k = min(QUERIES, len(test.z)), run.args.seed, run.args.neighbours
     chosen = np.sort(np.random.default_rng((seed, 6)).permutation(len(test.z))[:count])
@@ -425,7 +425,7 @@ def _neighbours(run: common.Run, latent: Features, train: Side, test: Side) -> d
     flat = [part.images.reshape(len(part.images), -1) for part in (train, test)]
     latent = latent._replace(test=latent.test[chosen])
     sets = {f"z {SCALED[word]}": scale(latent, word) for word in SCALINGS}
-    sets["pixels"] = Features("pixels", flat[0], flat[1][chosen])
+    sets["pixels"] = FeatureSet("pixels", flat[0], flat[1][chosen])
     found = {name: neighbours(features, k) for name, features in sets.items()}
     values = {name: agreement(places, known, asked) for name, places in found.items()}
     queries = np.random.default_rng((seed, 7)).permutation(count)[:SHOWN]

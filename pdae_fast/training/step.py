@@ -141,10 +141,10 @@ def fuse_norms(module: nn.Module) -> None:
     """Let every ResBlock in ``module`` run its two norms by `pdae_fast.kernels.group_norm`."""
     for part in module.modules():
         if type(part) is ResBlock:
-            part.__class__ = FusedResBlock
+            part.__class__ = TrainedResBlock
 
 
-class FusedResBlock(ResBlock):
+class TrainedResBlock(ResBlock):
     """The same function: both affines after the second norm collapse into one, (1 + s_z) (1 + s_t) and
     (1 + s_z) b_t + b_z. Under autocast the norms' results stay in the dtype of their input."""
 

@@ -14,7 +14,7 @@ from idx_files import idx_bytes
 from pdae_fast import ScheduleConfig, UserError, analyze, cli
 from pdae_fast.experiments import image_classifier
 from pdae_fast.experiments.analyze import critical_stage
-from pdae_fast.experiments.analyze.critical_stage import Stage
+from pdae_fast.experiments.analyze.critical_stage import GuidedStage
 from pdae_fast.samplers import ddim
 from pdae_fast.schedule import build_schedule
 
@@ -120,11 +120,11 @@ def test_a_stage_needs_a_step():
 
 def test_the_shortest_stage():
     stages = [
-        Stage(0, 0, 0.1, 0),
-        Stage(0, 1000, 0.95, 0),
-        Stage(400, 800, 0.9, 0),
-        Stage(200, 600, 0.92, 0),
-        Stage(0, 200, 0.1, 0),
+        GuidedStage(0, 0, 0.1, 0),
+        GuidedStage(0, 1000, 0.95, 0),
+        GuidedStage(400, 800, 0.9, 0),
+        GuidedStage(200, 600, 0.92, 0),
+        GuidedStage(0, 200, 0.1, 0),
     ]
     assert critical_stage.shortest(stages, 0.9) == stages[3]
     assert critical_stage.shortest(stages, 0.93) == stages[1]

@@ -19,7 +19,7 @@ from pdae_fast import PDAE, cli
 from pdae_fast.data import open_dataset
 from pdae_fast.errors import UserError
 from pdae_fast.experiments import probe as probes
-from pdae_fast.experiments.probe import Features
+from pdae_fast.experiments.probe import FeatureSet
 from pdae_fast.experiments.targets import Targets
 
 
@@ -35,7 +35,7 @@ def clusters(count, seed, classes=3, features=6):
 @pytest.fixture(scope="module")
 def data():
     (a, y), (b, labels) = clusters(150, 0), clusters(120, 1)
-    return Features("z", a.astype(np.float32), b.astype(np.float32)), y, labels
+    return FeatureSet("z", a.astype(np.float32), b.astype(np.float32)), y, labels
 
 
 def test_whitening_whitens_the_training_images_alone(data):
@@ -51,7 +51,7 @@ def test_whitening_whitens_the_training_images_alone(data):
     standard = probes.scale(features, "standardise")
     scaler = StandardScaler().fit(features.train.astype(np.float64))
     assert standard.test == pytest.approx(scaler.transform(features.test.astype(np.float64)))
-    flat = Features("flat", *(np.c_[x, np.ones(len(x))] for x in features[1:]))
+    flat = FeatureSet("flat", *(np.c_[x, np.ones(len(x))] for x in features[1:]))
     assert probes.scale(flat, "whiten").train.shape[1] == 6  # a constant is no direction
     with pytest.raises(UserError, match="whiten or standardise"):
         probes.scale(features, "none")

@@ -145,8 +145,8 @@ def test_fused_norms_give_the_same_gradients(tmp_path):
     run = trainer(tmp_path, fused_norms=True)
     run._build()
     kinds = [type(m).__name__ for m in run.model.modules() if isinstance(m, steps.ResBlock)]
-    assert set(kinds) == {"FusedResBlock"}
-    assert not any(isinstance(m, steps.FusedResBlock) for m in run.ema.modules())
+    assert set(kinds) == {"TrainedResBlock"}
+    assert not any(isinstance(m, steps.TrainedResBlock) for m in run.ema.modules())
 
 
 @pytest.mark.parametrize("amp", ["off", "bfloat16"])

@@ -137,7 +137,7 @@ def evaluations(parts: Sequence[Trajectory]) -> int:
 # -- results -------------------------------------------------------------------------------------------------------
 
 
-class Stage(NamedTuple):
+class Guided(NamedTuple):
     """Guidance for low <= t < high (nowhere, where they are the same): the share of samples that are of the class
     asked for, and its standard error."""
 
@@ -147,7 +147,7 @@ class Stage(NamedTuple):
     standard_error: float
 
 
-def shortest(stages: Sequence[Stage], accuracy: float) -> Stage | None:
+def shortest(stages: Sequence[Guided], accuracy: float) -> Guided | None:
     """The shortest stage that reaches ``accuracy``, and more than no guidance does; the most accurate of equally short
     ones; None when none does."""
     nothing = max(stage.accuracy for stage in stages if stage.high == stage.low)
@@ -155,7 +155,7 @@ def shortest(stages: Sequence[Stage], accuracy: float) -> Stage | None:
     return min(reaching, key=lambda stage: (stage.high - stage.low, -stage.accuracy), default=None)
 
 
-def heat_map(path: Path, stages: Sequence[Stage], T: int, count: int, best: Stage | None) -> None:
+def heat_map(path: Path, stages: Sequence[Guided], T: int, count: int, best: Guided | None) -> None:
     """Accuracy over where guidance begins and ends; the shortest stage is framed."""
     cells = np.full((count, count), np.nan)
     for stage in stages:
@@ -226,7 +226,7 @@ def command(args: argparse.Namespace) -> None:
     wanted = torch.arange(args.count) % len(data.names)
     right, shown, cost = _sample(run, parts, guide, judge, wanted)
     stages = [
-        Stage(low * T // args.stages, high * T // args.stages, *_share(hits)) for (low, high), hits in right.items()
+        Guided(low * T // args.stages, high * T // args.stages, *_share(hits)) for (low, high), hits in right.items()
     ]
     nothing, throughout = stages[0], next(s for s in stages if s.low == 0 and s.high == T)
     target = args.accuracy
@@ -258,7 +258,7 @@ def command(args: argparse.Namespace) -> None:
 
 
 def _summary(report: dict[str, Any], T: int) -> list[str]:
-    stages, best = [Stage(**values) for values in report["stages"]], report["shortest"]
+    stages, best = [Guided(**values) for values in report["stages"]], report["shortest"]
     ordered = sorted(stages, key=lambda s: (s.high - s.low, s.low))
     lines = [[_stage_name(s, T), f"{s.accuracy:.3f}", f"{s.standard_error:.3f}"] for s in ordered]
     found = f"guidance at {best['low']} <= t < {best['high']}" if best else "none"
@@ -298,7 +298,7 @@ def _sample(
     return {stage: torch.cat(right) for stage, right in hits.items()}, shown, cost
 
 
-def _stage_name(stage: Stage, T: int) -> str:
+def _stage_name(stage: Guided, T: int) -> str:
     if stage.low == stage.high:
         return "not guided"
     return "guided throughout" if (stage.low, stage.high) == (0, T) else f"guided {stage.high} to {stage.low}"

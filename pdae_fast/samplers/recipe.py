@@ -164,16 +164,18 @@ class Recipe:
         return {**values, "encode_steps": self.steps_up, "reuse": str(self.reuse)}
 
     def __str__(self) -> str:
+        down = f"{self.steps} down by {self.solver}"
         if self.draws:
-            up = "x_T not inferred"
+            how = f"{self.steps} steps down by {self.solver}"
         elif self.method.backward:
-            up = f"{self.steps} steps run backward"
+            how = f"{self.steps} steps of {self.solver} up and down"
         elif self.iterations:
-            up = f"{self.steps} steps, each solved by {self.iterations} evaluation{'s' if self.iterations > 1 else ''}"
+            evaluations = "1 evaluation" if self.iterations == 1 else f"{self.iterations} evaluations"
+            how = f"{self.steps} steps solved by {evaluations} each and {down}"
         else:
-            up = f"{self.steps_up} steps up"
+            how = f"{self.steps_up} steps up and {down}"
         extras = [f"eta {self.eta:g}"] * bool(self.eta) + [f"reuse {self.reuse}"] * (str(self.reuse) != "none")
-        return ", ".join([f"{up}, {self.steps} down by {self.solver}", f"{self.spacing} spacing", *extras])
+        return ", ".join([how, f"{self.spacing} spacing", *extras])
 
     # -- what it means for a process -------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import torch
 from bench import tables
 from bench.gpu import __main__ as visit
 from bench.gpu import kernel_tests, paths, summary
-from bench.gpu.cases import CaseLog, Context, Skip, run_cases
+from bench.gpu.cases import CaseLog, Context, NotHere, run_cases
 from pdae_fast import cli
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def statuses(journal, phase):
 
 def test_a_failing_case_stops_no_other(tmp_path):
     def skipped():
-        raise Skip("nothing to do")
+        raise NotHere("nothing to do")
 
     cases = [
         ("good", lambda: {"error": 0.5}),

@@ -241,3 +241,15 @@ def test_moments_on_gaussian_data(sampler, steps):
     assert float(x.std()) == pytest.approx(variance**0.5, rel=0.03)
     assert float(x.mean()) == pytest.approx(0.0, abs=0.02)
     assert variance**0.5 == pytest.approx(scale, rel=0.35 if steps == 20 else 0.08)  # of few steps
+
+
+@pytest.mark.parametrize("steps", [2, 20, 100, 1000])
+def test_ancestral_steps_lead_to_the_clean_image(steps):
+    trajectory = SCHEDULE.ancestral(steps, stop_percent=0.3)
+    assert len(trajectory) == steps and (trajectory[0].t, trajectory[-1].t) == (999, 0)
+    assert trajectory[-1].alpha_bar_next == 1
+    for step, after in zip(trajectory[:-1], trajectory[1:], strict=True):
+        assert step.alpha_bar_next == after.alpha_bar == SCHEDULE.alpha_bar[after.t]
+    assert [step.use_gradient for step in trajectory] == [True] * (steps - int(0.3 * steps)) + [False] * int(
+        0.3 * steps
+    )

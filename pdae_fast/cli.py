@@ -27,12 +27,20 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default where there is one that the help does not state itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        stated = action.default in (None, False) or "(default:" in (action.help or "")
+        return action.help if stated else super()._get_help_string(action)
+
+
 def parser(module: str, description: str, **options: Any) -> argparse.ArgumentParser:
     """``options``: as of ArgumentParser; ``conflict_handler="resolve"`` lets a command give a shared option anew."""
     return _Parser(
         prog=f"python -m pdae_fast.{module}",
         description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
         **options,
     )
 

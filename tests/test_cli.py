@@ -363,3 +363,13 @@ def test_solvers_that_draw_noise(tmp_path, model_dir, capsys, name):
     assert "x_T cannot be inferred" in capsys.readouterr().err and not (out / "x").exists()
     assert run(encode.main, *base, "--with-x-T", "--out", out / "x") == 2 and not (out / "x").exists()
     assert run(encode.main, *base, "--out", out / "codes") == 0
+
+
+def test_help_states_a_default_once_and_none_that_is_not():
+    p = cli.parser("x", "about")
+    p.add_argument("--a", default=7, help="seven")
+    p.add_argument("--b", help="one of its own (default: chosen)")
+    p.add_argument("--c", action="store_true", help="a switch")
+    text = " ".join(p.format_help().split())
+    assert "seven (default: 7)" in text and "of its own (default: chosen)" in text
+    assert text.count("default") == 2 and text.endswith("a switch")

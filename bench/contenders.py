@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from pdae_fast.engine import build_plan
-from pdae_fast.sampling import ddim, ddim_step
+from pdae_fast.samplers.ddim import ddim, ddim_step
 from pdae_fast.schedule import build_schedule
 
 from .baseline import Baseline
 from .machine import PeakMemory, matmul_peak, tf32
-from .networks import Case
+from .networks import NetworkCase
 from .timing import Alternation
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,7 +55,7 @@ def default_steps(device: torch.device) -> int:
 class PlanSide:
     """One of the engine's plans on a case. ``name`` is plan-dtype, such as "fused-bfloat16"."""
 
-    def __init__(self, case: Case, name: str, **keywords: Any) -> None:
+    def __init__(self, case: NetworkCase, name: str, **keywords: Any) -> None:
         plan_name, _, self.dtype_name = name.partition("-")
         self.case, self.name, self.tolerance = case, name, TOLERANCE[self.dtype_name]
         self.plan = build_plan(case.model, case.device, DTYPES[self.dtype_name], plan_name, **keywords)
@@ -81,7 +81,7 @@ class PlanSide:
         return check(f"{self.name}, {steps} steps at once", apart, TRAJECTORY_FACTOR * self.tolerance)
 
 
-def baseline_trajectory(baseline: Baseline, case: Case, steps: int) -> Tensor:
+def baseline_trajectory(baseline: Baseline, case: NetworkCase, steps: int) -> Tensor:
     points = build_schedule(case.model.config.schedule).timesteps(steps)
     x = case.x
     for t_next, t in zip(points[-2::-1], points[:0:-1], strict=True):
@@ -90,7 +90,7 @@ def baseline_trajectory(baseline: Baseline, case: Case, steps: int) -> Tensor:
 
 
 def measure(
-    case: Case,
+    case: NetworkCase,
     names: Iterable[str],
     *,
     extra: Mapping[str, Baseline] | None = None,
@@ -159,7 +159,9 @@ def measure(
     return [_row(case, name, alternation, steps, used[name], errors[name], peaks[kinds[name]]) for name in functions]
 
 
-def _row(case: Case, name: str, alternation: Alternation, steps: int, used: int | None, error: float, peak: float):
+def _row(
+    case: NetworkCase, name: str, alternation: Alternation, steps: int, used: int | None, error: float, peak: float
+):
     times, ratio = alternation.spread(name).scaled(1 / steps), alternation.ratio(name, "baseline")
     return {
         "network": case.network,

@@ -83,7 +83,7 @@ def flops(model: PDAE, batch: int) -> int:
 
 
 @dataclass(frozen=True)
-class Case:
+class NetworkCase:
     """One network at one batch size on one device, with everything contenders share."""
 
     network: str
@@ -95,6 +95,6 @@ class Case:
     flops: int
 
 
-def case(network: str, batch: int, device: torch.device) -> Case:
+def case(network: str, batch: int, device: torch.device) -> NetworkCase:
     model = build(network)
-    return Case(network, batch, device, model, *inputs(model, batch, device), flops(model, batch))
+    return NetworkCase(network, batch, device, model, *inputs(model, batch, device), flops(model, batch))

@@ -93,7 +93,7 @@ def text(rows: list[dict[str, Any]]) -> str:
     return cli.table(header, [[show(n, row.get(n)) for n in ordered] for row in rows], left=left)
 
 
-class Run:
+class Tables:
     """The tables of one run."""
 
     def __init__(self) -> None:
@@ -112,7 +112,7 @@ class Run:
         cli.write_json(path, {"machine": machine, "tables": self.tables})
 
 
-RUN = Run()
+RUN = Tables()
 
 
 def default_path() -> Path:

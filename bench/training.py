@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from pdae_fast import PDAE
 from pdae_fast.data import Sample
 from pdae_fast.training import Trainer, TrainSettings
-from pdae_fast.training.order import BatchOrder
+from pdae_fast.training.feed import BatchOrder
 from pdae_fast.training.step import StepOptions
 from pdae_fast.training.tasks import PDAETask
 
@@ -53,7 +53,7 @@ def untrained(network: str) -> PDAE:
     return PDAE.from_prior(prior, latent_dim=config.latent_dim, encoder_channel=config.encoder_channel)
 
 
-class Side:
+class TrainingSide:
     """One contender: ``step()`` trains on the next batch."""
 
     def __init__(self, name: str, model: PDAE, samples: list[Sample], batch: int, device: torch.device) -> None:
@@ -112,7 +112,7 @@ def measure(
     model = untrained(network)
     x0 = bundled_images(model)
     samples = [Sample(image, f"{i}", None) for i, image in zip(range(IMAGES), itertools.cycle(x0))]  # noqa: B905
-    sides: dict[str, Side] = {}
+    sides: dict[str, TrainingSide] = {}
     errors: dict[str, float] = {}
     used: dict[str, int | None] = {}
     expected: list[float] = []
@@ -120,7 +120,7 @@ def measure(
         for name in ("baseline", *names):
             try:
                 with PeakMemory(device) as memory:
-                    side = Side(name, model, samples, batch, device)
+                    side = TrainingSide(name, model, samples, batch, device)
                     losses = [float(v) for v in [side.step() for _ in range(compared)]]
                 expected = expected or losses
                 errors[name] = apart(losses, expected)

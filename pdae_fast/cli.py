@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .config import NOISES
 from .errors import UserError
 from .files import atomic_write
 
@@ -28,12 +27,20 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default where there is one that the help does not state itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        stated = action.default in (None, False) or "(default:" in (action.help or "")
+        return action.help if stated else super()._get_help_string(action)
+
+
 def parser(module: str, description: str, **options: Any) -> argparse.ArgumentParser:
     """``options``: as of ArgumentParser; ``conflict_handler="resolve"`` lets a command give a shared option anew."""
     return _Parser(
         prog=f"python -m pdae_fast.{module}",
         description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
         **options,
     )
 
@@ -68,27 +75,6 @@ def add_run_options(p: argparse.ArgumentParser, out: str) -> None:
     p.add_argument("--model", default=DEFAULT_MODEL, help="bundled name, saved directory or foreign checkpoint")
     p.add_argument("--input", nargs="+", metavar="PATH", help="images and folders (default: the bundled images)")
     p.add_argument("--out", default=out, help="directory for the results")
-    p.add_argument("--steps", type=int, default=100, help="steps of a decoding")
-    p.add_argument("--encode-steps", type=int, help="DDIM steps that infer x_T (default: --steps)")
-    p.add_argument(
-        "--spacing",
-        default="uniform",
-        help="time points: uniform as published; quadratic, karras or logsnr have more of them at low noise",
-    )
-    p.add_argument(
-        "--solver",
-        default="ddim",
-        help="what decodes: ddim as published, dpm++2m, dpm++3m, unipc2, unipc3; belm is also inverted exactly",
-    )
-    p.add_argument(
-        "--reuse", default="none", help="work left out, an approximation: such as window:200-1000 (see docs/pareto.md)"
-    )
-    p.add_argument(
-        "--noise",
-        choices=NOISES,
-        help="of random x_T, and of x_t in analyses: normal as published, or standardised in every channel (default: "
-        "as the model says)",
-    )
     p.add_argument("--batch-size", type=int, help="images per network evaluation (default: chosen for the device)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     p.add_argument(

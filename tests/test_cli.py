@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 
 from helpers import TINY, TINY_FULL, image_folder, tiny_pdae, tiny_prior
-from pdae_fast import PDAE, cli, config, info, metrics, reconstruct, train
+from pdae_fast import PDAE, cli, config, encode, evaluate, info, metrics, pareto, reconstruct, sample, train
 from pdae_fast.data import load_image
+from pdae_fast.training.arguments import parse
+from pdae_fast.training.command import build_model
 
 
 @pytest.fixture(scope="module")
@@ -241,8 +243,8 @@ def test_pdae_can_start_from_a_trained_one_around_another_prior(tmp_path, capsys
     other.save_pretrained(tmp_path / "prior")
     paths = {"--init-from": "prior", "--start-from": "start", "--architecture": "start/config.json"}
     options = [word for flag, path in paths.items() for word in (flag, str(tmp_path / path))]
-    arguments = train._arguments(["pdae", "--data", "x", "--out", "y", *options])
-    model = train.build_model(arguments)
+    arguments = parse(["pdae", "--data", "x", "--out", "y", *options])
+    model = build_model(arguments)
     start = PDAE.from_pretrained(tmp_path / "start")
     for name, value in model.state_dict().items():
         unet = name.removeprefix("decoder.")
@@ -268,7 +270,7 @@ def test_pdae_can_start_from_a_trained_one_around_another_prior(tmp_path, capsys
         (["--lr", "-1"], "lr must be a positive number"),
         (["--batch-size", "0"], "batch_size must be at least 1"),
         (["--amp", "float8"], "amp must be off or bfloat16"),
-        (["--architecture", "resnet"], "neither a preset"),
+        (["--architecture", "resnet"], "neither an architecture"),
         (["--data", "/none"], "no such input"),
         (["--save-every", "0"], "--save-every must be at least 1"),
         (["--resume"], "nothing to resume"),
@@ -315,3 +317,59 @@ def test_presets_and_what_overrides_them(tmp_path, model_dir, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(reconstruct.main, *base, "--out", tmp_path / "b", "--preset", "fastest")
     assert "published" in capsys.readouterr().err
+
+
+NOISY = {"ddpm": ("--solver", "ddpm"), "eta": ("--eta", 0.5)}
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_solvers_that_draw_noise(tmp_path, model_dir, capsys, name):
+    folder, out = image_folder(tmp_path / "in", 3), tmp_path / "out"
+    base = [
+        "--model",
+        model_dir,
+        "--input",
+        folder,
+        "--device",
+        "cpu",
+        "--steps",
+        4,
+        *NOISY[name],
+        "--dtype",
+        "float32",
+    ]
+    assert run(reconstruct.main, *base, "--out", out) == 2  # x_T is inferred unless told otherwise
+    error = capsys.readouterr().err
+    assert "x_T cannot be inferred" in error and "decode from random x_T" in error and len(error.splitlines()) == 1
+    assert not out.exists()
+    for size in (1, 3):
+        more = ["--modes", "random", "prior", "--batch-size", size, "--out", out / str(size), "--seed", 5]
+        assert run(reconstruct.main, *base, *more) == 0
+    one, three = (json.loads((out / size / "metrics.json").read_text()) for size in ("1", "3"))
+    assert (one["solver"], one["eta"], one["encode_steps"]) == ("ddpm" if name == "ddpm" else "ddim", *(
+        (0.0, None) if name == "ddpm" else (0.5, None)
+    ))  # fmt: skip
+    for mode in ("random", "prior"):  # an image's noise is its own, whatever the batch
+        assert one["modes"][mode]["mean"]["mse"] == pytest.approx(three["modes"][mode]["mean"]["mse"], rel=1e-3)
+        assert one["modes"][mode]["network_evaluations_per_image"]["trunk"] == 4
+    capsys.readouterr()
+    assert run(evaluate.main, *base, "--modes", "random", "--out", out / "evaluation") == 0
+    assert run(pareto.main, *base, "--only", "published 5+5", "--no-plot", "--out", out / "pareto") == 0
+    rows = json.loads((out / "pareto" / "metrics.json").read_text())["rows"]
+    assert [row["mode"] for row in rows if row["name"] == "yours"] == ["random"]
+    more = image_folder(tmp_path / "more", 12)
+    assert run(sample.main, *base, "--input", more, "--count", 2, "--latent-steps", 2, "--out", out / "samples") == 0
+    assert run(evaluate.main, *base, "--modes", "inferred", "--out", out / "x") == 2
+    assert "x_T cannot be inferred" in capsys.readouterr().err and not (out / "x").exists()
+    assert run(encode.main, *base, "--with-x-T", "--out", out / "x") == 2 and not (out / "x").exists()
+    assert run(encode.main, *base, "--out", out / "codes") == 0
+
+
+def test_help_states_a_default_once_and_none_that_is_not():
+    p = cli.parser("x", "about")
+    p.add_argument("--a", default=7, help="seven")
+    p.add_argument("--b", help="one of its own (default: chosen)")
+    p.add_argument("--c", action="store_true", help="a switch")
+    text = " ".join(p.format_help().split())
+    assert "seven (default: 7)" in text and "of its own (default: chosen)" in text
+    assert text.count("default") == 2 and text.endswith("a switch")

@@ -11,7 +11,7 @@ import torch
 from bench.machine import copy_bandwidth, describe, matmul_peak
 from pdae_fast.kernels import triton_status
 
-from .journal import Cases, Context, Skip
+from .cases import Cases, Context, NotHere
 
 # All that the script assumes, and what it does without.
 NEEDED = {"torch": "everything", "numpy": "everything", "safetensors": "everything", "PIL": "the quality phase",
@@ -47,13 +47,13 @@ def _packages() -> list[dict[str, Any]]:
 def _triton(context: Context) -> dict[str, Any]:
     usable, reason = triton_status()
     if not context.cuda:
-        raise Skip(reason)
+        raise NotHere(reason)
     return {"status": "PASS" if usable else "FAIL", "reason": reason}
 
 
 def _device(context: Context) -> dict[str, Any]:
     if not context.cuda:
-        raise Skip("no CUDA device")
+        raise NotHere("no CUDA device")
     properties = torch.cuda.get_device_properties(context.device)
     free, total = torch.cuda.mem_get_info(context.device)
     query = "driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu"

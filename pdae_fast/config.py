@@ -15,7 +15,7 @@ from .errors import UserError
 
 FORMAT_VERSION = 1
 NORM_GROUPS = 32  # every norm of the ADM U-Net and of E_phi
-NOISES = ("normal", "standardised")  # how random x_T is drawn, see sampling.random_noise
+NOISES = ("normal", "standardised")  # how random x_T is drawn, see samplers.noise.random_noise
 
 
 def _require(condition: bool, message: str) -> None:

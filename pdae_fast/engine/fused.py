@@ -102,6 +102,6 @@ class DeviceField(FusedField):
     def integrate(
         self, x: Tensor, steps: Trajectory, clamp: float | None, progress: Callable[[], None] | None
     ) -> Tensor:
-        """As sampling.integrate; ``clamp`` is 1 or None."""
+        """As ddim.integrate; ``clamp`` is 1 or None."""
         run = self.plan.trajectory(len(x), self.codes, steps, clamp)
         return run(x, self.codes, progress)

@@ -359,7 +359,7 @@ def test_a_window_is_inverted_as_it_is_decoded():
 
 @pytest.mark.parametrize("solver", ["dpm++2m", "unipc3"])
 def test_a_solver_does_not_extrapolate_across_the_edge_of_a_window(solver):
-    """As with stop_percent, it starts again where G switches: solvers.decode is told so by use_gradient."""
+    """As with stop_percent, it starts again where G switches: the solver is told so by use_gradient."""
     model, z, x_T = tiny_pdae(), noise(2, 16), noise(2, 1, 32, 32)
     pipe = Pipeline(model, steps=8, device="cpu", dtype="float32", solver=solver, reuse="window:300-1000")
     told = tuple(step._replace(use_gradient=step.t >= 300) for step in pipe.schedule.decoding(8))

@@ -48,7 +48,7 @@ class FusedPlan(Plan):
         super().__init__(model, device, dtype)
         wanted = options or Rewrites.for_device(device)
         self.options = options = wanted.usable_on(device, dtype)
-        self.native = wanted.native_note(device, dtype)
+        self.native = wanted.native_notes(device, dtype)
         unet = self.unet
         self.attention, attend = resolve_attention(attention, device, dtype, self._attention_shape())
         with torch.inference_mode():
@@ -255,8 +255,7 @@ class FusedPlan(Plan):
         """As :meth:`Plan.describe`."""
         on = [name for name, value in vars(self.options).items() if value]
         report = {**super().describe(), "attention": self.attention, "rewrites": on}
-        if self.native is not None:
-            report["native_norms"] = self.native
+        report |= self.native
         if self.device.type == "cuda":
             report["graphs"] = self.capture_failure or sum(len(t.graphs) for t in self._trajectories.values())
         return report

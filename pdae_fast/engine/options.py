@@ -19,6 +19,8 @@ class Rewrites:
     phase_upsample: nearest-2x and the 3x3 convolution after it as four 2x2 convolutions.
     kernels: GroupNorm, affine and SiLU as one op of pdae_fast.kernels.
     native_norms: GroupNorm, affine and SiLU in native code, compiled when first used (CPU; before ``kernels``).
+    native_convolutions: 3x3 convolutions, and nearest-2x before them, in native code (CPU; before ``packed_weights``
+        and ``phase_upsample``).
     split_skips: decoder blocks read h and the skip from where they are; the 1x1 skip convolution is a sum of two
         products (needs ``kernels`` or ``native_norms``).
     shared_statistics: a skip's channel statistics are computed once for both decoders (needs ``split_skips``).
@@ -41,6 +43,7 @@ class Rewrites:
     graphs: bool = False
     native_norms: bool = False
     fused_output: bool = False
+    native_convolutions: bool = False
 
     @classmethod
     def for_device(cls, device: torch.device) -> Rewrites:
@@ -52,7 +55,7 @@ class Rewrites:
         bytes there but multiplies in a kernel of the project what cuDNN would: off until a GPU says that it pays.
         """
         if device.type != "cuda":
-            return cls(native_norms=True)
+            return cls(native_norms=True, native_convolutions=True)
         usable = kernels.triton_status()[0]
         return cls(False, False, usable, usable, usable, usable, True, True, True)
 
@@ -62,6 +65,8 @@ class Rewrites:
         options = self if can_pack(device, dtype) else off(self, packed_weights=False)
         if options.native_norms and not (_native_dtype(device, dtype) and kernels.native_status()[0]):
             options = off(options, native_norms=False)
+        if options.native_convolutions and not _convolutions(device, dtype)[0]:
+            options = off(options, native_convolutions=False)
         if not options.kernels:
             options = off(options, split_skips=options.split_skips and options.native_norms, folded_biases=False)
         # The native norms take no statistics: they read a map for less than the others save.
@@ -76,12 +81,25 @@ class Rewrites:
             options = off(options, folded_biases=False)
         return options if cuda else off(options, parallel_decoders=False)
 
-    def native_note(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """How ``native_norms`` run on ``device``, or why they do not; None where they were not asked for."""
-        if not self.native_norms or device.type != "cpu":
-            return None
-        usable, reason = kernels.native_status() if _native_dtype(device, dtype) else (False, f"none for {dtype}")
-        return reason if usable else f"no: {reason}"
+    def native_notes(self, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+        """How ``native_norms`` and ``native_convolutions`` run on ``device``, or why they do not, where asked for."""
+        if device.type != "cpu":
+            return {}
+        found = {}
+        if self.native_norms:
+            found["native_norms"] = (
+                kernels.native_status() if _native_dtype(device, dtype) else (False, f"none for {dtype}")
+            )
+        if self.native_convolutions:
+            found["native_convolutions"] = _convolutions(device, dtype)
+        return {name: reason if usable else f"no: {reason}" for name, (usable, reason) in found.items()}
+
+
+def _convolutions(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """(usable, reason) of native convolutions on maps of ``dtype``."""
+    if device.type != "cpu" or dtype is not torch.float32:
+        return False, f"none for {dtype}"
+    return kernels.winograd_status()
 
 
 def _native_dtype(device: torch.device, dtype: torch.dtype) -> bool:

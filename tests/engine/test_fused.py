@@ -52,6 +52,8 @@ OPTIONS = {
     "no-phases": Rewrites(phase_upsample=False),
     "neither": Rewrites(False, False),
     "native": Rewrites(native_norms=True),
+    "convolutions": Rewrites(native_norms=True, native_convolutions=True),
+    "convolutions-folded": Rewrites(False, kernels=True, folded_biases=True, native_convolutions=True),
     "native-split": Rewrites(native_norms=True, split_skips=True),
     "native-folded": Rewrites(False, kernels=True, split_skips=True, folded_biases=True, native_norms=True),
     "cuda": ON_CUDA,
@@ -70,6 +72,8 @@ OPTIONS = {
 def test_the_plan_computes_the_model(changes, options):
     if options.native_norms and not kernels.native_status()[0]:
         pytest.skip(kernels.native_status()[1])
+    if options.native_convolutions and not kernels.winograd_status()[0]:
+        pytest.skip(kernels.winograd_status()[1])
     model = network(changes)
     x, z = noise(3, *model.image_shape), noise(3, 8, seed=1)
     plan, eager = FusedPlan(model, CPU, torch.float32, options), Plan(model, CPU, torch.float32)
@@ -187,10 +191,13 @@ def test_the_default_on_the_cpu_is_native():
 
 
 def test_without_native_code_the_framework_runs(monkeypatch):
-    monkeypatch.setattr(kernels, "native_status", lambda: (False, "no C compiler: cc not found"))
+    for name in ("native_status", "winograd_status"):
+        monkeypatch.setattr(kernels, name, lambda: (False, "no C compiler: cc not found"))
     model, x, z = network(NETWORKS["attention"]), noise(2, 1, 32, 32), noise(2, 8, seed=1)
     plan = build_plan(model, CPU, torch.float32)
-    assert plan.options == Rewrites() and plan.describe()["native_norms"] == "no: no C compiler: cc not found"
+    assert plan.options == Rewrites()
+    for name in ("native_norms", "native_convolutions"):
+        assert plan.describe()[name] == "no: no C compiler: cc not found"
     found, expected = (p.field(z)(x, 17, True) for p in (plan, Plan(model, CPU, torch.float32)))
     assert all(relative(a, b) < 1e-5 for a, b in zip(found, expected, strict=True))
 

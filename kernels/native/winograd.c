@@ -333,7 +333,7 @@ INLINE void product(const char *v, int64_t v_row, const char *u, int64_t steps, 
         UNROLL for (int r = 0; r < rows; r++) {
             float given;
             memcpy(&given, v + r * v_row, 4);
-            const floats each = (floats){0} + given;
+            const floats each = given - (floats){0}; /* the same number, of zero too: a broadcast */
 #if LANES == 16 && defined(__AVX512BF16__)
             if (bfloat16) {
                 int pair;

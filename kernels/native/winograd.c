@@ -226,6 +226,13 @@ static void weight_share(void *argument) {
 void pdae_winograd_weights(const struct weights *given) {
     struct weights w = *given;
     if (!run_parallel) w.threads = 1;
+#ifdef MADV_HUGEPAGE
+    /* Fewer page faults now, and fewer misses of the table of pages at every call; where it fails, all is as it was. */
+    const uintptr_t page = 1 << 21, panels = (w.outputs + PANEL - 1) / PANEL;
+    const uintptr_t bytes = (uintptr_t)((w.tile + 2) * (w.tile + 2) * w.channels * (w.bfloat16 ? 2 : 4)) * panels * PANEL;
+    const uintptr_t first = ((uintptr_t)w.u + page - 1) / page * page, last = ((uintptr_t)w.u + bytes) / page * page;
+    if (first < last) (void)!madvise((void *)first, last - first, MADV_HUGEPAGE);
+#endif
     if (w.threads > 1) run_parallel(weight_share, &w, (unsigned)w.threads, 0);
     else weight_share(&w);
 }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pdae_fast.engine import build_plan
-from pdae_fast.sampling import ddim, ddim_step
+from pdae_fast.samplers.ddim import ddim, ddim_step
 from pdae_fast.schedule import build_schedule
 
 from .baseline import Baseline

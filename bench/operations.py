@@ -116,22 +116,6 @@ def channel_stats(batch: int, channels: int, side: int, dtype: torch.dtype, last
     )  # fmt: skip
 
 
-def _ddim(x: Tensor, eps: Tensor, gradient: Tensor, now: float, following: float) -> Tensor:
-    """Algorithm 3 as a chain of the framework's operators, in the precision of x."""
-    eps = eps.to(x.dtype) - (1 - now) ** 0.5 * gradient.to(x.dtype)
-    x0 = (x / now**0.5 - (1 / now - 1) ** 0.5 * eps).clamp(-1, 1)
-    eps = (x / now**0.5 - x0) / (1 / now - 1) ** 0.5
-    return following**0.5 * x0 + (1 - following) ** 0.5 * eps
-
-
-def _table(tables: dict, device: torch.device, now: float, following: float) -> tuple[Tensor, Tensor]:
-    """Coefficients and index on ``device``, made once: a captured graph cannot copy them there."""
-    if device not in tables:
-        table = kernels.ddim_coefficients([now], [following]).to(device)
-        tables[device] = table, torch.zeros((), dtype=torch.int64, device=device)
-    return tables[device]
-
-
 def ddim_update(batch: int, channels: int, side: int, dtype: torch.dtype, last: bool) -> Operation:
     now, following = 0.62, 0.66  # alpha_bar before and after
 
@@ -141,54 +125,24 @@ def ddim_update(batch: int, channels: int, side: int, dtype: torch.dtype, last: 
         return {"x": x, "eps": eps.to(dtype), "gradient": gradient.to(dtype)}
 
     def chain(x: Tensor, eps: Tensor, gradient: Tensor) -> Tensor:
-        return _ddim(x, eps, gradient, now, following)
+        """Algorithm 3 as a chain of the framework's operators, in the precision of x."""
+        eps = eps.to(x.dtype) - (1 - now) ** 0.5 * gradient.to(x.dtype)
+        x0 = (x / now**0.5 - (1 / now - 1) ** 0.5 * eps).clamp(-1, 1)
+        eps = (x / now**0.5 - x0) / (1 / now - 1) ** 0.5
+        return following**0.5 * x0 + (1 - following) ** 0.5 * eps
 
     tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def ours(x: Tensor, eps: Tensor, gradient: Tensor) -> Tensor:
-        return kernels.ddim_update(x, eps, gradient, *_table(tables, x.device, now, following))
+        if x.device not in tables:  # made once: a captured graph cannot copy them there
+            table = kernels.ddim_coefficients([now], [following]).to(x.device)
+            tables[x.device] = table, torch.zeros((), dtype=torch.int64, device=x.device)
+        return kernels.ddim_update(x, eps, gradient, *tables[x.device])
 
     elements = batch * channels * side * side
     moved = elements * (4 + 4 + 2 * torch.empty((), dtype=dtype).element_size())
     shape = f"{batch}x{channels}x{side}x{side} {'NHWC' if last else 'NCHW'}"
     return Operation("ddim_update", shape, draw, ours, chain, chain, moved, torch.float32)
-
-
-def output_step(batch: int, channels: int, outputs: int, side: int, dtype: torch.dtype) -> Operation:
-    """Both heads and the update, from channels-last maps."""
-    now, following = 0.62, 0.66  # alpha_bar before and after
-
-    def draw(g: torch.Generator) -> dict[str, Any]:
-        values = {"x": (_image((batch, outputs, side, side), torch.float32, False, g) + 2.3) * 2}
-        for name in ("eps", "gradient"):
-            values[name] = _image((batch, channels, side, side), dtype, True, g)
-            values[f"{name}_norm"] = torch.randn(2, channels, generator=g, device=g.device)
-            weight = torch.randn(outputs, channels, 3, 3, generator=g, device=g.device) / (9 * channels) ** 0.5
-            values[f"{name}_weight"] = weight.to(dtype).contiguous(memory_format=torch.channels_last)
-            values[f"{name}_bias"] = torch.randn(outputs, generator=g, device=g.device).to(dtype)
-        return values
-
-    def predict(h: Tensor, norm: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        y = F.silu(F.group_norm(h, GROUPS, *norm.to(h.dtype)))
-        return F.conv2d(y, weight, bias, padding=1)
-
-    def chain(x, eps, eps_norm, eps_weight, eps_bias, gradient, gradient_norm, gradient_weight, gradient_bias):
-        eps = predict(eps, eps_norm, eps_weight, eps_bias)
-        return _ddim(x, eps, predict(gradient, gradient_norm, gradient_weight, gradient_bias), now, following)
-
-    tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
-
-    def ours(x, eps, eps_norm, eps_weight, eps_bias, gradient, gradient_norm, gradient_weight, gradient_bias):
-        heads = (
-            kernels.Head(eps, *eps_norm, eps_weight, eps_bias),
-            kernels.Head(gradient, *gradient_norm, gradient_weight, gradient_bias),
-        )
-        return kernels.output_step(x, *heads, *_table(tables, x.device, now, following), True, GROUPS, 1e-5)
-
-    pixels, size = batch * side * side, torch.empty((), dtype=dtype).element_size()
-    moved = pixels * (2 * channels * size + 2 * outputs * 4)
-    shape = f"{batch}x{channels}to{outputs}x{side}x{side} NHWC"
-    return Operation("output_step", shape, draw, ours, chain, chain, moved, torch.float32)
 
 
 def upsample(batch: int, channels: int, side: int, dtype: torch.dtype, last: bool, sum_first: bool) -> Operation:
@@ -244,8 +198,6 @@ def operations(batch: int, dtype: torch.dtype = torch.bfloat16, tiny: bool = Fal
         yield residual_add(batch, 128, big, dtype, last)
         yield upsample(batch, 256, 2 * middle, dtype, last, sum_first=False)
         yield upsample(batch, 256, 2 * middle, dtype, last, sum_first=True)
-    yield output_step(batch, 128, 3, big, dtype)
-    yield output_step(batch, 64, 3, min(big, 64), dtype)
 
 
 def sweep(function: Callable[..., Tensor], variants: list[dict[str, Any]], device: torch.device) -> Callable[[], Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pdae_fast import PDAE, Pipeline, metrics
 from pdae_fast.data import open_dataset
-from pdae_fast.reconstruct import SAMPLES
+from pdae_fast.data.bundled import SAMPLES
 
 from .contenders import relative
 
@@ -34,7 +34,7 @@ def precision_loss(
     x0 = bundled_images(model, limit)
     found = {}
     for name in ("float32", dtype):
-        pipe = Pipeline(model, steps, device=device, dtype=name, plan=plan, batch_size=len(x0))
+        pipe = Pipeline(model, "published", steps=steps, device=device, dtype=name, plan=plan, batch_size=len(x0))
         x = pipe.reconstruct(x0)
         found[name] = (metrics.ssim(x0, x).mean().item(), metrics.mse(x0, x).mean().item())
     (ssim, mse), (ssim_low, mse_low) = found["float32"], found[dtype]
@@ -61,8 +61,8 @@ def plan_difference(device: torch.device, steps: int = 100, limit: int = 4, plan
     """A row: the float32 ``plan`` on ``device`` against the plain modules on the CPU, same z and x_T, decoded."""
     model = PDAE.from_pretrained(MODEL)
     x0 = bundled_images(model, limit)
-    plain = Pipeline(model, steps, device="cpu", dtype="float32", plan="eager")
-    fast = Pipeline(model, steps, device=device, dtype="float32", plan=plan)
+    plain = Pipeline(model, "published", steps=steps, device="cpu", dtype="float32", plan="eager")
+    fast = Pipeline(model, "published", steps=steps, device=device, dtype="float32", plan=plan)
     z = plain.encode(x0)
     x_T = plain.invert(x0, z)
     return {

@@ -28,16 +28,16 @@ from pdae_fast.schedule import build_schedule
 for name in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(name)
 
-from pdae_fast.export.onnx import Settings, export_onnx  # noqa: E402
+from pdae_fast.export.onnx import ExportSettings, export_onnx  # noqa: E402
 
 CPU = torch.device("cpu")
 NETWORKS = ("fashion32", "celeba64", "ffhq128")
 ENGINE = ("fused-float32", "fused-bfloat16")
 # Exports by the ending of a contender's name.
 EXPORTS = {
-    "float32": Settings(steps=5),
-    "float32-instance": Settings(steps=5, norm="instance"),
-    "bfloat16": Settings(steps=5, dtype="bfloat16"),
+    "float32": ExportSettings(steps=5),
+    "float32-instance": ExportSettings(steps=5, norm="instance"),
+    "bfloat16": ExportSettings(steps=5, dtype="bfloat16"),
 }
 CONTENDERS = (
     "onnxruntime-float32",

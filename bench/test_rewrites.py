@@ -1,39 +1,18 @@
-"""Every switch of the fused plan turned around, against the plan as it is on this device.
-
-The last row of a case is a bound: what would be gained if the output convolutions and the DDIM update, which are
-separate operations on the CPU, cost nothing.
-"""
+"""Every switch of the fused plan turned around, against the plan as it is on this device."""
 
 from __future__ import annotations
 
 import pytest
-import torch
 
 from bench.contenders import CHECKED, PlanSide, check, relative
 from bench.gpu.paths import variants
 from bench.networks import case
 from bench.tables import RUN
 from bench.timing import Alternation, pedantic, rounds_within
-from pdae_fast.sampling import ddim_step
 
 NETWORKS = ("fashion32", "celeba64")
 DTYPES = ("float32", "bfloat16")
 SECONDS = 20.0  # of measuring, a case
-
-
-def tail(side: PlanSide):
-    """The end of a step alone: both output convolutions and the update, on maps of the right shape."""
-    c, plan = side.case, side.plan
-    shape = (c.batch, plan.unet.config.base_channel, *c.x.shape[2:])
-    h = torch.randn(shape, device=c.device, dtype=plan.dtype).contiguous(memory_format=torch.channels_last)
-    channels = c.x.shape[1]
-
-    @torch.inference_mode()
-    def run():
-        eps, gradient = plan.eps.head(h)[:, :channels], plan.gradient.head(h)
-        return ddim_step(c.x, eps.float(), gradient.float(), 0.5, 0.6)
-
-    return run
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -43,7 +22,7 @@ def test_rewrites(benchmark, device, network, batch, dtype):
     c = case(network, batch, device)
     default = PlanSide(c, f"fused-{dtype}")
     expected, errors = default.step(*CHECKED), {}
-    functions = {"default": default.step, "tail": tail(default)}
+    functions = {"default": default.step}
     for label, keywords in variants(device):
         if "attention" in keywords:
             continue
@@ -60,8 +39,3 @@ def test_rewrites(benchmark, device, network, batch, dtype):
             "rewrite", network=network, batch=batch, dtype=dtype, changed=label,
             ratio=ratio.median, ratio_spread=[ratio.low, ratio.high], error=error, rounds=ratio.count,
         )  # fmt: skip
-    share = alternation.spread("tail").median / alternation.spread("default").median
-    RUN.add(
-        "rewrite", network=network, batch=batch, dtype=dtype, changed="output convolutions and update for nothing",
-        ratio=1 / (1 - share), rounds=alternation.spread("tail").count,
-    )  # fmt: skip

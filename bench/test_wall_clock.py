@@ -9,6 +9,7 @@ evaluations that this bench avoids: `python -m pdae_fast.pareto --set standard -
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -22,13 +23,13 @@ from bench.quality import bundled_images
 from bench.tables import RUN
 from bench.timing import Alternation, pedantic, rounds_within
 from pdae_fast import Pipeline, available, metrics
-from pdae_fast.pipeline import PRESETS
+from pdae_fast.samplers import RECIPES
 from pdae_fast.schedule import build_schedule
 
 UP, DOWN = 1000, 100  # 1,000 evenly spaced points upward are 999 steps
 SAMPLED = 4
-FAST = PRESETS["fast"]
-SETTINGS = {"fast": FAST, "fast, G at t >= 500": {**FAST, "reuse": "window:500-1000"}}
+FAST = RECIPES["fast"]
+TIMED = {"fast": FAST, "fast, G at t >= 500": dataclasses.replace(FAST, reuse="window:500-1000")}
 DTYPES = ("float32", "bfloat16")
 CASES = (("fashion32", 8), ("celeba64", 1))
 SECONDS = 30.0  # of measuring, a case; never fewer than three rounds
@@ -50,8 +51,8 @@ def sampled(steps: list[Any], count: int) -> list[Any]:
 
 def pipelines(model, device: torch.device, batch: int) -> dict[str, Pipeline]:
     return {
-        f"{name}, {dtype}": Pipeline(model, device=device, dtype=dtype, batch_size=batch, **values)
-        for name, values in SETTINGS.items()
+        f"{name}, {dtype}": Pipeline(model, recipe, device=device, dtype=dtype, batch_size=batch)
+        for name, recipe in TIMED.items()
         for dtype in DTYPES
     }
 

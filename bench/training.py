@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from pdae_fast import PDAE
 from pdae_fast.data import Sample
 from pdae_fast.training import Trainer, TrainSettings
-from pdae_fast.training.order import BatchOrder
+from pdae_fast.training.feed import BatchOrder
 from pdae_fast.training.step import StepOptions
 from pdae_fast.training.tasks import PDAETask
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from pdae_fast import PDAE
 from pdae_fast.models.layers import AttentionBlock
 from pdae_fast.schedule import build_schedule
-from pdae_fast.training.order import step_generator
+from pdae_fast.training.feed import step_generator
 
 from .baseline import EinsumAttention
 

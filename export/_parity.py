@@ -11,14 +11,14 @@ import onnx
 import torch
 from torch import Tensor
 
-from .. import sampling
 from ..engine.rewrites import resblocks
 from ..errors import UserError
 from ..models import PDAE, Prior
+from ..samplers import ddim
 from ..schedule import Step, build_schedule
 from . import manifest as manifests
 from ._tracing import widened
-from .runtime import Backend
+from .backends.backend import Backend
 
 # Largest relative error of one evaluation by dtype, float32 plain modules the reference. For a step the error of x_next
 # is divided by what a relative error of 1 in the network's output would change of it: relative to x_next itself, most
@@ -34,7 +34,7 @@ BFLOAT16_NOTE = (
 )
 
 
-class Reference:
+class PlainModules:
     """The plain modules in float32, on random inputs of ``seed``; one method for every exported graph."""
 
     def __init__(self, model: PDAE | Prior, seed: int) -> None:
@@ -64,7 +64,7 @@ class Reference:
         """z [N, D]; None from a prior."""
         return self.model.encode(x0) if isinstance(self.model, PDAE) else None
 
-    def field(self, z: Tensor | None) -> sampling.Field:
+    def field(self, z: Tensor | None) -> ddim.Field:
         """What samplers integrate: the modules as they are."""
 
         @torch.inference_mode()
@@ -78,17 +78,17 @@ class Reference:
         """x_next, and how far it would move for a relative error of 1 in eps' = eps - sqrt(1 - alpha_bar) G."""
         eps, gradient = self.field(z)(x, step.t, True)
         alpha_bars = step.alpha_bar, step.alpha_bar_next
-        x_next = sampling.ddim_step(x, eps, gradient, *alpha_bars)
+        x_next = ddim.ddim_step(x, eps, gradient, *alpha_bars)
         shifted = eps if gradient is None else eps - (1 - step.alpha_bar) ** 0.5 * gradient
         signs = torch.randint(2, x.shape, generator=self.generator) * 2 - 1
-        moved = sampling.ddim_step(x, shifted * (1 + PERTURBATION * signs), None, *alpha_bars)
+        moved = ddim.ddim_step(x, shifted * (1 + PERTURBATION * signs), None, *alpha_bars)
         effect = float((moved.double() - x_next.double()).norm()) / PERTURBATION
         return x_next, max(effect, SMALLEST_EFFECT * float(x_next.double().norm()))
 
     def reconstruct(self, x0: Tensor, steps: int, encode_steps: int) -> tuple[Tensor, Tensor | None]:
         z = self.encode(x0)
-        x_T = sampling.ddim_invert(self.field(z), x0, self.schedule, encode_steps)
-        return sampling.ddim(self.field(z), x_T, self.schedule, steps), z
+        x_T = ddim.ddim_invert(self.field(z), x0, self.schedule, encode_steps)
+        return ddim.ddim(self.field(z), x_T, self.schedule, steps), z
 
 
 class _Worst:
@@ -112,7 +112,7 @@ class _Worst:
 
 
 def measure(
-    backend: Backend, reference: Reference, manifest: dict[str, Any], batches: tuple[int, ...]
+    backend: Backend, reference: PlainModules, manifest: dict[str, Any], batches: tuple[int, ...]
 ) -> dict[str, dict[str, Any]]:
     """Errors of every graph but ``reconstruct``, for each number of images in ``batches``, over several steps."""
     bound = BOUNDS[manifest["dtype"]]
@@ -145,7 +145,7 @@ def measure(
 
 
 def measure_all_steps(
-    backend: Backend, reference: Reference, manifest: dict[str, Any], graph: bool, loops: bool
+    backend: Backend, reference: PlainModules, manifest: dict[str, Any], graph: bool, loops: bool
 ) -> dict[str, dict[str, Any]]:
     """Errors of one image after all steps up and down.
 

@@ -71,6 +71,11 @@ def tensor_entry(name: str, dtype: str, shape: Sequence[int | str]) -> dict[str,
     return {"name": name, "dtype": dtype, "shape": list(shape)}
 
 
+def dims(shape: Iterable[int | str]) -> list[int]:
+    """A shape of the manifest as libraries write it: dynamic dimensions as -1."""
+    return [size if isinstance(size, int) else -1 for size in shape]
+
+
 def graph_entry(path: str | Path, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> dict[str, Any]:
     """What the manifest says of one graph; ``inputs`` and ``outputs`` are :func:`tensor_entry` values."""
     return {"file": Path(path).name, **file_entry(path), "inputs": inputs, "outputs": outputs}
@@ -94,6 +99,22 @@ def signature(
     step = tensor_entry("step", "int64", (1,))
     inputs = [tensor_entry("x", "float32", image), *(conditioning if width is not None else []), step]
     return inputs, [tensor_entry("x_next", "float32", image)]
+
+
+def graph_path(directory: str | Path, manifest: dict[str, Any], graph: str) -> Path:
+    """Where the file of ``graph`` is; UserError when there is no such graph."""
+    if graph not in manifest["graphs"]:
+        raise UserError(f"{directory}: no graph {graph!r} in this export")
+    return Path(directory) / manifest["graphs"][graph]["file"]
+
+
+def names_file(entry: Any, name: str | None = None) -> bool:
+    """Whether ``entry`` names a file (``name`` where it does not say), its hash and its size.
+
+    A manifest must not lead a reader out of its own directory.
+    """
+    file = entry.get("file", name) if isinstance(entry, dict) else None
+    return isinstance(file, str) and Path(file).name == file and {"sha256", "bytes"} <= set(entry)
 
 
 def write(directory: str | Path, manifest: dict[str, Any]) -> None:
@@ -194,7 +215,5 @@ def _check_fields(manifest: dict[str, Any], path: Path) -> None:
         if manifest[name] < 1:
             raise UserError(f"{path}: {name} is {manifest[name]}; expected at least 1")
     for name, entry in [*manifest["graphs"].items(), *manifest["files"].items()]:
-        file = entry.get("file", name) if isinstance(entry, dict) else None
-        # A manifest must not lead a reader out of its own directory.
-        if not isinstance(file, str) or Path(file).name != file or not {"sha256", "bytes"} <= set(entry):
+        if not names_file(entry, name):
             raise UserError(f"{path}: the entry of {name!r} names no file with its hash and size; export once more")

@@ -1,6 +1,6 @@
 """`python -m pdae_fast.export onnx`: the graphs of a model, checked against it, and their manifest.
 
-From Python: ``export_onnx(model, "exported", Settings(dtype="float16"))``.
+From Python: ``export_onnx(model, "exported", ExportSettings(dtype="float16"))``.
 """
 
 from __future__ import annotations
@@ -26,15 +26,13 @@ from ..errors import UserError
 from ..files import atomic_write
 from ..models import PDAE, Prior
 from ..schedule import build_schedule
-from . import _description
 from . import manifest as manifests
-from ._blocks import NORMS
-from .graphs import build_graphs
+from .graphs import NORMS, build_graphs, conditioning_width
 from .runtime import load_backend
 from .staging import check_target, staged_directory
 
 if TYPE_CHECKING:
-    from ._parity import Reference
+    from ._parity import PlainModules
 
 DESCRIPTION = "Write a model as ONNX graphs that run without PyTorch, every one checked against the model first."
 INSTALL = "pip install 'pdae_fast[onnx]'"
@@ -44,7 +42,7 @@ STEPS = ("decode_step", "invert_step")
 
 
 @dataclass(frozen=True)
-class Settings:
+class ExportSettings:
     """What to export, checked when it is made (UserError).
 
     steps, encode_steps: DDIM steps down and up (None: the same), constants of the graphs. dtype: of the networks; the
@@ -81,7 +79,7 @@ class Settings:
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    defaults = Settings()
+    defaults = ExportSettings()
     p.add_argument("--model", default=cli.DEFAULT_MODEL, help="bundled name, saved directory or foreign checkpoint")
     p.add_argument("--out", required=True, metavar="DIR", help="directory to write; an earlier export is replaced")
     p.add_argument("--steps", type=int, default=defaults.steps, help="DDIM steps of a decoding")
@@ -98,21 +96,21 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    settings = Settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)})
+    settings = ExportSettings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(ExportSettings)})
     check_target(args.out)
     _require_onnx()
     model = _load(args.model, args.prior, cli.foreign_options(args))
     start = time.perf_counter()
     with tqdm(total=_work(model, settings), desc="export", disable=args.quiet or None) as bar:
-        manifest = export_onnx(model, args.out, settings, _description.source(args.model), bar.update)
+        manifest = export_onnx(model, args.out, settings, _origin(args.model), bar.update)
     if not args.quiet:
-        print(_description.summary(args.out, manifest, model, time.perf_counter() - start))
+        print(_summary(args.out, manifest, model, time.perf_counter() - start))
 
 
 def export_onnx(
     model: PDAE | Prior,
     out: str | Path,
-    settings: Settings | None = None,
+    settings: ExportSettings | None = None,
     source: dict[str, Any] | None = None,
     progress: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
@@ -125,12 +123,12 @@ def export_onnx(
     from the model by more than its dtype explains, or when onnx or onnxruntime is missing.
     """
     _require_onnx()
-    from ._parity import Reference
+    from ._parity import PlainModules
 
-    model, settings = _as_reference(model), settings or Settings()
+    model, settings = _as_reference(model), settings or ExportSettings()
     schedule = build_schedule(model.config.schedule)
     encode_steps = settings.steps if settings.encode_steps is None else settings.encode_steps
-    manifest = _description.describe(model, settings, encode_steps, source)
+    manifest = _describe(model, settings, encode_steps, source)
     modules = build_graphs(model, schedule, settings.steps, encode_steps, DTYPES[settings.dtype], settings.norm)
     seed = secrets.randbits(32)
     with staged_directory(out) as directory:
@@ -138,7 +136,7 @@ def export_onnx(
         if settings.single_file:
             _write_reconstruct(directory, manifest)
             progress()
-        reference = Reference(model, seed)
+        reference = PlainModules(model, seed)
         manifest["parity"] = {"seed": seed, "reference": "plain modules, float32"}
         _compare(directory, manifest, reference, settings, progress)
         manifests.write(directory, manifest)
@@ -189,9 +187,7 @@ def _write_graphs(
         path = directory / f"{name}.onnx"
         _tracing.save(traced.pop(name), path)
         _tracing.check(path)
-        manifest["graphs"][name] = _description.entry(
-            directory, name, manifest, [SHARED_WEIGHTS] if name in STEPS else []
-        )
+        manifest["graphs"][name] = _entry(directory, name, manifest, [SHARED_WEIGHTS] if name in STEPS else [])
 
 
 def _write_reconstruct(directory: Path, manifest: dict[str, Any]) -> None:
@@ -202,14 +198,14 @@ def _write_reconstruct(directory: Path, manifest: dict[str, Any]) -> None:
     with atomic_write(path) as file:
         file.write(model.SerializeToString())
     _tracing.check(path)
-    manifest["graphs"][manifests.RECONSTRUCT] = _description.entry(directory, manifests.RECONSTRUCT, manifest, [])
+    manifest["graphs"][manifests.RECONSTRUCT] = _entry(directory, manifests.RECONSTRUCT, manifest, [])
 
 
 def _compare(
     directory: Path,
     manifest: dict[str, Any],
-    reference: Reference,
-    settings: Settings,
+    reference: PlainModules,
+    settings: ExportSettings,
     progress: Callable[[], object],
 ) -> None:
     """Fill ``manifest["parity"]``; UserError when an error is beyond its bound."""
@@ -231,6 +227,98 @@ def _compare(
     manifest["parity"] = parity
 
 
-def _work(model: PDAE | Prior, settings: Settings) -> int:
+def _work(model: PDAE | Prior, settings: ExportSettings) -> int:
     graphs = len(manifests.GRAPHS["pdae" if isinstance(model, PDAE) else "prior"])
     return graphs + 1 + settings.single_file + (settings.single_file or settings.verify)
+
+
+# -- what the manifest and the terminal say of an export --------------------------------------------------------------
+
+
+def _origin(name: str) -> dict[str, Any]:
+    """The model's name without its folder, and the hash of its weights' file."""
+    bundled = name in checkpoints.available()
+    path = checkpoints.directory.BUNDLED / name if bundled else Path(name).expanduser().resolve()
+    file = path / checkpoints.directory.WEIGHTS_NAME if path.is_dir() else path
+    return {"name": path.name, "file": file.name, **manifests.file_entry(file)}
+
+
+def _describe(
+    model: PDAE | Prior, settings: ExportSettings, encode_steps: int, source: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The manifest as far as it is known before anything is written."""
+    import onnx
+    import onnxruntime
+    import onnxscript
+
+    schedule = build_schedule(model.config.schedule)
+    decode, invert = schedule.timesteps(settings.steps), schedule.timesteps(encode_steps)
+    pdae = isinstance(model, PDAE)
+    return {
+        "backend": "onnxruntime",
+        "kind": "pdae" if pdae else "prior",
+        "image_shape": list(model.image_shape),
+        "latent_dim": model.config.latent_dim if pdae else None,
+        "conditioning_width": conditioning_width(model),
+        "noise": model.config.noise,
+        "dtype": settings.dtype,
+        # Rounding to whole time points can merge some: 1000 steps asked for are 999 to run.
+        "steps": len(decode) - 1,
+        "encode_steps": len(invert) - 1,
+        "requested_steps": settings.steps,
+        "requested_encode_steps": encode_steps,
+        "opset": settings.opset,
+        "norm": settings.norm,
+        "max_batch": settings.max_batch,
+        "schedule": {
+            **dataclasses.asdict(model.config.schedule),
+            "decode_times": decode[::-1].tolist(),
+            "invert_times": invert.tolist(),
+        },
+        "model": source or {"name": type(model).__name__},
+        "versions": {
+            **cli.versions(),
+            "onnx": onnx.__version__,
+            "onnxscript": onnxscript.__version__,
+            "onnxruntime": onnxruntime.__version__,
+        },
+        "graphs": {},
+        "files": {},
+    }
+
+
+def _entry(directory: Path, graph: str, manifest: dict[str, Any], external: list[str]) -> dict[str, Any]:
+    path = directory / f"{graph}.onnx"
+    signature = manifests.signature(
+        graph, manifest["image_shape"], manifest["latent_dim"], manifest["conditioning_width"]
+    )
+    return {**manifests.graph_entry(path, *signature), "external": external}
+
+
+def _summary(out: str, manifest: dict[str, Any], model: PDAE | Prior, seconds: float) -> str:
+    rows = []
+    for name, entry in manifest["graphs"].items():
+        errors = manifest["parity"][name]
+        rows.append(
+            [name, entry["file"], _size(entry["bytes"]), f"{errors['relative_error']:.1e}", f"{errors['bound']:.0e}"]
+        )
+    rows += [["", name, _size(entry["bytes"]), "", ""] for name, entry in manifest["files"].items()]
+    lines = [cli.table(["graph", "file", "size", "error", "allowed"], rows, left=2)]
+    if "all_steps" in manifest["parity"]:
+        errors = manifest["parity"]["all_steps"]
+        lines.append(
+            f"verified: a whole reconstruction differs from the model's by {errors['relative_error']:.1e} (relative)"
+        )
+    if "note" in manifest["parity"]:
+        lines.append(f"errors {manifest['parity']['note']}")
+    lines += [f"assumed about the model: {note}" for note in model.notes]
+    lines.append(
+        f"wrote {out}: {manifest['kind']}, {manifest['encode_steps']} steps up and {manifest['steps']} down, "
+        f"{manifest['dtype']}, opset {manifest['opset']}, at most {manifest['max_batch']} images at a time, "
+        f"in {seconds:.0f} s"
+    )
+    return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"

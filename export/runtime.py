@@ -14,39 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from ..errors import UserError
 from . import manifest as manifests
-
-PROVIDERS = ("auto", "cpu", "cuda", "tensorrt", "directml", "coreml", "openvino", "rocm", "migraphx")
-
-
-class Backend(Protocol):
-    """Runs the graphs of one exported directory.
-
-    Subclasses implement :meth:`run`; :meth:`loop` may be overridden by one that keeps x on the device. Attributes:
-    ``name`` (for reports) and ``provider`` (what the graphs really run on, known once one has been loaded).
-    """
-
-    name: str
-    provider: str
-
-    def run(self, graph: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """One evaluation; names, dtypes and shapes as the manifest lists them, N at most its max_batch."""
-        ...
-
-    def loop(self, graph: str, x: np.ndarray, conditioning: np.ndarray | None, steps: int) -> np.ndarray:
-        """x after ``graph`` (decode_step or invert_step) has run with step = 0 ... steps - 1.
-
-        x [N, C, H, W] float32, not changed; conditioning [N, 2, M] float32, None for a prior.
-        """
-        fixed = {} if conditioning is None else {"conditioning": conditioning}
-        for i in range(steps):
-            x = self.run(graph, {"x": x, **fixed, "step": np.array([i], np.int64)})["x_next"]
-        return x
+from .backends.backend import Backend
 
 
 def load_backend(
@@ -61,17 +35,17 @@ def load_backend(
     made_for = manifest["backend"]
     name = made_for if name is None else name
     if name == made_for == "onnxruntime":
-        from ._onnxruntime import OnnxRuntimeBackend
+        from .backends.onnxruntime import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend(directory, manifest, provider, threads, allow_fallback)
     if name == "openvino" and made_for == "onnxruntime":
-        from ._openvino import OpenVINOBackend
+        from .backends.openvino import OpenVINOBackend
 
         return OpenVINOBackend(directory, manifest, provider, threads)
     if name == made_for:
         if provider not in ("auto", "cuda"):
             raise UserError(f"{directory}: TensorRT engines run on a GPU only, not on provider {provider!r}")
-        from .tensorrt_runtime import TensorRTBackend
+        from .backends.tensorrt import TensorRTBackend
 
         return TensorRTBackend(directory, manifest)
     expected = "onnxruntime or openvino" if made_for == "onnxruntime" else made_for

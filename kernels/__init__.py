@@ -16,14 +16,13 @@ from .add_upsample import (
     upsample_add_reference,
 )
 from .ddim_update import ddim_coefficients, ddim_update, ddim_update_reference
-from .group_norm import channel_stats, group_norm, group_norm_apply, group_norm_reference
+from .group_norm import channel_stats, group_norm, group_norm_apply
 from .group_norm_native import NATIVE_DTYPES, group_norm_native, native_fits, native_status
-from .output_step import Head, output_step, output_step_reference
+from .group_norm_torch import group_norm_reference
 from .winograd import winograd, winograd_bytes, winograd_fits, winograd_status, winograd_weights
 
 __all__ = [
     "NATIVE_DTYPES",
-    "Head",
     "add_upsample",
     "add_upsample_reference",
     "channel_stats",
@@ -36,8 +35,6 @@ __all__ = [
     "group_norm_reference",
     "native_fits",
     "native_status",
-    "output_step",
-    "output_step_reference",
     "residual_add",
     "residual_add_reference",
     "triton_status",

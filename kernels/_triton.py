@@ -1,4 +1,4 @@
-"""Whether Triton kernels can run here, and how one kernel launch is described.
+"""Whether Triton kernels can run here.
 
 Nothing in this file imports Triton when it is itself imported: Triton costs a third of a second, is absent
 from CPU-only installations, and must see TRITON_INTERPRET before its first import when the tests ask for the
@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch
+
+from ._launch import run
 
 MIN_CAPABILITY = (8, 0)  # the ahead-of-time check (aot.py) holds the kernels to a budget from here up
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -78,50 +77,3 @@ def fallback_reason(*images: torch.Tensor) -> str | None:
             return "an image is too large for 32-bit offsets"
     usable, reason = triton_status()
     return None if usable else reason
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch: what a launcher runs, a test interprets and the ahead-of-time check compiles.
-
-    `arguments` holds tensors, ints and floats by parameter name; `constants` the compile-time parameters.
-    """
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: Mapping[str, torch.Tensor | int | float]
-    constants: Mapping[str, int | bool]
-    num_warps: int = 4
-
-    @property
-    def options(self) -> dict:
-        """Compiler options; multiply-add fusion is named because Triton is about to change its default."""
-        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
-
-
-def run(launches: list[Launch]) -> None:
-    """Queue the launches, in order, on the current stream of their tensors' device."""
-    device = next(v.device for v in launches[0].arguments.values() if isinstance(v, torch.Tensor))
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return _run(launches)
-    return _run(launches)
-
-
-def _run(launches: list[Launch]) -> None:
-    for launch in launches:
-        launch.kernel[launch.grid](**launch.arguments, **launch.constants, **launch.options)
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a CUDA device; 132 (an H100) for any other, where plans are only
-    inspected."""
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n (n >= 1)."""
-    return 1 << (n - 1).bit_length()

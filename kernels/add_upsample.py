@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._launch import run
 from ._layout import check_image, check_like, empty_image, is_channels_last, to_layout
-from ._triton import MAX_IMAGE_ELEMENTS, fallback_reason, run
+from ._triton import MAX_IMAGE_ELEMENTS, fallback_reason
 
 
 def add_upsample_reference(h: Tensor, residual: Tensor) -> Tensor:

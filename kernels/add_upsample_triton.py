@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ._launch import Launch
 from ._layout import is_channels_last
-from ._triton import Launch
 
 WARPS = 4
 # One 16-byte access a thread: then doubled loads and stores agree on who holds what, and nothing is exchanged.

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ._triton import Launch
+from ._launch import Launch
 
 ARCHITECTURES = (80, 89, 90, 100)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -53,10 +53,6 @@ BUDGETS = {
     "ddim_kernel": Budget(40, 0),
     "upsample_kernel": Budget(40, 0),
     "residual_kernel": Budget(48, 0),
-    # Shared memory holds the operands of its matrix product; the registers hold a tile of 32 elements a thread, so that
-    # the 16 warps they leave room for keep as many bytes on their way as more, smaller ones would.
-    "project_kernel": Budget(128, 32768),
-    "fold_kernel": Budget(40, 0),
 }
 
 
@@ -100,8 +96,6 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple]:
         gradient_sums_launches,
         group_norm_launches,
     )
-    from .output_step import Head
-    from .output_step_triton import output_step_launches
 
     def image(batch, channels, size, channels_last=False, dtype=dtype):
         layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -161,16 +155,6 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple]:
         "a step a sample",
         *ddim_launches(x, image(8, 3, 256), image(8, 3, 256), table(100, 6), index, True, x),
     )
-
-    def heads(batch, channels, size):
-        x, index = image(batch, 3, size, dtype=torch.float32), torch.empty(batch, dtype=torch.int64, device="meta")
-        weight = torch.empty(3, channels, 3, 3, dtype=dtype, device="meta", memory_format=torch.channels_last)
-        head = Head(image(batch, channels, size, True), table(channels), table(channels), weight, table(3).to(dtype))
-        return output_step_launches(x, head, head, table(100, 6), index, 32, 1e-5, True, x)[2:]  # after the statistics
-
-    yield "heads and step", *heads(64, 128, 128)
-    yield "heads and step, one image", *heads(1, 128, 128)
-    yield "heads and step, odd sizes", *heads(16, 96, 15)
 
 
 def compile_launch(launch: Launch, architecture: int) -> Usage:

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._launch import run
 from ._layout import check_image, check_like, empty_image, is_channels_last, to_layout
-from ._triton import fallback_reason, run
+from ._triton import fallback_reason
 
 # Columns of the coefficient table: 1/√ᾱ, √(1/ᾱ-1), √(1-ᾱ), 1/√(1/ᾱ-1), √ᾱ', √(1-ᾱ').
 COEFFICIENTS = 6
@@ -51,20 +52,24 @@ def ddim_coefficients(alpha_bar_now, alpha_bar_next) -> Tensor:
     return torch.from_numpy(table.astype(np.float32))
 
 
-def check_state(op: str, x: Tensor, coefficients: Tensor, index: Tensor) -> None:
+def _check_state(x: Tensor, coefficients: Tensor, index: Tensor) -> None:
     """Raise ValueError unless x is a float32 image, and coefficients and index are as `ddim_update` takes them."""
-    check_image(op, "x", x)
+    check_image("ddim_update", "x", x)
     if x.dtype != torch.float32:
-        raise ValueError(f"{op}: x must be float32, the sampler's precision, got {x.dtype}")
+        raise ValueError(f"ddim_update: x must be float32, the sampler's precision, got {x.dtype}")
     if coefficients.dim() != 2 or coefficients.shape[1] != COEFFICIENTS or coefficients.dtype != torch.float32:
         raise ValueError(
-            f"{op}: coefficients must be float32 [S, {COEFFICIENTS}], "
+            f"ddim_update: coefficients must be float32 [S, {COEFFICIENTS}], "
             f"got {coefficients.dtype} {tuple(coefficients.shape)}"
         )
     if index.dtype != torch.int64 or tuple(index.shape) not in ((), (x.shape[0],)):
-        raise ValueError(f"{op}: index must be int64 [] or [{x.shape[0]}], got {index.dtype} {tuple(index.shape)}")
+        raise ValueError(
+            f"ddim_update: index must be int64 [] or [{x.shape[0]}], got {index.dtype} {tuple(index.shape)}"
+        )
     if coefficients.device != x.device or index.device != x.device:
-        raise ValueError(f"{op}: coefficients on {coefficients.device} and index on {index.device}, x on {x.device}")
+        raise ValueError(
+            f"ddim_update: coefficients on {coefficients.device} and index on {index.device}, x on {x.device}"
+        )
 
 
 def ddim_update_reference(
@@ -95,14 +100,14 @@ def ddim_update(
 
     Raises ValueError for wrong shapes, dtypes or devices.
     """
-    check_state("ddim_update", x, coefficients, index)
+    _check_state(x, coefficients, index)
     check_like("ddim_update", "eps", eps, x.shape, x.device)
     if gradient is not None:
         check_like("ddim_update", "gradient", gradient, x.shape, x.device)
     return _ddim_update(x, eps, gradient, coefficients, index, clamp)
 
 
-def torch_update(x, eps, gradient, coefficients, index, clamp) -> Tensor:
+def _torch_update(x, eps, gradient, coefficients, index, clamp) -> Tensor:
     # Views of one row broadcast over the batch, or of a row a sample.
     columns = coefficients[index].reshape(-1, COEFFICIENTS).T[..., None, None, None]
     reciprocal, ratio, sigma, inverse, next_signal, next_noise = columns
@@ -121,13 +126,13 @@ def torch_update(x, eps, gradient, coefficients, index, clamp) -> Tensor:
 def _ddim_update(
     x: Tensor, eps: Tensor, gradient: Tensor | None, coefficients: Tensor, index: Tensor, clamp: bool
 ) -> Tensor:
-    return torch_update(x, eps, gradient, coefficients, index, clamp)
+    return _torch_update(x, eps, gradient, coefficients, index, clamp)
 
 
 @_ddim_update.register_kernel("cuda")
 def _ddim_update_cuda(x, eps, gradient, coefficients, index, clamp):
     if fallback_reason(x, eps) or (gradient is not None and fallback_reason(gradient)):
-        return torch_update(x, eps, gradient, coefficients, index, clamp)
+        return _torch_update(x, eps, gradient, coefficients, index, clamp)
     from .ddim_update_triton import ddim_launches
 
     channels_last = is_channels_last(x)

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._triton import Launch
+from ._launch import Launch
 
 # Four elements a thread: one 16-byte access of the float32 state. Eight would suit half-precision noise
 # better and make the compiler move one of the two through shared memory.

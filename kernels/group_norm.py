@@ -23,39 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._launch import run
 from ._layout import check_image, check_like, empty_image, is_channels_last, to_layout
-from ._triton import fallback_reason, run
+from ._triton import fallback_reason
 from .group_norm_native import group_norm_native, native_fits, native_status
 from .group_norm_torch import collapse, torch_apply, torch_backward, torch_forward, torch_stats, wide_dtype
 
 MAX_GROUP_CHANNELS = 4096  # a group's channels must fit one tile of the kernels
-
-
-def group_norm_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    num_groups: int = 32,
-    eps: float = 1e-5,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    silu: bool = False,
-    x2: Tensor | None = None,
-    x_bias: Tensor | None = None,
-) -> Tensor:
-    """The definition, in float32 (float64 for float64 inputs), returned in that precision. Arguments as
-    `group_norm`."""
-    wide = wide_dtype(x.dtype)
-    x = x.to(wide) if x_bias is None else x.to(wide) + x_bias.to(wide)[:, None, None]
-    x = x if x2 is None else torch.cat([x, x2.to(wide)], 1)
-    grouped = x.reshape(x.shape[0], num_groups, -1)
-    mean = grouped.mean(2, keepdim=True)
-    variance = (grouped - mean).square().mean(2, keepdim=True)
-    y = ((grouped - mean) * torch.rsqrt(variance + eps)).reshape(x.shape)
-    y = y * weight.to(x.dtype)[:, None, None] + bias.to(x.dtype)[:, None, None]
-    if scale is not None:
-        y = y * scale.to(x.dtype)[:, :, None, None] + shift.to(x.dtype)[:, :, None, None]
-    return F.silu(y) if silu else y
 
 
 def group_norm(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._native import Unavailable, load, openmp
+from .group_norm_torch import group_norm_reference
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 NORM = struct.Struct("8P10qd")  # struct norm
@@ -112,8 +113,6 @@ def _call(function, x, multiplier, addend, num_groups, eps, silu, x2, x_bias, ov
 
 def _check(function) -> str | None:
     """What is wrong with the compiled function on a case of every kind, or None."""
-    from .group_norm import group_norm_reference
-
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from triton import cdiv
 
+from ._launch import Launch, power_of_two, processors
 from ._layout import is_channels_last
-from ._triton import Launch, power_of_two, processors
 from .group_norm_gradient_triton import gradient_input_kernel, gradient_sums_kernel
 from .group_norm_triton import apply_kernel, fused_kernel, merge_splits_kernel, stats_kernel
 

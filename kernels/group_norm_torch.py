@@ -1,5 +1,5 @@
-"""The group norm by torch's own operations: the CPU implementation, and the CUDA one where a kernel cannot
-run. Arguments as the ops of group_norm.py have them."""
+"""The group norm by torch's own operations: its definition, the CPU implementation, and the CUDA one where a kernel
+cannot run. Arguments as the ops of group_norm.py have them."""
 
 from __future__ import annotations
 
@@ -26,6 +26,33 @@ def scalar_in_half(x: Tensor, num_groups: int) -> bool:
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
+
+
+def group_norm_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int = 32,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    silu: bool = False,
+    x2: Tensor | None = None,
+    x_bias: Tensor | None = None,
+) -> Tensor:
+    """The definition, in float32 (float64 for float64 inputs), returned in that precision. Arguments as
+    `group_norm`."""
+    wide = wide_dtype(x.dtype)
+    x = x.to(wide) if x_bias is None else x.to(wide) + x_bias.to(wide)[:, None, None]
+    x = x if x2 is None else torch.cat([x, x2.to(wide)], 1)
+    grouped = x.reshape(x.shape[0], num_groups, -1)
+    mean = grouped.mean(2, keepdim=True)
+    variance = (grouped - mean).square().mean(2, keepdim=True)
+    y = ((grouped - mean) * torch.rsqrt(variance + eps)).reshape(x.shape)
+    y = y * weight.to(x.dtype)[:, None, None] + bias.to(x.dtype)[:, None, None]
+    if scale is not None:
+        y = y * scale.to(x.dtype)[:, :, None, None] + shift.to(x.dtype)[:, :, None, None]
+    return F.silu(y) if silu else y
 
 
 def collapse(weight, bias, scale, shift, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

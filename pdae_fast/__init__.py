@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .errors import UserError
     from .models import PDAE, Prior
     from .pipeline import Pipeline
+    from .samplers import Recipe
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "Pipeline",
     "Prior",
     "PriorConfig",
+    "Recipe",
     "ScheduleConfig",
     "UNetConfig",
     "UserError",
@@ -34,10 +36,10 @@ _HOME = {
     "UserError": "errors",
     **dict.fromkeys(("PDAE", "Prior"), "models"),
     "Pipeline": "pipeline",
+    "Recipe": "samplers",
 }
 _SUBMODULES = (
-    "checkpoints", "config", "engine", "errors", "files", "inversion", "models", "pipeline", "reversible", "sampling",
-    "schedule", "solvers",
+    "checkpoints", "config", "engine", "errors", "files", "models", "pipeline", "samplers", "schedule",
 )  # fmt: skip
 
 

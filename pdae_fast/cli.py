@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .config import NOISES
 from .errors import UserError
 from .files import atomic_write
 
@@ -68,27 +67,6 @@ def add_run_options(p: argparse.ArgumentParser, out: str) -> None:
     p.add_argument("--model", default=DEFAULT_MODEL, help="bundled name, saved directory or foreign checkpoint")
     p.add_argument("--input", nargs="+", metavar="PATH", help="images and folders (default: the bundled images)")
     p.add_argument("--out", default=out, help="directory for the results")
-    p.add_argument("--steps", type=int, default=100, help="steps of a decoding")
-    p.add_argument("--encode-steps", type=int, help="DDIM steps that infer x_T (default: --steps)")
-    p.add_argument(
-        "--spacing",
-        default="uniform",
-        help="time points: uniform as published; quadratic, karras or logsnr have more of them at low noise",
-    )
-    p.add_argument(
-        "--solver",
-        default="ddim",
-        help="what decodes: ddim as published, dpm++2m, dpm++3m, unipc2, unipc3; belm is also inverted exactly",
-    )
-    p.add_argument(
-        "--reuse", default="none", help="work left out, an approximation: such as window:200-1000 (see docs/pareto.md)"
-    )
-    p.add_argument(
-        "--noise",
-        choices=NOISES,
-        help="of random x_T, and of x_t in analyses: normal as published, or standardised in every channel (default: "
-        "as the model says)",
-    )
     p.add_argument("--batch-size", type=int, help="images per network evaluation (default: chosen for the device)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     p.add_argument(

@@ -290,7 +290,7 @@ presets: dict[str, PDAEConfig] = {
     "horse128": _paper(128, 128, (1, 1, 2, 3, 4), heads=1),
     "bedroom128": _paper(128, 128, (1, 1, 2, 3, 4), heads=1),
     # The bundled Fashion-MNIST model: small enough to travel with the package and to train on a laptop. So narrow a
-    # network misjudges the level of the noise it is given (docs/sampling.md), hence the standardised one.
+    # network misjudges the level of the noise it is given (docs/reconstruct.md), hence the standardised one.
     "fashion32": PDAEConfig(
         image_size=32,
         latent_dim=128,

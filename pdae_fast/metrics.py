@@ -54,6 +54,9 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     return (luminance * structure).mean(dim=(1, 2, 3))
 
 
+METRICS = {"ssim": ssim, "psnr": psnr, "mse": mse}
+
+
 def _unit_range(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if a.shape != b.shape or a.ndim != 4:
         raise ValueError(f"expected two [B, C, H, W] of one shape, not {list(a.shape)} and {list(b.shape)}")

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import sampling, solvers
-from .config import check_noise
-from .engine import Reuse, build_plan, out_of_memory, resolve_device, resolve_dtype
+from .engine import build_plan, out_of_memory, resolve_device, resolve_dtype
 from .errors import UserError
-from .inversion import invert_implicit
 from .models import PDAE, Prior
-from .reversible import belm_invert
+from .samplers import ddim
+from .samplers.ddim import Field
+from .samplers.noise import ImageNoise, lerp, random_noise, slerp
+from .samplers.recipe import Recipe
 from .schedule import Trajectory, build_schedule
 
-# Ways to infer x_T and decode it, as arguments of Pipeline; what each leaves of the error is in the README. Fewer steps
-# are another, coarser decoder, which does not show where x_T is solved for it.
-PRESETS: dict[str, dict[str, Any]] = {
-    "published": {"steps": 100, "spacing": "uniform", "iterations": 0, "solver": "ddim"},
-    "fast": {"steps": 10, "spacing": "quadratic", "iterations": 2, "solver": "ddim"},
-    "balanced": {"steps": 13, "spacing": "quadratic", "iterations": 2, "solver": "ddim"},
-    "exact": {"steps": 30, "spacing": "quadratic", "iterations": 5, "solver": "ddim"},
-    "reversible": {"steps": 19, "spacing": "uniform", "iterations": 0, "solver": "belm"},
-}
-
 INTERPOLATIONS = ("latent", "trajectory")
+# Streams of random numbers of one seed: those of an image's x_T, of its z_T and of the noise in its steps are apart.
+LATENT_STREAM, STEP_STREAM = 2**32, 2**33
 
 
 class Pipeline:
@@ -35,70 +28,64 @@ class Pipeline:
 
     Args:
         model: a PDAE, or a Prior (then there is no z, and only ``invert``, ``decode`` and ``sample`` make sense).
-        steps: DDIM steps of a decoding (and of an inversion, unless given there).
+        recipe: how x_T is inferred and decoded: a Recipe, or the name of one ("published", "fast", "balanced", "exact",
+            "reversible"); None: the default Recipe. Its fields (steps, encode_steps, spacing, iterations, solver, eta,
+            reuse, noise; see Recipe) may be given as keywords, in place of those of ``recipe``.
         device: "auto" (CUDA when there is one), "cpu", "cuda", "cuda:1" ...
         dtype: of the networks: "auto" (bfloat16 for networks from 16 M parameters on devices that multiply it
             natively, else float32), "float32", "bfloat16" or "float16". State and updates are always float32.
         batch_size: images per network evaluation; chosen for the device when None. Results do not depend on it
             beyond rounding.
+        progress: called as progress(n) whenever n images have advanced by one network evaluation.
         plan: "auto", "fused" (the engine's rewrites) or "eager" (the modules as they are).
         attention: "auto", "sdpa" or "xformers".
-        spacing: of the time points of all trajectories: "uniform" as published, "quadratic", "logsnr" or "karras" (see
-            Schedule.timesteps).
-        iterations: how x_T is inferred. 0: DDIM steps upward, as published. From 1 on: each of the ``steps`` that
-            decode is solved for its start by so many evaluations (see inversion.invert_implicit); these are DDIM steps.
-        solver: what decodes: "ddim" as published, "dpm++2m", "dpm++3m", "unipc2", "unipc3" (see solvers), or "belm",
-            whose latents are pairs of states [B, 2, C, H, W] that lead back to the image exactly (see reversible).
-        reuse: work left out, an approximation: such as "gradient:2", G on every second step (see engine/reuse.py).
-        noise: how random x_T is drawn: "normal" as published, or "standardised" (see sampling.random_noise); None: as
-            the model's configuration says. An x_T that is given or inferred is taken as it is.
-        progress: called as progress(n) whenever n images have advanced by one network evaluation.
 
-    Images are float32 [B, C, H, W] in [-1, 1]; results come back float32 on the CPU. ``pipe.evaluations`` counts
-    network evaluations (in images) since it was made. Raises UserError for anything a user can get wrong.
+    Images are float32 [B, C, H, W] in [-1, 1]; results come back float32 on the CPU. ``pipe.recipe`` says what runs,
+    ``pipe.noise`` how random x_T is drawn, and ``pipe.evaluations`` counts network evaluations (in images) since it was
+    made. Raises UserError for anything a user can get wrong.
     """
 
     def __init__(
         self,
         model: PDAE | Prior,
-        steps: int = 100,
+        recipe: Recipe | str | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         batch_size: int | None = None,
         progress: Callable[[int], None] | None = None,
         plan: str = "auto",
         attention: str = "auto",
-        spacing: str = "uniform",
-        iterations: int = 0,
-        solver: str = "ddim",
-        reuse: str | Reuse = "none",
-        noise: str | None = None,
+        **fields: Any,
     ) -> None:
         if not isinstance(model, (PDAE, Prior)):
             raise UserError(f"Pipeline needs a PDAE or a Prior, not {type(model).__name__}")
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch size must be at least 1, not {batch_size}")
         self.model, self.progress = model, progress
-        self.steps, self.spacing, self.iterations, self.solver = steps, spacing, iterations, solver
-        self.reuse, self.noise = Reuse.parse(reuse), model.config.noise if noise is None else noise
         self.schedule = build_schedule(model.config.schedule)
-        self.check_settings()
+        self.recipe = Recipe.of(recipe, **fields)
+        self.recipe.check(self.schedule)
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device, sum(p.numel() for p in model.parameters()))
-        self.plan = build_plan(model, self.device, self.dtype, plan, attention=attention, reuse=self.reuse)
+        self.plan = build_plan(model, self.device, self.dtype, plan, attention=attention, reuse=self.recipe.reuse)
         self.batch_size = batch_size or self.plan.batch_size()
 
-    def check_settings(self) -> None:
-        """UserError unless steps, spacing, iterations, solver, reuse and noise are known and go together."""
-        check_noise(self.noise)
-        solvers.check_steps(self.solver, len(self.schedule.timesteps(self.steps, self.spacing)) - 1)
-        if self.iterations < 0:
-            raise UserError(f"iterations must not be negative, not {self.iterations}")
-        if self.iterations and self.solver != "ddim":
-            raise UserError(f"iterations solve the steps of ddim and cannot be combined with {self.solver}")
-        if self.reuse.keeps and (self.iterations or self.solver == "belm"):
-            what = "iterations" if self.iterations else "belm"
-            raise UserError(f"reuse {self.reuse} makes a step depend on those before it; {what} cannot run it backward")
+    def with_recipe(self, recipe: Recipe | str | None = None, **fields: Any) -> Pipeline:
+        """Another pipeline with ``recipe`` (None: this one's) and ``fields`` in place of its own.
+
+        It shares the weights and the progress, and unless it leaves out other work, the count of evaluations.
+        """
+        other = copy.copy(self)
+        other.recipe = Recipe.of(self.recipe if recipe is None else recipe, **fields)
+        other.recipe.check(self.schedule)
+        if other.recipe.reuse != self.recipe.reuse:
+            other.plan = self.plan.reusing(other.recipe.reuse)
+        return other
+
+    @property
+    def noise(self) -> str:
+        """How random x_T is drawn: as the recipe says, or the model's configuration."""
+        return self.recipe.noise or self.model.config.noise
 
     @property
     def evaluations(self) -> dict[str, int]:
@@ -170,61 +157,53 @@ class Pipeline:
         model, x0 = self._pdae("encode"), self._images(x0, "x0")
         return self._batched(len(x0), lambda part: self.plan.encode(x0[part]), (model.config.latent_dim,))
 
-    def invert(self, x0: Tensor, z: Tensor | None = None, steps: int | None = None) -> Tensor:
+    def invert(self, x0: Tensor, z: Tensor | None = None) -> Tensor:
         """Inferred x_T [B, C, H, W] of x0 [B, C, H, W] given its z [B, latent_dim] (None: by the prior alone).
 
-        ``steps`` is how many go up; a pipeline with ``iterations`` solves the steps that decode, so it takes no other.
-        Nor does one with the solver "belm", which runs them backward: it returns pairs [B, 2, C, H, W], [:, 0] x_T and
-        [:, 1] the state one point below. The other solvers' x_T is inferred by DDIM steps upward.
+        By the recipe: DDIM steps upward, or the steps that decode, solved for their start. The solver "belm" returns
+        pairs [B, 2, C, H, W]: [:, 0] x_T and [:, 1] the state one point below. UserError where steps draw noise.
         """
-        x0, steps = self._images(x0, "x0"), self.steps if steps is None else steps
-        z = self._codes(z, len(x0))
-
-        def field(part: slice) -> sampling.Field:
-            return self.plan.field(None if z is None else z[part])
-
-        if self.iterations == 0 and self.solver != "belm":
-            return self._integrate(x0, self.schedule.inversion(steps, self.spacing), field)
-        if steps != self.steps:
-            what = "belm runs" if self.solver == "belm" else "iterations solve"
-            raise UserError(f"{what} the {self.steps} steps that decode; leave out encode steps (now {steps})")
-        decoding = self.schedule.decoding(steps, spacing=self.spacing)
-        self.plan.prepare([0, *(step.t for step in decoding)])
+        x0, recipe = self._images(x0, "x0"), self.recipe
+        z, up = self._codes(z, len(x0)), recipe.up(self.schedule)
+        self.plan.prepare([0, *(step.t for step in up)])
 
         def run(part: slice) -> Tensor:
-            x = x0[part].to(self.device)
-            tick = self._tick(len(x))
-            if self.solver == "belm":
-                return torch.stack(belm_invert(field(part), x, decoding, progress=tick), dim=1)
-            return invert_implicit(field(part), x, decoding, iterations=self.iterations, progress=tick).x_T
+            x, field = x0[part].to(self.device), self.plan.field(None if z is None else z[part])
+            return recipe.method.infer(field, x, up, recipe.iterations, progress=self._tick(len(x)))
 
-        shape = self.model.image_shape
-        return self._batched(len(x0), run, (2, *shape) if self.solver == "belm" else shape)
+        shape, states = self.model.image_shape, recipe.method.states
+        return self._batched(len(x0), run, shape if states == 1 else (states, *shape))
 
-    def _integrate(
-        self, x: Tensor, trajectory: Trajectory, field: Callable[[slice], sampling.Field], solver: str = "ddim"
+    def _decode(
+        self,
+        latent: Tensor,
+        trajectory: Trajectory,
+        field: Callable[[slice], Field],
+        noise: Sequence[torch.Generator] | None = None,
     ) -> Tensor:
-        """x after ``trajectory``, batch by batch; ``field(part)`` is that of a part of the images."""
+        """Images from ``latent``, batch by batch; ``field(part)`` and ``noise[part]`` are those of a part of them."""
         self.plan.prepare(step.t for step in trajectory)
-        if solver in solvers.MULTISTEP:  # they must know where a window switches G, and not extrapolate across it
-            wants = self.reuse.wants_gradient
-            trajectory = tuple(step._replace(use_gradient=step.use_gradient and wants(step.t)) for step in trajectory)
+        recipe, shape = self.recipe, self.model.image_shape
 
         def run(part: slice) -> Tensor:
-            start, companion = x[part].to(self.device), None
-            if start.ndim == 5:
-                start, companion = start.unbind(1)
-            return solvers.decode(
-                field(part), start, trajectory, solver, companion=companion, progress=self._tick(len(start))
+            start = latent[part].to(self.device)
+            return recipe.method.decode(
+                field(part),
+                start,
+                trajectory,
+                eta=recipe.eta,
+                noise=None if noise is None else ImageNoise.of(noise[part], shape, self.device),
+                progress=self._tick(len(start)),
             )
 
-        return self._batched(len(x), run, self.model.image_shape)
+        return self._batched(len(latent), run, shape)
 
-    def _latent(self, x_T: Tensor, solver: str) -> Tensor:
-        """x_T checked: [B, C, H, W], or a pair of states [B, 2, C, H, W] for the solver that decodes it."""
+    def _latent(self, x_T: Tensor) -> Tensor:
+        """x_T checked: [B, C, H, W], or the states [B, 2, C, H, W] that the recipe's solver infers."""
         if not (isinstance(x_T, Tensor) and x_T.ndim == 5 and x_T.shape[1] == 2):
             return self._images(x_T, "x_T")
-        if solver != "belm":
+        if self.recipe.method.states != 2:
+            solver = self.recipe.solver
             raise UserError(f"x_T is a pair of states, which only the solver belm decodes; {solver} takes x_T[:, 0]")
         return self._images(x_T.flatten(0, 1), "x_T").unflatten(0, (-1, 2))
 
@@ -234,61 +213,64 @@ class Pipeline:
         x_T: Tensor | None = None,
         stop_percent: float = 0.0,
         *,
-        steps: int | None = None,
-        solver: str | None = None,
         seed: int = 0,
-        first: int = 0,
+        indices: Sequence[int] | None = None,
         generator: torch.Generator | None = None,
         count: int | None = None,
     ) -> Tensor:
         """Images [B, C, H, W] (not clamped) decoded from z [B, latent_dim] and x_T, [B, C, H, W] or what invert gave.
 
-        Without x_T it is drawn: image k of the call is image ``first + k`` of ``seed`` (see sampling.ImageNoise), or
-        the next draw of ``generator``. Without z the prior alone decodes, and G is not run; then ``x_T`` or ``count``
-        says how many images. ``stop_percent``: G is left out for the last part of the trajectory. ``steps`` and
-        ``solver`` are the pipeline's unless given.
+        Without x_T it is drawn: image k of the call is image ``indices[k]`` (None: k) of ``seed`` (noise.ImageNoise),
+        or the next draw of ``generator``. Noise that the steps draw (solver "ddpm", eta above 0) is chosen likewise.
+        Without z the prior alone decodes, and G is not run; then ``x_T`` or ``count`` says how many images.
+        ``stop_percent``: G is left out for the last part of the trajectory.
         """
-        z, solver = self._codes(z), self.solver if solver is None else solver
-        known = {len(v) for v in (z, x_T) if v is not None} | ({count} if count is not None else set())
+        z = self._codes(z)
+        known = {len(v) for v in (z, x_T, indices) if v is not None} | ({count} if count is not None else set())
         if len(known) != 1:
-            raise UserError(f"z, x_T and count disagree on the number of images: {sorted(known) or 'none given'}")
+            raise UserError(
+                f"z, x_T, indices and count disagree on the number of images: {sorted(known) or 'none given'}"
+            )
         (count,) = known
-        if x_T is not None:
-            x_T = self._latent(x_T, solver)
-        elif generator is None:
-            x_T = self.random_x_T(seed, range(first, first + count))
+        if generator is not None:
+            drawn, noise = self._drawn(count, generator, x_T is None)
         else:
-            x_T = self._drawn(count, generator)
-        steps = self.steps if steps is None else steps
-        trajectory = self.schedule.decoding(steps, stop_percent, self.spacing)
-        solvers.check_steps(solver, len(trajectory))
-        return self._integrate(x_T, trajectory, lambda part: self.plan.field(None if z is None else z[part]), solver)
+            indices = range(count) if indices is None else indices
+            drawn = self.random_x_T(seed, indices) if x_T is None else None
+            noise = ImageNoise(seed + STEP_STREAM, indices, ()).generators if self.recipe.draws else None
+        latent = self._latent(x_T) if drawn is None else drawn
+        trajectory = self.recipe.down(self.schedule, stop_percent)
+        return self._decode(latent, trajectory, lambda part: self.plan.field(None if z is None else z[part]), noise)
 
     def random_x_T(self, seed: int, indices: Sequence[int]) -> Tensor:
         """Random x_T [len(indices), C, H, W]: image k of ``seed`` has the same whatever else is asked for with it."""
-        return sampling.random_noise(self.noise, sampling.ImageNoise(seed, indices, self.model.image_shape)())
+        return random_noise(self.noise, ImageNoise(seed, indices, self.model.image_shape)())
 
-    def _drawn(self, count: int, generator: torch.Generator) -> Tensor:
-        shape = self.model.image_shape
-        # One image at a time, so that two calls of n images draw what one call of 2n draws.
-        draws = [torch.randn(shape, generator=generator, device=generator.device).cpu() for _ in range(count)]
-        return sampling.random_noise(self.noise, self._collect([d[None] for d in draws], shape))
+    def _drawn(
+        self, count: int, generator: torch.Generator, x_T: bool
+    ) -> tuple[Tensor | None, list[torch.Generator] | None]:
+        """Random x_T, where asked for, and generators of the steps' noise, where they draw any.
 
-    def reconstruct(self, x0: Tensor, encode_steps: int | None = None) -> Tensor:
-        """x0 -> z and inferred x_T -> x0 again [B, C, H, W]; ``encode_steps`` defaults to ``steps``."""
+        One image after the other, so that two calls of n images draw what one call of 2n draws.
+        """
+        shape, latents, noise = self.model.image_shape, [], []
+        for _ in range(count):
+            if x_T:
+                latents.append(torch.randn(1, *shape, generator=generator, device=generator.device).cpu())
+            if self.recipe.draws:
+                number = torch.randint(2**62, (), generator=generator, device=generator.device)
+                noise.append(torch.Generator().manual_seed(int(number)))
+        drawn = random_noise(self.noise, self._collect(latents, shape)) if x_T else None
+        return drawn, noise if self.recipe.draws else None
+
+    def reconstruct(self, x0: Tensor) -> Tensor:
+        """x0 -> z and inferred x_T -> x0 again [B, C, H, W]."""
         z = self.encode(x0)
-        return self.decode(z, self.invert(x0, z, encode_steps))
+        return self.decode(z, self.invert(x0, z))
 
     # -- what z is for ---------------------------------------------------------------------------------------------
 
-    def interpolate(
-        self,
-        x_a: Tensor,
-        x_b: Tensor,
-        weights: Sequence[float] | Tensor,
-        kind: str = "latent",
-        encode_steps: int | None = None,
-    ) -> Tensor:
+    def interpolate(self, x_a: Tensor, x_b: Tensor, weights: Sequence[float] | Tensor, kind: str = "latent") -> Tensor:
         """Images [n, C, H, W] between two images [1, C, H, W] (or [C, H, W]) at ``weights`` (0 is x_a, 1 is x_b).
 
         "latent": decode lerp(z_a, z_b). "trajectory": at every step mix lerp(G(x, z_a), G(x, z_b)); the trunk and
@@ -301,7 +283,7 @@ class Pipeline:
             raise UserError(f"interpolate takes two single images, not {len(x_a)} and {len(x_b)}")
         x0 = torch.cat([self._images(x_a, "x_a"), self._images(x_b, "x_b")])
         z = self.encode(x0)
-        x_T = self.invert(x0, z, encode_steps)
+        x_T = self.invert(x0, z)
         return self.blend(z[:, None], x_T[:, None], weights, kind)[0]
 
     def blend(self, z: Tensor, x_T: Tensor, weights: Sequence[float] | Tensor, kind: str = "latent") -> Tensor:
@@ -319,25 +301,25 @@ class Pipeline:
         w, P = torch.as_tensor(weights, dtype=torch.float32).flatten(), z.shape[1]
         n, every = len(w), w.repeat(P)
         z_a, z_b = z.repeat_interleave(n, dim=1)
-        start = sampling.slerp(*x_T.repeat_interleave(n, dim=1), every)
+        start = slerp(*x_T.repeat_interleave(n, dim=1), every)
         if kind == "latent":
-            x = self.decode(sampling.lerp(z_a, z_b, every), start)
+            x = self.decode(lerp(z_a, z_b, every), start)
         else:
             x = self.decode_mixture(torch.stack([z_a, z_b]), torch.stack([1 - every, every]), start)
         return x.unflatten(0, (P, n))
 
     def decode_mixture(self, z: Tensor, weights: Tensor, x_T: Tensor, stop_percent: float = 0.0) -> Tensor:
         """Decode x_T (as in decode) with G = sum_k weights[k] G(x, z[k]); z [K, B, latent_dim], weights [K, B]."""
-        x_T, D = self._latent(x_T, self.solver), self._pdae("decode_mixture").config.latent_dim
+        x_T, D = self._latent(x_T), self._pdae("decode_mixture").config.latent_dim
         if z.ndim != 3 or tuple(z.shape[1:]) != (len(x_T), D) or weights.shape != z.shape[:2]:
             raise UserError(
                 f"z has shape {list(z.shape)} and weights {list(weights.shape)}; "
                 f"expected [K, {len(x_T)}, {D}] and [K, {len(x_T)}]"
             )
-        trajectory = self.schedule.decoding(self.steps, stop_percent, self.spacing)
-        return self._integrate(
-            x_T, trajectory, lambda part: self.plan.field(z[:, part].float(), weights[:, part].float()), self.solver
-        )
+        if self.recipe.draws:
+            raise UserError("decode_mixture decodes with steps that draw no noise")
+        trajectory = self.recipe.down(self.schedule, stop_percent)
+        return self._decode(x_T, trajectory, lambda part: self.plan.field(z[:, part].float(), weights[:, part].float()))
 
     def _statistics(self, what: str) -> tuple[Tensor, Tensor]:
         model = self._pdae(what)
@@ -345,14 +327,14 @@ class Pipeline:
             raise UserError(f"{what} needs the mean and standard deviation of the latents; this model has none")
         return model.latent_mean.cpu(), model.latent_std.cpu()
 
-    def manipulate(self, x0: Tensor, attribute: str | int, scale: float, encode_steps: int | None = None) -> Tensor:
+    def manipulate(self, x0: Tensor, attribute: str | int, scale: float) -> Tensor:
         """Images [B, C, H, W] of x0 with ``attribute`` moved by ``scale`` along the classifier's direction.
 
         z_norm + scale sqrt(latent_dim) w / ||w||, decoded from the *inferred* x_T, which keeps the rest.
         """
         self.direction(attribute)  # a mistake shows before the work
         z = self.encode(x0)
-        return self.decode(self.edit(z, attribute, scale), self.invert(x0, z, encode_steps))
+        return self.decode(self.edit(z, attribute, scale), self.invert(x0, z))
 
     def edit(self, z: Tensor, attribute: str | int, scale: float | Tensor) -> Tensor:
         """z [B, latent_dim] with ``attribute`` moved by ``scale`` (a number, or one for each row [B]), as in
@@ -403,9 +385,9 @@ class Pipeline:
         if count < 1:
             raise UserError(f"the number of images must be at least 1, not {count}")
         if isinstance(self.model, Prior):
-            return self.decode(count=count, seed=seed, first=first)
+            return self.decode(count=count, seed=seed, indices=range(first, first + count))
         z = self.sample_latents(count, latent_steps, latent_clamp, seed, first)
-        return self.decode(z, None, stop_percent, seed=seed, first=first)
+        return self.decode(z, None, stop_percent, seed=seed, indices=range(first, first + count))
 
     def sample_latents(
         self, count: int, steps: int | None = None, clamp: bool = True, seed: int = 0, first: int = 0
@@ -419,14 +401,13 @@ class Pipeline:
             )
         mean, std = self._statistics("sample")
         D = model.config.latent_dim
-        # A stream of its own: z_T must not repeat the draws of x_T.
-        z_T = sampling.ImageNoise(seed + 2**32, range(first, first + count), (D,), self.device)()
+        z_T = ImageNoise(seed + LATENT_STREAM, range(first, first + count), (D,), self.device)()
         schedule = build_schedule(model.config.latent.schedule)
-        z = sampling.ddim(
+        z = ddim.ddim(
             self.plan.latent_field(),
             z_T.clamp(-1, 1) if clamp else z_T,
             schedule,
-            self.steps if steps is None else steps,
+            self.recipe.steps if steps is None else steps,
             clamp=1.0 if clamp else None,
         )
         return z.cpu() * std + mean

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from .config import ScheduleConfig
 from .errors import UserError
@@ -107,11 +109,23 @@ class Schedule:
 
         G is used only while the remaining step index is at least int(stop_percent * steps): 0 uses it always, 1 never.
         """
-        if not 0 <= stop_percent <= 1:
-            raise UserError(f"stop_percent must be between 0 and 1, not {stop_percent}")
-        points, stop = self.timesteps(steps, spacing), int(stop_percent * steps)
+        points, stop = self.timesteps(steps, spacing), _stop(stop_percent, steps)
         return tuple(
             self._step(points[i + 1], points[i], use_gradient=i >= stop) for i in range(len(points) - 2, -1, -1)
+        )
+
+    def ancestral(self, steps: int, stop_percent: float = 0.0, spacing: str = "uniform") -> Trajectory:
+        """The steps of Algorithm 2, from T - 1 down to alpha_bar = 1: all T of them, or those of a respaced process.
+
+        Unlike `decoding` it takes the last step too, from t = 0 to the clean image: S points, S evaluations.
+        """
+        if steps < 2:
+            raise UserError(f"ancestral sampling needs at least 2 steps, not {steps}")
+        points, stop = self.timesteps(steps - 1, spacing), _stop(stop_percent, steps)
+        ends = (1.0, *(float(self.alpha_bar[t]) for t in points[:-1]))
+        return tuple(
+            Step(int(points[i]), float(self.alpha_bar[points[i]]), ends[i], use_gradient=i >= stop)
+            for i in range(len(points) - 1, -1, -1)
         )
 
     def inversion(self, steps: int, spacing: str = "uniform") -> Trajectory:
@@ -124,6 +138,13 @@ class Schedule:
 
     def _step(self, now: int, following: int, use_gradient: bool) -> Step:
         return Step(int(now), float(self.alpha_bar[now]), float(self.alpha_bar[following]), use_gradient)
+
+
+def _stop(stop_percent: float, steps: int) -> int:
+    """The least remaining step index at which G is still used."""
+    if not 0 <= stop_percent <= 1:
+        raise UserError(f"stop_percent must be between 0 and 1, not {stop_percent}")
+    return int(stop_percent * steps)
 
 
 @functools.lru_cache(maxsize=8)
@@ -152,3 +173,35 @@ def build_schedule(config: ScheduleConfig) -> Schedule:
     for array in arrays.values():
         array.setflags(write=False)
     return Schedule(**arrays)
+
+
+class Tables(nn.Module):
+    """The constants of ``schedule`` that training gathers at t, float32 [T], rounded once from float64.
+
+    Buffers, so that they go where the networks go and no step has to copy them there; no part of any state dict.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__()
+        for name, values in (
+            ("signal", schedule.alpha_bar**0.5),
+            ("spread", (1 - schedule.alpha_bar) ** 0.5),
+            ("shift_coef", schedule.shift_coef),
+            ("loss_weight", schedule.loss_weight),
+        ):
+            self.register_buffer(name, torch.from_numpy(values.copy()).float(), persistent=False)
+
+
+def as_tables(schedule: Schedule | Tables, device: torch.device) -> Tables:
+    return schedule if isinstance(schedule, Tables) else Tables(schedule).to(device)
+
+
+def column(values: Tensor, t: Tensor, ndim: int = 4) -> Tensor:
+    """Constants [T] gathered at t [B] -> [B, 1, ...] of ``ndim`` dimensions."""
+    return values[t].reshape(-1, *(1,) * (ndim - 1))
+
+
+def q_sample(schedule: Schedule | Tables, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) noise; x0 and noise [B, ...], t int64 [B]."""
+    tables = as_tables(schedule, x0.device)
+    return column(tables.signal, t, x0.ndim) * x0 + column(tables.spread, t, x0.ndim) * noise

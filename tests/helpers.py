@@ -16,6 +16,7 @@ from golden_rule import fill
 from pdae_fast import PDAE, LatentConfig, PDAEConfig, Prior, UNetConfig
 from pdae_fast.data import Sample
 from pdae_fast.engine import graphs
+from pdae_fast.engine.options import Rewrites
 from pdae_fast.training import Trainer
 
 needs_sklearn = pytest.mark.skipif(
@@ -35,6 +36,17 @@ TINY = PDAEConfig(image_size=32, latent_dim=16, encoder_channel=32, unet=TINY_UN
 # The same with everything that can sit on top of z.
 TINY_FULL = dataclasses.replace(
     TINY, latent=LatentConfig(16, 32, 3), attributes=("round", "dark"), latent_statistics=True
+)
+
+# What a GPU runs, through the CPU versions of its kernels.
+ON_DEVICE = Rewrites(
+    packed_weights=False,
+    phase_upsample=False,
+    kernels=True,
+    split_skips=True,
+    shared_statistics=True,
+    folded_biases=True,
+    fused_update=True,
 )
 
 

@@ -15,6 +15,8 @@ from PIL import Image
 from helpers import TINY, TINY_FULL, image_folder, tiny_pdae, tiny_prior
 from pdae_fast import PDAE, cli, config, info, metrics, reconstruct, train
 from pdae_fast.data import load_image
+from pdae_fast.training.arguments import parse
+from pdae_fast.training.command import build_model
 
 
 @pytest.fixture(scope="module")
@@ -241,8 +243,8 @@ def test_pdae_can_start_from_a_trained_one_around_another_prior(tmp_path, capsys
     other.save_pretrained(tmp_path / "prior")
     paths = {"--init-from": "prior", "--start-from": "start", "--architecture": "start/config.json"}
     options = [word for flag, path in paths.items() for word in (flag, str(tmp_path / path))]
-    arguments = train._arguments(["pdae", "--data", "x", "--out", "y", *options])
-    model = train.build_model(arguments)
+    arguments = parse(["pdae", "--data", "x", "--out", "y", *options])
+    model = build_model(arguments)
     start = PDAE.from_pretrained(tmp_path / "start")
     for name, value in model.state_dict().items():
         unet = name.removeprefix("decoder.")
@@ -268,7 +270,7 @@ def test_pdae_can_start_from_a_trained_one_around_another_prior(tmp_path, capsys
         (["--lr", "-1"], "lr must be a positive number"),
         (["--batch-size", "0"], "batch_size must be at least 1"),
         (["--amp", "float8"], "amp must be off or bfloat16"),
-        (["--architecture", "resnet"], "neither a preset"),
+        (["--architecture", "resnet"], "neither an architecture"),
         (["--data", "/none"], "no such input"),
         (["--save-every", "0"], "--save-every must be at least 1"),
         (["--resume"], "nothing to resume"),

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from golden_rule import NETWORKS, fill, latent_mlp, pdae, relative, vectors
-from pdae_fast import Pipeline, ScheduleConfig, sampling
+from pdae_fast import Pipeline, ScheduleConfig
 from pdae_fast.models import Encoder
-from pdae_fast.schedule import build_schedule
-from pdae_fast.training.objective import pdae_loss, q_sample
+from pdae_fast.samplers import ddim
+from pdae_fast.schedule import build_schedule, q_sample
+from pdae_fast.training.objective import pdae_loss
 
 FORWARD, LOOP = 1e-5, 1e-4
 
@@ -20,7 +21,7 @@ def case(request):
     name, plan = request.param
     tensors, metadata = vectors(name)
     model = pdae(name)
-    pipe = Pipeline(model, steps=int(metadata["steps"]), device="cpu", dtype="float32", plan=plan)
+    pipe = Pipeline(model, "published", steps=int(metadata["steps"]), device="cpu", dtype="float32", plan=plan)
     return tensors, metadata, model, pipe
 
 
@@ -159,7 +160,7 @@ def test_latent_mlp():
         def field(z, t, use_gradient):
             return model(z, torch.full((len(z),), t)), None
 
-        z_0 = sampling.ddim(field, g["z_T_clamped"], schedule, int(metadata["steps"]))
+        z_0 = ddim.ddim(field, g["z_T_clamped"], schedule, int(metadata["steps"]))
     assert relative(z_0, g["z_0_sampled"]) < LOOP
 
 

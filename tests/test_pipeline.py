@@ -6,7 +6,8 @@ import torch
 from golden_rule import relative
 from helpers import TINY, TINY_FULL, images, tiny_pdae, tiny_prior
 from pdae_fast import PDAE, Pipeline, Prior, UserError
-from pdae_fast.sampling import ImageNoise, ddim, lerp, slerp
+from pdae_fast.samplers.ddim import ddim
+from pdae_fast.samplers.noise import ImageNoise, lerp, slerp
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +17,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def pipe(model):
-    return Pipeline(model, steps=4, device="cpu", dtype="float32")
+    return Pipeline(model, "published", steps=4, device="cpu", dtype="float32")
 
 
 def test_results_do_not_depend_on_the_batch_split(model):
@@ -29,7 +30,7 @@ def test_results_do_not_depend_on_the_batch_split(model):
     random = whole.decode(z, seed=3)
     assert relative(split.decode(z, seed=3), random) < 1e-4
     # ... nor on how a caller splits it.
-    parts = torch.cat([whole.decode(z[:2], seed=3), whole.decode(z[2:], seed=3, first=2)])
+    parts = torch.cat([whole.decode(z[:2], seed=3), whole.decode(z[2:], seed=3, indices=range(2, 5))])
     assert relative(parts, random) < 1e-4
     generators = [torch.Generator().manual_seed(4) for _ in range(2)]
     one = whole.decode(z, generator=generators[0])
@@ -41,10 +42,10 @@ def test_random_x_T_is_standardised_where_asked_or_where_the_model_says_so(model
     x0 = images(3)
     z, x_T = pipe.encode(x0), ImageNoise(5, range(3), (1, 32, 32))()
     unit = (x_T - x_T.mean((2, 3), keepdim=True)) / x_T.std((2, 3), correction=0, keepdim=True)
-    asked = Pipeline(model, steps=4, device="cpu", dtype="float32", noise="standardised")
+    asked = Pipeline(model, "published", steps=4, device="cpu", dtype="float32", noise="standardised")
     narrow = tiny_pdae(dataclasses.replace(TINY_FULL, noise="standardised"))
-    told = Pipeline(narrow, steps=4, device="cpu", dtype="float32")
-    against = Pipeline(narrow, steps=4, device="cpu", dtype="float32", noise="normal")
+    told = Pipeline(narrow, "published", steps=4, device="cpu", dtype="float32")
+    against = Pipeline(narrow, "published", steps=4, device="cpu", dtype="float32", noise="normal")
     for own, expected in ((pipe, x_T), (asked, unit), (told, unit), (against, x_T)):
         torch.testing.assert_close(own.random_x_T(5, range(3)), expected, atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(own.decode(z, seed=5), own.decode(z, own.random_x_T(5, range(3))))
@@ -60,8 +61,8 @@ def test_random_x_T_is_standardised_where_asked_or_where_the_model_says_so(model
 
 
 def test_evaluations_are_counted(model):
-    pipe = Pipeline(model, steps=4, device="cpu")
-    pipe.reconstruct(images(3), encode_steps=6)
+    pipe = Pipeline(model, steps=4, encode_steps=6, device="cpu")
+    pipe.reconstruct(images(3))
     assert pipe.evaluations == {"encoder": 3, "trunk": 30, "eps": 30, "gradient": 30}
     before = pipe.evaluations
     pipe.decode(torch.zeros(2, 16), stop_percent=0.5)
@@ -70,13 +71,13 @@ def test_evaluations_are_counted(model):
 
 def test_progress_counts_images_and_steps(model):
     ticks = []
-    Pipeline(model, steps=4, device="cpu", batch_size=2, progress=ticks.append).reconstruct(images(3))
+    Pipeline(model, "published", steps=4, device="cpu", batch_size=2, progress=ticks.append).reconstruct(images(3))
     assert sum(ticks) == 3 * 8
 
 
 def test_prior_alone_equals_decoding_without_z(model, pipe):
     x_T = ImageNoise(0, range(2), (1, 32, 32))()
-    alone = Pipeline(model.prior(), steps=4, device="cpu")
+    alone = Pipeline(model.prior(), "published", steps=4, device="cpu")
     torch.testing.assert_close(alone.decode(None, x_T), pipe.decode(None, x_T))
     torch.testing.assert_close(alone.invert(x_T), pipe.invert(x_T))
     torch.testing.assert_close(alone.sample(2), alone.decode(None, x_T))
@@ -151,7 +152,7 @@ def test_a_fresh_pdae_decodes_like_its_prior():
     prior = tiny_prior()
     pipe = Pipeline(PDAE.from_prior(prior, latent_dim=16, encoder_channel=32).eval(), steps=3, device="cpu")
     z = pipe.encode(images(2))
-    torch.testing.assert_close(pipe.decode(z, seed=2), Pipeline(prior, 3, "cpu").decode(count=2, seed=2))
+    torch.testing.assert_close(pipe.decode(z, seed=2), Pipeline(prior, steps=3, device="cpu").decode(count=2, seed=2))
 
 
 def test_empty_batches(pipe):
@@ -171,7 +172,7 @@ BAD = [
     (lambda p: p.decode(), "none given"),
     (lambda p: p.decode(torch.zeros(1, 16), images(2)), "disagree"),
     (lambda p: p.decode(torch.zeros(1, 16), stop_percent=2), "stop_percent"),
-    (lambda p: p.invert(images(1), steps=0), "between 1 and 1000"),
+    (lambda p: p.with_recipe(encode_steps=0), "between 1 and 1000"),
     (lambda p: p.interpolate(images(1), images(1), [0.5], "pixels"), "latent or trajectory"),
     (lambda p: p.interpolate(images(2), images(1), [0.5]), "single images"),
     (lambda p: p.manipulate(images(1), "blue", 1.0), "expected one of round, dark"),

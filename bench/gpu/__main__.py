@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     from pdae_fast.files import make_folder
 
     from . import summary
-    from .journal import Journal
+    from .cases import CaseLog
     from .phase import PHASES
 
     p = argparse.ArgumentParser(
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     networks = args.networks or (["tiny"] if quick else ["celeba64", "ffhq128"])
     batches = args.batches or ([1, 2] if quick else [1, 8, 64])
     make_folder(args.out)
-    journal = Journal(args.out)
+    journal = CaseLog(args.out)
     if journal.path.exists():
         raise UserError(f"{args.out} already holds a visit; name an empty folder")
     end = time.time() + args.seconds

@@ -11,7 +11,7 @@ import torch
 from bench.machine import copy_bandwidth, describe, matmul_peak
 from pdae_fast.kernels import triton_status
 
-from .journal import Cases, Context, Skip
+from .cases import Cases, Context, Skip
 
 # All that the script assumes, and what it does without.
 NEEDED = {"torch": "everything", "numpy": "everything", "safetensors": "everything", "PIL": "the quality phase",

@@ -21,10 +21,10 @@ from bench.networks import build, inputs
 from pdae_fast import Pipeline
 from pdae_fast.engine import build_plan
 from pdae_fast.engine.options import Rewrites
-from pdae_fast.sampling import ddim, ddim_invert
+from pdae_fast.samplers.ddim import ddim, ddim_invert
 from pdae_fast.schedule import build_schedule
 
-from .journal import Cases, Context, Skip
+from .cases import Cases, Context, Skip
 
 CPU = torch.device("cpu")
 TIMES = (999, 420, 9)
@@ -158,26 +158,10 @@ def _loops(network: str, context: Context) -> Cases:
     yield f"{network} without z, float32", lambda: _loop(network, context, min(steps, 20), ddim, with_z=False)
     for label, keywords in variants(context.device) if network == "tiny" and context.cuda else ():
         yield f"{network} 6 steps, float32: {label}", functools.partial(_switched_loop, network, context, keywords)
-    if context.cuda:
-        yield from _fused_output(network, context)
     yield f"{network} bfloat16 loop against eager's", lambda: _low_precision_loop(network, context, steps)
     yield f"{network} ragged batches", lambda: _ragged(network, context, min(steps, 10))
     yield f"{network} trajectory mixture", lambda: _mixture(network, context)
     yield f"{network} same plan, other z, other steps", lambda: _reuse(network, context)
-
-
-def _fused_output(network: str, context: Context) -> Cases:
-    """Steps that end in one op, which single evaluations never reach: with G, without, and with G for some."""
-    options = dataclasses.replace(Rewrites.for_device(context.device), fused_output=True)
-    for what, sampler, with_z in (
-        ("invert", ddim_invert, True),
-        ("stop_percent 0.3", functools.partial(ddim, stop_percent=0.3), True),
-        ("without z", ddim, False),
-    ):
-        yield (
-            f"{network} {what} 20 steps, float32: fused_output on",
-            functools.partial(_loop, network, context, 20, sampler, with_z, {"options": options}),
-        )
 
 
 def _held(error: float, allowed: float = LOOP_BOUND, plan: Any = None) -> dict[str, Any]:
@@ -226,7 +210,9 @@ def _ragged(network: str, context: Context, steps: int) -> dict[str, Any]:
     x0 = x.clamp(-1, 1)
     results = []
     for size in (7, 3):
-        pipe = Pipeline(model, steps, device=context.device, dtype="float32", batch_size=size, plan="fused")
+        pipe = Pipeline(
+            model, "published", steps=steps, device=context.device, dtype="float32", batch_size=size, plan="fused"
+        )
         results.append(pipe.reconstruct(x0))
     return _held(relative(results[1], results[0]), RAGGED_BOUND)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from . import environment, kernel_tests, paths, speed, training
-from .journal import Cases, Context, run_cases
+from .cases import Cases, Context, run_cases
 
 
 @dataclass(frozen=True)

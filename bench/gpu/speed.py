@@ -24,19 +24,18 @@ from bench.operations import operations, prepare, row
 from bench.timing import Alternation, clock
 from pdae_fast.engine.options import Rewrites
 
-from .journal import Cases, Context, Journal, Skip
+from .cases import CaseLog, Cases, Context, Skip
 from .paths import describe, need_xformers, variants
 
 SIDES = ("eager-bfloat16", "fused-float32", "fused-float16", "fused-bfloat16")
 CPU_SIDES = ("eager-bfloat16", "fused-float32", "fused-bfloat16")
 FALLBACK_SHARE = 0.35  # of the time left that stays for a cheaper mode if max-autotune takes too long to compile
 MIN_COMPILE_SECONDS = 40.0
-UNDECIDED = ("fused_output on",)  # off by default because no GPU has said yet that they pay
 
 
 def _peaks(context: Context) -> dict[str, float]:
     """The matrix-product peaks that the first phase measured."""
-    rows = Journal(context.out).rows("environment")
+    rows = CaseLog(context.out).rows("environment")
     return {
         r["case"].removeprefix("matmul "): r["rate"] for r in rows if r["case"].startswith("matmul ") and "rate" in r
     }
@@ -64,12 +63,12 @@ def _speed(network: str, batch: int, context: Context) -> list[dict[str, Any]]:
     for name, error in failures.items():
         details = "".join(traceback.format_exception(error))
         where = f"{network} batch {batch}: {name}"
-        Journal(context.out).fail("speed", where, f"{type(error).__name__}: {error}", details)
+        CaseLog(context.out).fail("speed", where, f"{type(error).__name__}: {error}", details)
     return [{"status": "INFO", "table": "step", **r} for r in rows]
 
 
 def operation_bandwidth(context: Context) -> Cases:
-    bandwidth = [r["rate"] for r in Journal(context.out).rows("environment") if r["case"] == "copy" and "rate" in r]
+    bandwidth = [r["rate"] for r in CaseLog(context.out).rows("environment") if r["case"] == "copy" and "rate" in r]
     rate = bandwidth[0] if bandwidth else copy_bandwidth(context.device)
     for batch in (1,) if context.quick else (1, 16):
         for operation in operations(batch, tiny=context.quick):
@@ -131,17 +130,14 @@ def _graph(network: str, batch: int, context: Context) -> dict[str, Any]:
 
 def rewrites(context: Context) -> Cases:
     """Every switch of the fused plan turned around, and every attention backend, against the defaults, on the first
-    network; before that, on every other one, the switches that a visit has to decide on."""
-    batches = list(dict.fromkeys((context.batches[0], context.batches[-1])))[: 1 if context.quick else 2]
-    every = list(variants(context.device))
-    undecided = [(label, keywords) for label, keywords in every if label in UNDECIDED]
-    for network, chosen in [*((n, undecided) for n in context.networks[1:]), (context.networks[0], every)]:
-        for batch in batches:
-            for label, keywords in chosen:
-                yield (
-                    f"{network} batch {batch}: {label}",
-                    lambda n=network, b=batch, label=label, k=keywords: _rewrite(n, b, label, k, context),
-                )
+    network."""
+    network = context.networks[0]
+    for batch in list(dict.fromkeys((context.batches[0], context.batches[-1])))[: 1 if context.quick else 2]:
+        for label, keywords in variants(context.device):
+            yield (
+                f"{network} batch {batch}: {label}",
+                lambda b=batch, label=label, k=keywords: _rewrite(network, b, label, k, context),
+            )
 
 
 @functools.lru_cache(maxsize=1)

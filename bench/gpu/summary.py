@@ -16,7 +16,7 @@ from bench.machine import describe
 from pdae_fast import cli
 from pdae_fast.files import atomic_write
 
-from .journal import STATUSES, Journal
+from .cases import STATUSES, CaseLog
 
 LONGEST = 10_800  # characters of the printed table
 SHOWN_FAILURES = 14
@@ -44,7 +44,7 @@ SECTIONS = (
 )
 
 
-def write(out: Path, journal: Journal, phases: list[str], device: torch.device) -> str:
+def write(out: Path, journal: CaseLog, phases: list[str], device: torch.device) -> str:
     """Write results.json, rows.csv and report.txt; returns the report."""
     rows = journal.rows()
     found = collect(rows)

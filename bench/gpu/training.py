@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.training import USUAL, measure
 
-from .journal import Cases, Context, Journal
+from .cases import CaseLog, Cases, Context
 
 BATCHES = {"celeba64": 128, "ffhq128": 64}  # the paper's, and what fits the time
 SECONDS = 10.0
@@ -29,5 +29,5 @@ def _train(network: str, batch: int, context: Context) -> list[dict[str, Any]]:
     for name, error in failures.items():
         details = "".join(traceback.format_exception(error))
         where = f"{network} batch {batch}: {name}"
-        Journal(context.out).fail("training", where, f"{type(error).__name__}: {error}", details)
+        CaseLog(context.out).fail("training", where, f"{type(error).__name__}: {error}", details)
     return [{"status": "INFO", "table": "training", **row} for row in rows]

@@ -444,15 +444,18 @@ static void share(void *argument) {
         }
         return;
     }
-    const int64_t vectors = c->channels / LANES;
-    const int64_t first = vectors * number / team * LANES, last = vectors * (number + 1) / team * LANES;
-    const int64_t first_panel = w->panels * number / team, last_panel = w->panels * (number + 1) / team;
+    /* A team may be smaller than was asked for, and memory is for shares of this size: then a thread has several. */
+    const int64_t vectors = c->channels / LANES, shares = c->threads;
     char *v = w->space, *m = v + w->v_bytes + number * w->m_bytes;
     for (int64_t b = 0; b < w->blocks; b++) {
-        transform(w, b, v, first, last);
+        for (int64_t s = number; s < shares; s += team)
+            transform(w, b, v, vectors * s / shares * LANES, vectors * (s + 1) / shares * LANES);
         if (team > 1) wait_for_team();
-        multiply(w, b, v, m, first_panel, last_panel);
-        finish(w, b, m, first_panel, last_panel);
+        for (int64_t s = number; s < shares; s += team) {
+            const int64_t first = w->panels * s / shares, last = w->panels * (s + 1) / shares;
+            multiply(w, b, v, m, first, last);
+            finish(w, b, m, first, last);
+        }
         if (team > 1) wait_for_team(); /* nobody reads the transformed input any more */
     }
 }
@@ -464,7 +467,8 @@ int pdae_winograd(const struct convolution *given) {
     const int64_t size = c.bfloat16 ? 2 : 4, points = (c.tile + 2) * (c.tile + 2);
     w.across = (c.width + c.tile - 1) / c.tile, w.down = (c.height + c.tile - 1) / c.tile;
     w.tiles = c.batch * w.across * w.down, w.panels = (c.outputs + PANEL - 1) / PANEL;
-    if (!run_parallel) c.threads = 1;
+    if (!run_parallel || c.threads < 1) c.threads = 1;
+    if (!w.tiles || !w.panels) return 0;
 
     /* As many tiles as the cache takes, in blocks of equal size, as many of them as threads divide evenly. */
     int64_t most = BLOCK_BYTES / (points * (c.channels * size + w.panels * PANEL * 4));
@@ -481,7 +485,7 @@ int pdae_winograd(const struct convolution *given) {
     /* A line more than a power of two keeps what is read together out of the same ways of the cache. */
     const int64_t own = w.by_outputs ? (w.panels + c.threads - 1) / c.threads : w.panels;
     w.v_row = (c.channels * size + LINE - 1) / LINE * LINE + LINE, w.v_point = w.block * w.v_row + LINE;
-    w.m_row = own * PANEL * 4 + LINE, w.m_point = w.block * w.m_row + LINE;
+    w.m_row = (own * PANEL * 4 + LINE - 1) / LINE * LINE + LINE, w.m_point = w.block * w.m_row + LINE;
     w.v_bytes = points * w.v_point, w.m_bytes = points * w.m_point;
     const int64_t zero_bytes = (c.channels * size + LINE - 1) / LINE * LINE;
     const int64_t bytes = (w.by_outputs ? 1 : c.threads) * w.v_bytes + c.threads * w.m_bytes;

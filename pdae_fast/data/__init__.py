@@ -9,7 +9,7 @@ from pdae_fast.data.images import save_grid, save_images
 from pdae_fast.data.preprocess import load_image
 from pdae_fast.data.sample import Batch, BrokenImage, Sample, collate
 from pdae_fast.data.spec import open_dataset
-from pdae_fast.data.stream import stream
+from pdae_fast.data.stream import none_read, stream
 
 __all__ = [
     "FASHION_CLASSES",
@@ -25,6 +25,7 @@ __all__ = [
     "labels_for",
     "load_image",
     "make_avatars",
+    "none_read",
     "open_dataset",
     "read_attributes",
     "read_idx",

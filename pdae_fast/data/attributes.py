@@ -1,9 +1,10 @@
-"""Attribute tables: CelebA's and CelebAMask-HQ's text files, and CSV files."""
+"""What is known about images: attribute tables (CelebA's and CelebAMask-HQ's text files, CSV files) and class names."""
 
 from __future__ import annotations
 
 import csv
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -12,10 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pdae_fast.data.bundled import PREFIX
+from pdae_fast.data.idx import FASHION_CLASSES
 from pdae_fast.data.preprocess import EXTENSIONS
 from pdae_fast.errors import UserError
 
 EXPECTED = "expected CelebA's text format (the number of images, the attributes, then rows) or a CSV file"
+_LMDB_NAME = re.compile(r"(?:\d+|None)-(\d+)")
 
 
 class Attributes(NamedTuple):
@@ -123,6 +127,38 @@ def labels_for(
         raise UserError(f"{os.fspath(path)}: {len(missing)} images have no row ({_some(missing)})")
     extra = [image for i, image in enumerate(table.images) if i not in used]
     return Labels(torch.from_numpy(table.values[rows]), table.columns, indices, missing, extra)
+
+
+def file_labels(names: Sequence[str], path: str | os.PathLike, columns: Sequence[str] | None = None) -> Labels:
+    """Labels of the images ``names`` from an attribute file (see `labels_for`).
+
+    Images of a Diff-AE LMDB have numbers for names: number i is looked up as CelebA's image i + 1 in six digits, then
+    as CelebA-HQ's image i, which is how Diff-AE's conversion scripts number them.
+    """
+    numbers = [_LMDB_NAME.fullmatch(name) for name in names]
+    if not all(numbers):
+        return labels_for(names, path, columns)
+    indices = [int(number[1]) for number in numbers]
+    for renamed in (names, [f"{i + 1:06d}" for i in indices], [str(i) for i in indices]):
+        try:
+            found = labels_for(renamed, path, columns)
+        except UserError as error:
+            if "has no row for any image" not in str(error):
+                raise
+            failure = error
+        else:
+            own = dict(zip(renamed, names, strict=True))
+            return found._replace(missing=[own[name] for name in found.missing])
+    raise failure
+
+
+def class_names(spec: Sequence[str], count: int) -> list[str]:
+    """Names of the classes: Fashion-MNIST's where the data says that it is that, else numbers."""
+    word = os.path.basename(os.path.abspath(spec[0])) if spec else ""
+    named = word.startswith("fashion") or (spec and spec[0].startswith(("fashion-mnist", f"{PREFIX}fashion")))
+    if named and count <= len(FASHION_CLASSES):
+        return list(FASHION_CLASSES)
+    return [str(number) for number in range(count)]
 
 
 def _stem(name: str) -> str:

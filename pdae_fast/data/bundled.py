@@ -6,7 +6,9 @@ from pathlib import Path
 
 from pdae_fast.errors import UserError
 
-_ROOT = Path(__file__).resolve().parent.parent / "pretrained" / "data"
+_PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
+_ROOT = _PRETRAINED / "data"
+SAMPLES = _PRETRAINED / "samples"  # sixteen test images, which `reconstruct` takes where none are given
 _OF_MODEL = {"fashion32": "fashion", "avatars64": "avatars"}
 _OF_CHANNELS = {1: "fashion", 3: "avatars"}
 PREFIX = "bundled:"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from pdae_fast.data.sample import Batch, BrokenImage, Sample, collate
@@ -72,3 +72,8 @@ def _stream(dataset, batch_size: int, on_error: str, broken: list | None, prefet
             yield collate(samples)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def none_read(broken: Sequence[tuple[str, str]]) -> UserError:
+    """The error of a data set of broken images alone; ``broken``: the name of each, and the reason."""
+    return UserError(f"none of the {len(broken)} images could be read; the first: {': '.join(broken[0])}")

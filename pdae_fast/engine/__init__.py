@@ -4,6 +4,5 @@ from .build import PLANS, build_plan
 from .device import out_of_memory, resolve_device, resolve_dtype
 from .options import Rewrites
 from .plan import Plan
-from .reuse import Reuse
 
-__all__ = ["PLANS", "Plan", "Reuse", "Rewrites", "build_plan", "out_of_memory", "resolve_device", "resolve_dtype"]
+__all__ = ["PLANS", "Plan", "Rewrites", "build_plan", "out_of_memory", "resolve_device", "resolve_dtype"]

@@ -23,7 +23,7 @@ def _affine(norm: nn.GroupNorm) -> Affine:
     return norm.weight.detach().float()[None], norm.bias.detach().float()[None]
 
 
-class Residual:
+class FusedResBlock:
     """One ResBlock; ``affine`` is that of its second norm, from an :class:`AffineTable`."""
 
     def __init__(self, block: ResBlock, options: Rewrites) -> None:
@@ -83,7 +83,7 @@ class SplitSkip:
         return y.view(B, H, W, -1).permute(0, 3, 1, 2)
 
 
-class Attention:
+class FusedAttention:
     def __init__(self, block: AttentionBlock, options: Rewrites, attend: Attend) -> None:
         norm = functools.partial(normaliser(options), affine=_affine(block.norm), silu=False)
         self.block, self.norm, self.attend, self.projections = block, norm, attend, None
@@ -98,7 +98,7 @@ class Attention:
         return rewrites.attention_tokens(self.block, x, self.norm, self.attend, self.projections)
 
 
-class Part:
+class FusedStages:
     """A run of stages and the affine table of their ResBlocks."""
 
     def __init__(self, stages: Iterable[Stage], options: Rewrites, attend: Attend) -> None:
@@ -110,9 +110,9 @@ class Part:
             layers: list[tuple[Callable, slice | None]] = []
             for layer in stage:
                 if isinstance(layer, ResBlock):
-                    layers.append((Residual(layer, options), next(columns)))
+                    layers.append((FusedResBlock(layer, options), next(columns)))
                 elif isinstance(layer, AttentionBlock):
-                    layers.append((Attention(layer, options, attend), None))
+                    layers.append((FusedAttention(layer, options, attend), None))
                 else:
                     conv = convolution(layer, options.packed_weights, native=options.native_convolutions)
                     layers.append((lambda x, affine, conv=conv: conv(x), None))
@@ -125,7 +125,7 @@ class Part:
         return x
 
 
-class Decoder(Part):
+class FusedDecoder(FusedStages):
     """Middle block, output blocks and head of one decoder."""
 
     def __init__(
@@ -135,29 +135,18 @@ class Decoder(Part):
         self.split = options.split_skips
         self.norm = functools.partial(normaliser(options), affine=_affine(head[0]))
         self.head = convolution(head[2], options.packed_weights, native=options.native_convolutions)
-        self.tail = None
-        if options.fused_output:
-            weight = head[2].weight.detach().contiguous(memory_format=torch.channels_last)
-            self.tail = (*(vector[0] for vector in _affine(head[0])), weight, head[2].bias.detach())
 
-    def __call__(self, skips: list[Skip], affine: Affine, raw: bool = False) -> Tensor:
-        """Map [B, C, H, W] from what the trunk left, first to last; ``raw`` as in :meth:`outer`."""
-        return self.outer(self.deep(skips, affine, len(skips)), skips, affine, raw)
+    def __call__(self, skips: list[Skip], affine: Affine) -> Tensor:
+        """Map [B, C, H, W] from what the trunk left, first to last."""
+        return self.outer(self.deep(skips, affine, len(skips)), skips, affine)
 
     def deep(self, skips: list[Skip], affine: Affine, outer: int) -> Tensor:
         """The map that the stages which read the first ``outer`` of ``skips`` start from."""
         return self._join(1, self.run(0, skips[-1].x, affine), skips[outer:], affine)
 
-    def outer(self, h: Tensor, skips: list[Skip], affine: Affine, raw: bool = False) -> Tensor:
-        """Map [B, C, H, W] from the deep map ``h`` by the last stages, which read ``skips``, and the head; without the
-        head, for :meth:`output`, when ``raw``."""
-        h = self._join(len(self.stages) - len(skips), h, skips, affine)
-        return h if raw else self.head(self.norm(h))
-
-    def output(self, h: Tensor, channels: int) -> kernels.Head:
-        """The head's first ``channels`` on the map ``h``, for :func:`kernels.output_step`."""
-        norm_weight, norm_bias, weight, bias = self.tail
-        return kernels.Head(h, norm_weight, norm_bias, weight[:channels], bias[:channels])
+    def outer(self, h: Tensor, skips: list[Skip], affine: Affine) -> Tensor:
+        """Map [B, C, H, W] from the deep map ``h`` by the last stages, which read ``skips``, and the head."""
+        return self.head(self.norm(self._join(len(self.stages) - len(skips), h, skips, affine)))
 
     def _join(self, first: int, h: Tensor, skips: list[Skip], affine: Affine) -> Tensor:
         """``h`` after the stages from ``first`` on, which read ``skips``, the last one first."""
@@ -167,7 +156,7 @@ class Decoder(Part):
         return h
 
 
-def leave(x: Tensor, share: bool, last_level_cache: int) -> Skip:
+def make_skip(x: Tensor, share: bool, last_level_cache: int) -> Skip:
     """``x`` as a skip, with its channel statistics where computing them apart saves a read of device memory.
 
     A map that stays in the last-level cache is read again for little, and then one launch less counts for more.

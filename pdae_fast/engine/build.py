@@ -8,10 +8,10 @@ import torch
 
 from ..errors import UserError
 from ..models import PDAE, Prior
+from ..samplers.reuse import NOTHING, Reuse
 from .fused import FusedPlan
 from .options import Rewrites
 from .plan import Plan
-from .reuse import NOTHING, Reuse
 
 PLANS = ("eager", "fused")
 # Relative difference from the modules in the same dtype that two correct plans stay under on one evaluation.

@@ -10,9 +10,13 @@ from torch.nn import functional as F
 
 from .. import kernels
 
+# Maps that the engine gives to native code.
+NATIVE_CONVOLUTIONS = (torch.float32,)
 # Pixels of a map up to which weights, of which 2x2 tiles have 16/9 as many as the layer and 4x4 tiles four times as
 # many, take longer to read than to multiply.
 SMALL_MAP = 64
+# Of all layers, so that a plan can be copied: locks cannot.
+TRANSFORMING = threading.Lock()
 
 
 def native_fits(layer: nn.Conv2d) -> bool:
@@ -76,14 +80,14 @@ class WinogradConvolution:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, upsample: bool = False) -> None:
         self.weight, self.bias = weight, None if bias is None else bias.float()
-        self.outputs, self.upsample, self.tile, self.lock = len(weight), upsample, 0, threading.Lock()
+        self.outputs, self.upsample, self.tile = len(weight), upsample, 0
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         if residual is not None:
             residual = residual.contiguous(memory_format=torch.channels_last)
         if not self.tile:
-            with self.lock:
+            with TRANSFORMING:
                 if not self.tile:
                     self._transform(x)
         return kernels.winograd(x, self.weight, self.bias, self.outputs, self.tile, residual, upsample=self.upsample)

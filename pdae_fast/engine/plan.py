@@ -14,12 +14,12 @@ from torch import Tensor
 from ..config import UNetConfig
 from ..errors import UserError
 from ..models import PDAE, Prior
+from ..samplers.reuse import NOTHING, Reuse
 from .cost import equivalents
 from .device import available_memory
-from .reuse import NOTHING, Reuse
 
 P = TypeVar("P", bound="Plan")
-Field = Callable[[Tensor, int, bool], tuple[Tensor, Tensor | None]]
+Evaluate = Callable[[Tensor, int, bool], tuple[Tensor, Tensor | None]]
 
 
 class Plan:
@@ -82,7 +82,7 @@ class Plan:
     def prepare(self, times: Iterable[int]) -> None:
         """Announce the time points of a schedule; plans with tables compute them at once."""
 
-    def field(self, z: Tensor | None = None, weights: Tensor | None = None) -> Field:
+    def field(self, z: Tensor | None = None, weights: Tensor | None = None) -> Evaluate:
         """The field that samplers integrate, conditioned on ``z``.
 
         z None: eps_hat alone. z [B, D]: G of every image's own z. z [K, B, D] with weights [K, B]: the mixture
@@ -120,7 +120,7 @@ class Plan:
 
         return evaluate
 
-    def latent_field(self) -> Field:
+    def latent_field(self) -> Evaluate:
         """The latent DPM as a field on z."""
         denoiser = self.model.latent_denoiser
 

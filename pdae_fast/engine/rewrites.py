@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import NORM_GROUPS
-from ..kernels.group_norm_torch import SMALL_MAP, scalar_in_half
+from ..kernels.group_norm_torch import scalar_in_half
 from ..models.layers import AttentionBlock, ResBlock, timestep_embedding
 from ..models.unet import UNet
 from .attention import sdpa
@@ -67,49 +67,17 @@ def time_embeddings(unet: UNet, times: Tensor) -> Tensor:
 
 
 def group_norm(x: Tensor, multiplier: Tensor, addend: Tensor) -> Tensor:
-    """GN(x) * multiplier + addend in x's dtype and layout; the affine float32 [1, C], or [B, C] for one an image.
-
-    PyTorch's operator knows one affine for all images, and its CPU kernel for channels-last maps below 1024 pixels is
-    slow where groups are narrow. So on the CPU some maps go image by image, larger ones through that operator and
-    smaller ones through batch norm's, whichever was measured to be faster.
-    """
-    B, C, H, W = x.shape
-    own, pixels, width = len(multiplier) > 1, H * W, C // NORM_GROUPS
-    half = x.dtype == torch.bfloat16
-    if x.device.type == "cpu" and B > 1:
-        if own and half and pixels >= SMALL_MAP:
-            return torch.cat(
-                [
-                    F.group_norm(x[i : i + 1], NORM_GROUPS, a, b)
-                    for i, (a, b) in enumerate(zip(multiplier, addend, strict=True))
-                ]
-            )
-        if SMALL_MAP // 4 <= pixels < SMALL_MAP and (width < 8 or (own and half)):
-            return _group_norm_by_channels(x, multiplier, addend)
+    """GN(x) * multiplier + addend in x's dtype and layout by PyTorch's operator, which knows one affine for all images;
+    the affine float32 [1, C], or [B, C] for one an image."""
+    own = len(multiplier) > 1
     weight, bias = (None, None) if own else (multiplier[0], addend[0])
-    if half and scalar_in_half(x, NORM_GROUPS):
+    if scalar_in_half(x, NORM_GROUPS):
         y = F.group_norm(x.float(), NORM_GROUPS, weight, bias).to(x.dtype)
     else:
         y = F.group_norm(x, NORM_GROUPS, weight, bias)
     if own:
         y = torch.addcmul(addend.to(x.dtype)[:, :, None, None], y, multiplier.to(x.dtype)[:, :, None, None])
     return y
-
-
-def _group_norm_by_channels(x: Tensor, multiplier: Tensor, addend: Tensor) -> Tensor:
-    """`group_norm` on the CPU with batch norm's kernels, one image at a time: the statistics of every channel, merged
-    to those of its group, and a normalisation with statistics given."""
-    B, C = x.shape[:2]
-    # Running statistics that nothing reads: they make the operator compute in float32 when x is bfloat16.
-    running = torch.zeros(C), torch.ones(C)
-    images = x.split(1)
-    statistics = [torch.batch_norm_update_stats(image, *running, 0.0) for image in images]
-    mean, variance = (torch.stack(parts).view(B, NORM_GROUPS, -1) for parts in zip(*statistics, strict=True))
-    group_mean = mean.mean(2, keepdim=True)
-    variance = (variance + (mean - group_mean).square_()).mean(2, keepdim=True).expand_as(mean).reshape(B, C)
-    mean = group_mean.expand_as(mean).reshape(B, C)
-    a, b = multiplier.expand(B, C), addend.expand(B, C)
-    return torch.cat([F.batch_norm(images[i], mean[i], variance[i], a[i], b[i], False, 0.0, EPS) for i in range(B)])
 
 
 def phase_weights(weight: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,20 +12,10 @@ from torch import Tensor
 from .. import kernels
 from ..schedule import Trajectory
 from . import graphs
-from .reuse import Kept, Turn, Turns
-
-if TYPE_CHECKING:
-    from .fused import FusedPlan
+from .networks import Conditioning, Networks
+from .reuse import Kept, Workload, Workloads
 
 QUEUED_STEPS = 4  # replays the host may be ahead of the device, so that progress means something
-
-
-class Conditioning(NamedTuple):
-    """z's projections for every norm of the G-decoder, float32 [K * B, W]; ``weights`` [K, B, 1, 1, 1] mix K codes."""
-
-    scale: Tensor
-    shift: Tensor
-    weights: Tensor | None
 
 
 class DeviceTrajectory:
@@ -39,7 +28,7 @@ class DeviceTrajectory:
     """
 
     def __init__(
-        self, plan: FusedPlan, batch: int, codes: Conditioning | None, steps: Trajectory, clamp: float | None
+        self, plan: Networks, batch: int, codes: Conditioning | None, steps: Trajectory, clamp: float | None
     ) -> None:
         self.plan, self.steps, self.clamp = plan, steps, clamp is not None
         device = plan.device
@@ -57,24 +46,26 @@ class DeviceTrajectory:
                 buffers = [torch.empty(K * batch, width, device=device) for _ in (0, 1)]
                 weights = None if codes.weights is None else torch.empty(K, batch, 1, 1, 1, device=device)
                 self.codes = Conditioning(*buffers, weights)
-        turns = Turns(plan.reuse)
-        self.turns = [turns(step.t, step.use_gradient and codes is not None) for step in steps]
+        workloads = Workloads(plan.reuse)
+        self.workloads = [workloads(step.t, step.use_gradient and codes is not None) for step in steps]
         self.kept = Kept(static=plan.options.graphs)
-        self.graphs: dict[Turn, graphs.Graph] = {}
+        self.graphs: dict[Workload, graphs.Graph] = {}
 
-    def _step(self, turn: Turn) -> None:
+    def _step(self, workload: Workload) -> None:
         row = self.rows.index_select(0, self.index[None])
         step = (self.coefficients, self.index, self.clamp)
-        self.x.copy_(self.plan.advance(self.x, row, self.codes, turn, self.kept, *step))
+        self.x.copy_(self.plan.advance(self.x, row, self.codes, workload, self.kept, *step))
         self.index.add_(1)
 
-    def _capture(self, turn: Turn) -> None:
+    def _capture(self, workload: Workload) -> None:
         """Capture one step; on failure the plan says why and runs uncaptured from then on."""
         plan = self.plan
         if plan.graph_pool is None:
             plan.graph_pool = torch.cuda.graph_pool_handle()
         try:
-            self.graphs[turn] = graphs.capture(lambda: self._step(turn), self.index.zero_, plan.device, plan.graph_pool)
+            self.graphs[workload] = graphs.capture(
+                lambda: self._step(workload), self.index.zero_, plan.device, plan.graph_pool
+            )
         except graphs.CaptureError as error:
             plan.capture_failure = f"off: capture failed ({error})"
             warnings.warn(f"CUDA graphs are {plan.capture_failure}; running uncaptured", stacklevel=2)
@@ -97,21 +88,21 @@ class DeviceTrajectory:
         plan, B = self.plan, len(x)
         with plan.precision():
             if plan.options.graphs and plan.capture_failure is None:
-                # In their order on the trajectory: what a turn takes over, an earlier one has left.
-                for turn in [turn for turn in dict.fromkeys(self.turns) if turn not in self.graphs]:
+                # In their order on the trajectory: what a workload takes over, an earlier one has left.
+                for workload in [workload for workload in dict.fromkeys(self.workloads) if workload not in self.graphs]:
                     self._load(x, codes)
-                    self._capture(turn)
+                    self._capture(workload)
                     if plan.capture_failure:
                         break
             self._load(x, codes)
             self.index.zero_()
             queued: deque[torch.cuda.Event] = deque()
-            for turn in self.turns:
-                if turn in self.graphs:
-                    self.graphs[turn].replay()
+            for workload in self.workloads:
+                if workload in self.graphs:
+                    self.graphs[workload].replay()
                 else:
-                    self._step(turn)
-                plan.count(B, codes, turn)
+                    self._step(workload)
+                plan.count(B, codes, workload)
                 if progress:
                     self._wait(queued)
                     progress()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import hashlib
 import os
 import time
@@ -26,13 +25,15 @@ from ..engine.cost import equivalents
 from ..engine.device import describe_device
 from ..errors import UserError
 from ..models import PDAE
-from ..pipeline import PRESETS, Pipeline
+from ..pipeline import Pipeline
+from ..samplers import Recipe
 
 MODES = {
     "inferred": "inferred x_T",
     "random": "random x_T",
     "prior": "random x_T without G",
 }
+Broken = Sequence[tuple[str, str]]  # names of images that could not be read, with the reasons
 
 # -- options -------------------------------------------------------------------------------------------------------
 
@@ -40,17 +41,7 @@ MODES = {
 def add_options(p: argparse.ArgumentParser, out: str, labels: bool = False) -> None:
     """Every option of a command that runs a model on images; ``labels``: those that say what is in the images too."""
     cli.add_run_options(p, out)
-    p.add_argument(
-        "--iterations",
-        type=int,
-        default=0,
-        help="evaluations that solve each step of the decoder when x_T is inferred; 0: DDIM upward, as published",
-    )
-    p.add_argument(
-        "--preset",
-        choices=list(PRESETS),
-        help="values for --steps, --spacing, --iterations and --solver; an option given beside it overrides its value",
-    )
+    Recipe.add_options(p)
     p.add_argument("--on-error", choices=("skip", "fail"), default="skip", help="what a broken image does")
     p.add_argument("--background", default="255,255,255", help="R,G,B that shows behind transparent images")
     p.add_argument("--limit", type=int, help="use only the first N images")
@@ -59,28 +50,18 @@ def add_options(p: argparse.ArgumentParser, out: str, labels: bool = False) -> N
         p.add_argument("--columns", nargs="+", metavar="NAME", help="attributes to use (default: all of them)")
 
 
-def parse(p: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """The arguments, with the values of --preset where nothing else was given."""
-    args = p.parse_args(argv)
-    if args.preset:
-        p.set_defaults(**PRESETS[args.preset])
-        args = p.parse_args(argv)
-    return args
-
-
 # -- one run -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Run:
-    """What a command works with. ``spec`` is the data as it was named; ``encode_steps`` go up to infer x_T."""
+    """What a command works with. ``spec`` is the data as it was named."""
 
     args: argparse.Namespace
     model: PDAE
     pipe: Pipeline
     dataset: Any
     spec: list[str]
-    encode_steps: int
 
     @property
     def out(self) -> Path:
@@ -93,18 +74,20 @@ def open_run(
     default_input: Sequence[str | os.PathLike] | None = None,
     default_limit: int | None = None,
     split: str = "test",
+    recipe: Recipe | None = None,
+    infers: bool = True,
 ) -> Run:
     """Load the model, build its pipeline and open the data that ``args`` (of `add_options`) name.
 
     Without --input the bundled data of the model is used, at most ``default_limit`` images of it, or
-    ``default_input``. Nothing is written. Raises UserError for everything a user can get wrong.
+    ``default_input``. ``recipe``: in place of the one that ``args`` name. ``infers``: whether x_T will be inferred,
+    which not every recipe can. Nothing is written. Raises UserError for everything a user can get wrong.
     """
+    recipe = Recipe.from_args(args) if recipe is None else recipe
     model = PDAE.from_pretrained(args.model, **cli.foreign_options(args))
-    pipe = build_pipeline(model, args)
-    encode_steps = args.steps if args.encode_steps is None else args.encode_steps
-    if (args.iterations or args.solver == "belm") and encode_steps != args.steps:
-        raise UserError("--iterations and --solver belm infer x_T by the steps that decode; leave out --encode-steps")
-    pipe.schedule.timesteps(encode_steps, args.spacing)
+    pipe = Pipeline(model, recipe, args.device, args.dtype, args.batch_size, plan=args.plan, attention=args.attention)
+    if infers:
+        recipe.up(pipe.schedule)
     spec = data_spec(args, model, default_input)
     dataset = open_data(args, model, spec, split)
     limit = args.limit
@@ -112,39 +95,7 @@ def open_run(
         limit = default_limit
     if limit is not None and limit < 1:
         raise UserError(f"--limit must be at least 1, not {limit}")
-    return Run(args, model, pipe, limited(dataset, limit), spec, encode_steps)
-
-
-def build_pipeline(model: PDAE, args: argparse.Namespace) -> Pipeline:
-    """The one place where command-line options become arguments of Pipeline."""
-    return Pipeline(
-        model,
-        args.steps,
-        args.device,
-        args.dtype,
-        args.batch_size,
-        plan=args.plan,
-        attention=args.attention,
-        spacing=args.spacing,
-        iterations=args.iterations,
-        solver=args.solver,
-        reuse=args.reuse,
-        noise=args.noise,
-    )
-
-
-def variant(pipe: Pipeline, **settings: Any) -> Pipeline:
-    """``pipe`` with other ``settings`` (steps, spacing, solver ...), sharing its plan, progress and counters.
-
-    Building a pipeline anew would copy and rewrite the weights for every row of a table.
-    """
-    other = copy.copy(pipe)
-    for name, value in settings.items():
-        if not hasattr(pipe, name):
-            raise ValueError(f"a Pipeline has no setting {name!r}")
-        setattr(other, name, value)
-    other.check_settings()
-    return other
+    return Run(args, model, pipe, limited(dataset, limit), spec)
 
 
 def data_spec(args: argparse.Namespace, model: PDAE, default: Sequence[str | os.PathLike] | None = None) -> list[str]:
@@ -197,33 +148,60 @@ def load(dataset: Any, indices: Sequence[int]) -> Batch:
 # -- running -------------------------------------------------------------------------------------------------------
 
 
-def autoencode(
-    pipe: Pipeline, mode: str, x0: Tensor, indices: Sequence[int], encode_steps: int | None, seed: int
-) -> Tensor:
+def autoencode(pipe: Pipeline, mode: str, x0: Tensor, indices: Sequence[int], seed: int) -> Tensor:
     """x0 [B, C, H, W] decoded again [B, C, H, W] in one of MODES; UserError when NaN or infinite values come out.
 
-    ``indices``: the images' places in the data set, which choose their random x_T.
+    ``indices``: the images' places in the data set, which choose what is drawn for them.
     """
     if mode == "inferred":
-        x = pipe.reconstruct(x0, encode_steps)
+        x = pipe.reconstruct(x0)
     else:
         z = pipe.encode(x0) if mode == "random" else None
-        x = pipe.decode(z, pipe.random_x_T(seed, indices))
+        x = pipe.decode(z, seed=seed, indices=indices)
+    return check_finite(x, f"the {MODES[mode]} reconstruction holds")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of a table: what is decoded, one of MODES, and by which recipe; ``preset``: the recipe's name, if any."""
+
+    mode: str
+    recipe: Recipe
+    preset: str | None = None
+
+    @property
+    def label(self) -> str:
+        recipe, steps = self.recipe, f"{self.recipe.steps}"
+        if self.mode == "inferred":
+            solved = f"x{recipe.iterations}" if recipe.iterations else ""
+            steps = f"{recipe.steps_up}{solved}+{recipe.steps}"
+        return f"{MODES[self.mode]}, {self.preset or steps}"
+
+    def pipeline(self, pipe: Pipeline) -> Pipeline:
+        """``pipe`` with this recipe, except for the kind of noise, which stays."""
+        return pipe.with_recipe(self.recipe, noise=pipe.recipe.noise)
+
+    def describe(self) -> dict[str, Any]:
+        """For reports and journals; ``encode_steps`` is None where x_T is not inferred."""
+        values = {"mode": self.mode, "preset": self.preset, **self.recipe.describe()}
+        return values if self.mode == "inferred" else {**values, "encode_steps": None}
+
+
+def evaluations(pipe: Pipeline, mode: str) -> int:
+    """Network evaluations (passes of the trunk) of one image in one of MODES."""
+    return pipe.recipe.evaluations(pipe.schedule, inferred=mode == "inferred")
+
+
+def check_finite(x: Tensor, subject: str) -> Tensor:
+    """``x``; UserError when it holds NaN or infinite values. ``subject`` goes with "hold" or "holds"."""
     if not bool(torch.isfinite(x).all()):
-        raise UserError(f"the {MODES[mode]} reconstruction holds NaN or infinite values; try --dtype float32")
+        raise UserError(f"{subject} NaN or infinite values; try --dtype float32")
     return x
 
 
-def evaluations(pipe: Pipeline, mode: str, encode_steps: int | None) -> int:
-    """Network evaluations (passes of the trunk) of one image in one of MODES."""
-    down = len(pipe.schedule.timesteps(pipe.steps, pipe.spacing)) - 1
-    if mode != "inferred":
-        return down
-    if pipe.solver == "belm":
-        return (down + 2) + (down - 1)  # three find the first state above the image; a pair of states saves one
-    if pipe.iterations:
-        return down + 1 + pipe.iterations * down
-    return down + len(pipe.schedule.timesteps(encode_steps or pipe.steps, pipe.spacing)) - 1
+def decode_edits(pipe: Pipeline, codes: Tensor, x_T: Tensor) -> Tensor:
+    """``codes`` [K B, D], K for each of B images (the first for all, then the next), decoded from x_T [B, ...]."""
+    return pipe.decode(codes, x_T.repeat(len(codes) // len(x_T), *[1] * (x_T.ndim - 1)))
 
 
 def whole_evaluations(pipe: Pipeline, evaluations: Mapping[str, int], images: int) -> float:
@@ -265,7 +243,7 @@ class Cost:
 
 @contextmanager
 def progress(pipe: Pipeline, total: float, name: str, quiet: bool) -> Iterator[Callable[[int], Any]]:
-    """A bar over ``total`` network evaluations (in images) of ``pipe``; `variant` pipelines made inside share it."""
+    """A bar over ``total`` network evaluations (in images) of ``pipe``; `Pipeline.with_recipe` inside shares it."""
     with tqdm(total=total, unit="eval", unit_scale=True, desc=name, disable=quiet or None) as bar:
         previous, pipe.progress = pipe.progress, bar.update
         try:
@@ -288,7 +266,7 @@ def names_digest(dataset: Any) -> str:
     return hashlib.sha256("\n".join(dataset.names).encode("utf-8", "replace")).hexdigest()[:16]
 
 
-def file_digest(path: Path) -> str:
+def file_digest(path: str | os.PathLike) -> str:
     """16 hexadecimal digits of a file's content."""
     digest = hashlib.sha256()
     try:
@@ -308,12 +286,7 @@ def job_settings(run: Run, **values: Any) -> dict[str, Any]:
         "weights": fingerprint(run.model),
         "input": run.spec,
         "names": names_digest(run.dataset),
-        "steps": args.steps,
-        "encode_steps": run.encode_steps,
-        "spacing": args.spacing,
-        "iterations": args.iterations,
-        "solver": args.solver,
-        "reuse": str(run.pipe.reuse),
+        **run.pipe.recipe.describe(),
         "noise": run.pipe.noise,
         "seed": args.seed,
         "dtype": str(run.pipe.dtype).removeprefix("torch."),
@@ -323,20 +296,16 @@ def job_settings(run: Run, **values: Any) -> dict[str, Any]:
     }
 
 
-def report(run: Run, **values: Any) -> dict[str, Any]:
-    """What every metrics.json starts with, then ``values``."""
+def report(run: Run, broken: Broken | None = None, recipe: bool = True, **values: Any) -> dict[str, Any]:
+    """What every metrics.json starts with, then ``values``; ``broken``: the images that could not be read; ``recipe``:
+    whether it is what decided the results."""
     args, pipe = run.args, run.pipe
     return {
         "model": str(args.model),
         "assumed": list(run.model.notes),
         "input": run.spec,
         "images": len(run.dataset),
-        "steps": args.steps,
-        "encode_steps": run.encode_steps,
-        "preset": args.preset,
-        "spacing": args.spacing,
-        "iterations": args.iterations,
-        "solver": args.solver,
+        **({"preset": args.preset, **pipe.recipe.describe()} if recipe else {}),
         "noise": pipe.noise,
         "seed": args.seed,
         "batch_size": pipe.batch_size,
@@ -344,5 +313,34 @@ def report(run: Run, **values: Any) -> dict[str, Any]:
         "device": describe_device(pipe.device),
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "versions": cli.versions(),
+        **({} if broken is None else {"broken": named(broken)}),
         **values,
     }
+
+
+def named(broken: Broken) -> list[dict[str, str]]:
+    return [{"name": name, "reason": reason} for name, reason in broken]
+
+
+# -- what commands print -------------------------------------------------------------------------------------------
+
+
+def say(run: Run, summary: Sequence[str], files: Sequence[str], broken: Broken = ()) -> None:
+    """The end of every command, unless --quiet: ``summary``, the images left out, what was assumed, and ``files``."""
+    if run.args.quiet:
+        return
+    lines, names = list(summary), list(dict(broken))
+    if names:
+        lines.append(f"{len(names)} broken images skipped: {', '.join(names[:5])}")
+    lines += [f"assumed about the model: {note}" for note in run.model.notes]
+    *first, last = (str(run.out / name) for name in files)
+    print("\n".join([*lines, f"wrote {', '.join(first)} and {last}" if first else f"wrote {last}"]))
+
+
+def where(report: dict[str, Any]) -> str:
+    """What computed the numbers of a `report`, in words."""
+    return f"model {report['model']}, {report['plan']} plan, {report['dtype']}, {report['device']}"
+
+
+def cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

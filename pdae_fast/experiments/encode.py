@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import zipfile
 from collections.abc import Iterator
@@ -12,26 +13,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import cli
+from ..data import none_read
 from ..errors import UserError
 from ..files import atomic_write
 from ..pipeline import Pipeline
+from ..processes import processes
+from . import common
 from .common import Cost
-from .shards import Block, Journal
-from .targets import Targets
+from .journal import Block, Journal
+from .targets import Targets, find_targets
 
 FORMATS = ("npz", "parquet")
 UNKNOWN = -1  # label of an image that the attribute table has no row for
 
 
-def encode(
-    pipe: Pipeline, block: Block, with_x_T: bool = False, encode_steps: int | None = None
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def encode(pipe: Pipeline, block: Block, with_x_T: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """z [B, latent_dim] of the images of ``block`` and x_T [B, C, H, W] (pairs with the solver belm), for a journal."""
     cost = Cost()
     with cost.of(pipe):
         arrays = {"z": pipe.encode(block.images)}
         if with_x_T:
-            arrays["x_T"] = pipe.invert(block.images, arrays["z"], encode_steps)
+            arrays["x_T"] = pipe.invert(block.images, arrays["z"])
     for name, array in arrays.items():
         bad = ~torch.isfinite(array.flatten(1)).all(dim=1)
         if bool(bad.any()):
@@ -69,8 +72,7 @@ class Encoded:
                 self.cost.add(entry.values["cost"])
         self.indices = np.array(indices, dtype=np.int64)
         if not self.names:
-            reason = ": ".join(self.broken[0])
-            raise UserError(f"none of the {len(self.broken)} images could be read; the first: {reason}")
+            raise none_read(self.broken)
 
     def pieces(self, name: str) -> Iterator[np.ndarray]:
         return (entry.arrays[name] for entry in self.journal.entries() if entry.names)
@@ -138,3 +140,92 @@ def check_format(format: str) -> None:
     """UserError, before any work, where the file could not be written at the end."""
     if format == "parquet":
         _pyarrow()
+
+
+# -- the command ---------------------------------------------------------------------------------------------------
+
+# Every block is flushed to disk, which would cost more than encoding a small one.
+BLOCK_IMAGES = 256
+
+
+def _targets(run: common.Run) -> Targets | None:
+    """Labels where there are any; asking for them makes their absence an error."""
+    if run.args.attributes or run.args.columns:
+        return find_targets(run.args, run.spec, run.dataset)
+    try:
+        return find_targets(run.args, run.spec, run.dataset)
+    except UserError:
+        return None
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = cli.parser("encode", "Images to latents: z, names, labels where known, and x_T when asked for, in one file.")
+    common.add_options(p, out="latents", labels=True)
+    p.add_argument("--with-x-T", action="store_true", help="infer x_T too (as large as the image, --steps evaluations)")
+    p.add_argument("--format", choices=FORMATS, default="npz", help="of the file; parquet needs pyarrow")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    check_format(args.format)
+    with processes() as group:
+        args.device = group.device(args.device)
+        run = common.open_run(args, infers=args.with_x_T)
+        targets = _targets(run)
+        job = common.job_settings(run, with_x_T=args.with_x_T)
+        size = run.pipe.batch_size if args.with_x_T else max(BLOCK_IMAGES, run.pipe.batch_size)
+        journal = Journal(run.out, job, len(run.dataset), size, group)
+        total = journal.left() * (run.pipe.recipe.evaluations_up(run.pipe.schedule) if args.with_x_T else 1)
+        with common.progress(run.pipe, total, "encode", args.quiet or not group.first) as advance:
+
+            def work(block: Any) -> Any:
+                found = encode(run.pipe, block, args.with_x_T)
+                if not args.with_x_T:  # the encoder alone reports no progress
+                    advance(len(block.names))
+                return found
+
+            journal.run(run.dataset, work, args.on_error)
+        if group.first:
+            report, broken = _write(run, journal, targets, group.size)
+            common.say(run, _summary(report), [f"latents.{args.format}", "metrics.json"], broken)
+
+
+def _write(
+    run: common.Run, journal: Journal, targets: Targets | None, size: int
+) -> tuple[dict[str, Any], common.Broken]:
+    encoded = Encoded(journal)
+    labels = label_columns(targets, encoded.indices)
+    arrays = ["z", "x_T"] if run.args.with_x_T else ["z"]
+    path = run.out / f"latents.{run.args.format}"
+    count = len(encoded.names)
+    report = common.report(
+        run,
+        encoded.broken,
+        images=count,
+        processes=size,
+        file=str(path),
+        arrays=arrays,
+        latent_dim=run.model.config.latent_dim,
+        weights=common.fingerprint(run.model),
+        labels=None if targets is None else {"kind": targets.kind, "names": targets.names},
+        **encoded.cost.report(count),
+    )
+    about = {key: report[key] for key in ("model", "weights", "input", "dtype", "versions")}
+    if run.args.with_x_T:
+        about |= {key: report[key] for key in run.pipe.recipe.describe()}
+    write = write_parquet if run.args.format == "parquet" else write_npz
+    write(path, encoded, arrays, labels, about)
+    cli.write_json(run.out / "metrics.json", report)
+    journal.remove()
+    return report, encoded.broken
+
+
+def _summary(report: dict[str, Any]) -> list[str]:
+    what = f"z [{report['images']}, {report['latent_dim']}]" + (" and x_T" if "x_T" in report["arrays"] else "")
+    labels = report["labels"]
+    known = f"{len(labels['names'])} {labels['kind']}" if labels else "no labels"
+    return [
+        f"{what}, {known}, of {' '.join(report['input'])} by {report['model']}, {report['dtype']}, {report['device']}, "
+        f"{report['seconds']:.1f} seconds ({report['images_per_second']:.3g} images/s)"
+    ]

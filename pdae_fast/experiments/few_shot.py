@@ -13,17 +13,27 @@ can always be told apart by a plane, would have no minimum: the published code s
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from .. import cli
+from ..data import save_grid, save_images
 from ..errors import UserError
+from ..files import make_folder
 from ..pipeline import Pipeline
-from .image_classifier import ImageClassifier, predict
+from . import common
+from .image_classifier import ImageClassifier, cached_classifier, predict
+from .parts import Side, find_parts
+from .sample import add_drawing_options, check_drawing
 from .targets import Targets
 
 SETTINGS = ("pu", "binary")
@@ -35,14 +45,14 @@ JUDGED = 5000  # training images of the judge, at most
 # -- the classifier on z -------------------------------------------------------------------------------------------
 
 
-class Labelled(NamedTuple):
+class Shots(NamedTuple):
     """Places of the images that the classifier learns from: positives, and what it takes for negatives."""
 
     positives: np.ndarray
     others: np.ndarray
 
 
-def choose(positive: np.ndarray, setting: str, k: int, others: int, seed: int = 0) -> Labelled:
+def choose(positive: np.ndarray, setting: str, k: int, others: int, seed: int = 0) -> Shots:
     """``k`` positives at random, and at most ``others`` other images: for "binary" true negatives, for "pu" any others,
     unseen positives among them. positive: bool [N]. Raises UserError where there are fewer than k (or no) others."""
     if setting not in SETTINGS:
@@ -57,7 +67,7 @@ def choose(positive: np.ndarray, setting: str, k: int, others: int, seed: int = 
     pool = np.flatnonzero(~positive) if setting == "binary" else np.setdiff1d(np.arange(len(positive)), chosen)
     if not len(pool):
         raise UserError("every labelled image is positive: there is nothing to tell the positives from")
-    return Labelled(np.sort(chosen), np.sort(random.permutation(pool)[:others]))
+    return Shots(np.sort(chosen), np.sort(random.permutation(pool)[:others]))
 
 
 def fit(positives: np.ndarray, others: np.ndarray, l2: float = 0.01) -> Any:
@@ -221,3 +231,199 @@ def default_names(targets: Targets, positives: int) -> list[str]:
         )
     count = min(DEFAULT_NAMES, len(enough))
     return [enough[i * len(enough) // count] for i in range(count)]
+
+
+# -- the command ---------------------------------------------------------------------------------------------------
+
+TITLES = {"pu": "positive-unlabelled", "binary": "binary", "unconditional": "unconditional"}
+COLUMNS = 10  # of the grid
+MOST_DRAWS = 200  # for every image asked for, unless given
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = cli.parser("few_shot", "New images of a class from a few labels: a classifier on z, and rejection of drawn z.")
+    common.add_options(p, out="few_shot", labels=True)
+    add = p.add_argument
+    add("--name", nargs="+", metavar="NAME", help="classes or attributes to sample (default: a few of them)")
+    add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="what is known besides the positives")
+    add("--positives", type=int, default=50, help="images that are known to be positive")
+    add("--negatives", type=int, help="images known to be negative, in the binary setting (default: --positives)")
+    add("--unlabelled", type=int, default=1000, help="images nobody looked at, in the positive-unlabelled setting")
+    add("--l2", type=float, default=0.01, help="weight decay of the classifier on z")
+    add("--count", type=int, default=20, help="images of each name and setting")
+    add("--max-draws", type=int, help=f"z drawn for them at most (default: {MOST_DRAWS} times --count)")
+    add_drawing_options(p)
+    add("--holdout", type=float, default=0.25, help="fraction the judge is tested on, for data without a test split")
+    add("--epochs", type=int, default=25, help="of the judge, a classifier of pixels trained on all labels")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    for name in ("count", "epochs"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if importlib.util.find_spec("sklearn") is None:
+        raise UserError("few-shot sampling needs scikit-learn: pip install 'pdae_fast[experiments]'")
+    run = common.open_run(args, infers=False)
+    pipe = run.pipe
+    drawing = check_drawing(pipe, args)
+    settings = list(dict.fromkeys(args.settings))
+
+    def check(targets: Targets) -> None:
+        for name in _names(args, targets):
+            for setting in settings:
+                _choose(args, targets, name, setting)
+
+    train, test, how = find_parts(run, run.out / "latents", args.holdout, check=check)
+    names = _names(args, train.targets)
+    make_folder(run.out)
+    draws = Draws(pipe, args.latent_steps, not args.no_latent_clamp, args.seed)
+    chosen = [_accept(run, draws, train, name, setting) for name in names for setting in settings]
+    judges = {name: _judge(run, train, test, name) for name in names}
+    total = (len(chosen) + 1) * args.count * common.evaluations(pipe, "random")
+    with common.progress(pipe, total, "few-shot", args.quiet):
+        base = _decode(run, draws(0, args.count), range(args.count))
+        for row in chosen:
+            accepted = row["accepted"]
+            row["images"] = _decode(run, accepted.z, accepted.numbers)
+    _save(run.out, base, chosen)
+    rows = [_row(row, base, train.targets, judges[row["name"]]) for row in chosen]
+    report = common.report(
+        run,
+        images=args.count,
+        split=how,
+        train_images=len(train.z),
+        test_images=len(test.z),
+        **drawing,
+        positives=args.positives,
+        l2=args.l2,
+        rows=rows,
+    )
+    cli.write_json(run.out / "metrics.json", report)
+    common.say(run, _summary(report), ["grid.png", "images", "metrics.json"])
+
+
+def _names(args: argparse.Namespace, targets: Targets) -> list[str]:
+    return list(dict.fromkeys(args.name or default_names(targets, args.positives)))
+
+
+def _choose(args: argparse.Namespace, targets: Targets, name: str, setting: str) -> Shots:
+    negatives = args.positives if args.negatives is None else args.negatives
+    others = negatives if setting == "binary" else args.unlabelled
+    positive = targets.positive(name)
+    try:
+        return choose(positive, setting, args.positives, others, args.seed)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+
+
+def _accept(run: common.Run, draws: Draws, train: Side, name: str, setting: str) -> dict[str, Any]:
+    """Fit the classifier of one name and setting, and draw until enough z are accepted."""
+    args = run.args
+    labelled = _choose(args, train.targets, name, setting)
+    mean, std = (v.cpu().numpy() for v in (run.model.latent_mean, run.model.latent_std))
+    normalised = (train.z - mean) / std
+    classifier = fit(normalised[labelled.positives], normalised[labelled.others], args.l2)
+    most = MOST_DRAWS * args.count if args.max_draws is None else args.max_draws
+    try:
+        accepted = reject(
+            draws, lambda z: probability(classifier, (z.numpy() - mean) / std), args.count, most, args.seed
+        )
+    except UserError as error:
+        raise UserError(f"{name}, {TITLES[setting]}: {error}") from None
+    hidden = int(train.targets.positive(name)[labelled.others].sum())
+    return {"name": name, "setting": setting, "labelled": labelled, "accepted": accepted, "hidden": hidden}
+
+
+def _judge(run: common.Run, train: Side, test: Side, name: str) -> Judge:
+    """The classifier of pixels that says what a sample shows; its file is found again for the same images."""
+    asked = question(train.targets, name)
+    chosen = np.sort(np.random.default_rng((run.args.seed, 12)).permutation(len(train.z))[:JUDGED])
+    what = "classes" if train.targets.kind == "classes" else f"attribute-{train.targets.names.index(name)}"
+    total = run.args.epochs * len(chosen)
+    with tqdm(total=total, unit="image", unit_scale=True, desc="judge", disable=run.args.quiet or None) as bar:
+        classifier = cached_classifier(
+            run.out / "judges" / f"{what}.pt",
+            torch.from_numpy(train.images[chosen]),
+            torch.from_numpy(asked.labels[chosen]),
+            asked.classes,
+            seed=run.args.seed,
+            epochs=run.args.epochs,
+            device=run.pipe.device,
+            advance=bar.update,
+        )
+    try:
+        return examine(classifier, asked.positive, torch.from_numpy(test.images), test.targets.positive(name))
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+
+
+def _decode(run: common.Run, z: Tensor, numbers: Any) -> Tensor:
+    """x_T goes by a draw's number: whoever accepts it gets the same image."""
+    x = run.pipe.decode(z, None, run.args.stop_percent, seed=run.args.seed, indices=numbers)
+    return common.check_finite(x, "the sampled images hold")
+
+
+def _row(row: dict[str, Any], base: Tensor, targets: Targets, judge: Judge) -> dict[str, Any]:
+    said, usual = judge(row["images"]), judge(base)
+    accepted, share, rate = row["accepted"], float(said.mean()), float(usual.mean())
+    return {
+        "name": row["name"],
+        "setting": row["setting"],
+        "positives": len(row["labelled"].positives),
+        "others": len(row["labelled"].others),
+        "positives_among_others": row["hidden"],
+        "acceptance": accepted.rate,
+        "drawn": accepted.drawn,
+        "accuracy": share,
+        "interval": interval(int(said.sum()), len(said)),
+        "corrected": judge.corrected(share),
+        "unconditional": rate,
+        "unconditional_interval": interval(int(usual.sum()), len(usual)),
+        "unconditional_corrected": judge.corrected(rate),
+        "data": float(targets.positive(row["name"]).mean()),
+        "judge": {"accuracy": judge.accuracy, "hit": judge.hit, "false_alarm": judge.false_alarm},
+    }
+
+
+def _save(out: Path, base: Tensor, chosen: list[dict[str, Any]]) -> None:
+    rows, labels = [base[:COLUMNS]], ["unconditional"]
+    save_images(base, out / "images" / "unconditional", [f"{i:06d}" for i in range(len(base))])
+    for row in chosen:
+        folder = out / "images" / f"{row['name'].replace('/', '-').replace('..', '-')}-{row['setting']}"
+        save_images(row["images"], folder, [f"{i:06d}" for i in row["accepted"].numbers])
+        rows.append(row["images"][:COLUMNS])
+        labels.append(f"{row['name']}, {row['setting']}")
+    save_grid(rows, out / "grid.png", labels)
+
+
+def _summary(report: dict[str, Any]) -> list[str]:
+    def share(value: float | None, ends: tuple[float, float] | None = None) -> str:
+        if value is None:
+            return "-"
+        return f"{value:.2f}" + (f" ({ends[0]:.2f}-{ends[1]:.2f})" if ends else "")
+
+    lines = [
+        [
+            row["name"],
+            TITLES[row["setting"]],
+            f"{row['positives']} + {row['others']}",
+            f"{100 * row['acceptance']:.1f}%",
+            share(row["accuracy"], row["interval"]),
+            share(row["corrected"]),
+            share(row["unconditional"], row["unconditional_interval"]),
+            share(row["data"]),
+            f"{row['judge']['accuracy']:.3f}",
+        ]
+        for row in report["rows"]
+    ]
+    header = ["of", "setting", "labels", "accepted", "positive", "corrected", "unconditional", "data", "judge"]
+    return [
+        cli.table(header, lines, left=2),
+        "positive: share of the samples that the judge, a classifier of pixels, calls so (95%); corrected: its errors "
+        "on held-out images taken out; unconditional: the same share without rejection; data: of the training images; "
+        "judge: its balanced accuracy on held-out images",
+        f"{report['images']} images a row, {report['steps']} steps, {report['train_images']} training and "
+        f"{report['test_images']} held-out images ({report['split']}), {common.where(report)}",
+    ]

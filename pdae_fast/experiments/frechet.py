@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,6 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+
+
+def add_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--fid", metavar="DATA", help="images to compare the results with as a set; needs --fid-network")
+    p.add_argument("--fid-network", metavar="FILE", help="TorchScript network: uint8 [B, 3, H, W] to features [B, F]")
+
+
+def check_options(args: argparse.Namespace) -> None:
+    if (args.fid is None) != (args.fid_network is None):
+        raise UserError("--fid and --fid-network go together: images to compare with, and the network that compares")
 
 
 class FeatureNetwork:

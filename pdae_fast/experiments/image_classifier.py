@@ -20,8 +20,7 @@ from ..checkpoints.directory import save_torch
 from ..errors import UserError
 from ..files import make_folder
 from ..models.layers import timestep_embedding
-from ..schedule import Schedule
-from ..training.objective import q_sample
+from ..schedule import Schedule, q_sample
 
 FORMAT = "pdae_fast-image-classifier-1"
 TIME_WIDTH = 64

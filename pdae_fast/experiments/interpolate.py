@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import metrics, solvers
+from .. import cli, metrics
+from ..data import save_grid, save_images
 from ..errors import UserError
-from ..pipeline import Pipeline
-from ..sampling import slerp
-from . import common
+from ..files import make_folder
+from ..pipeline import INTERPOLATIONS, Pipeline
+from ..samplers.noise import slerp
+from . import animation, common, timing
+from .common import Cost
 from .timing import ROUNDS, alternate
 
 DEFAULT_PAIRS = 3
@@ -65,7 +70,6 @@ def interpolate(
     pairs: Sequence[tuple[int, int]],
     weights: Tensor,
     kinds: Sequence[str],
-    encode_steps: int | None = None,
 ) -> Interpolation:
     """Frames at ``weights`` (0: the first image, 1: the second) between the images of each pair of ``dataset``.
 
@@ -74,12 +78,12 @@ def interpolate(
     places = sorted({place for pair in pairs for place in pair})
     images = common.load(dataset, places).images
     z = pipe.encode(images)
-    x_T = pipe.invert(images, z, encode_steps)
+    x_T = pipe.invert(images, z)
     reconstructions = pipe.decode(z, x_T)
     rows = torch.tensor([[places.index(pair[side]) for pair in pairs] for side in (0, 1)])
     frames = {kind: pipe.blend(z[rows], x_T[rows], weights, kind) for kind in kinds}
-    if not all(bool(torch.isfinite(x).all()) for x in frames.values()):
-        raise UserError("the interpolated images hold NaN or infinite values; try --dtype float32")
+    for x in frames.values():
+        common.check_finite(x, "the interpolated images hold")
     return Interpolation(images[rows], reconstructions[rows], frames, z[rows], x_T[rows])
 
 
@@ -135,7 +139,8 @@ def compare(pipe: Pipeline, found: Interpolation, weights: Tensor, rounds: int =
     decoder that returns eps and G together. "one by one, shared trunk": a frame at a time, trunk and eps once.
     "one batch, shared trunk": what `Pipeline.blend` does. Decoding alone is timed, by COMPARED_STEPS steps.
     """
-    short = common.variant(pipe, steps=min(COMPARED_STEPS, pipe.steps), progress=None)
+    short = pipe.with_recipe(steps=min(COMPARED_STEPS, pipe.recipe.steps), encode_steps=None)
+    short.progress = None
     n = len(weights)
     z, mixed = found.z[:, :1].expand(-1, n, -1), torch.stack([1 - weights, weights])
     start = slerp(*found.x_T[:, :1].expand(-1, n, *found.x_T.shape[2:]), weights)
@@ -147,12 +152,12 @@ def compare(pipe: Pipeline, found: Interpolation, weights: Tensor, rounds: int =
         ),
         "one batch, shared trunk": lambda: short.decode_mixture(z, mixed, start),
     }
-    return {"frames": n, "steps": short.steps, **alternate(ways, rounds)}
+    return {"frames": n, "steps": short.recipe.steps, **alternate(ways, rounds)}
 
 
 def _two_passes(pipe: Pipeline, z: Tensor, weight: Tensor, x_T: Tensor) -> Tensor:
     """`Pipeline.decode_mixture` of one frame without sharing: the whole network for each end."""
-    trajectory = pipe.schedule.decoding(pipe.steps, spacing=pipe.spacing)
+    trajectory = pipe.recipe.down(pipe.schedule)
     pipe.plan.prepare(step.t for step in trajectory)
     field_a, field_b = pipe.plan.field(z[0]), pipe.plan.field(z[1])
     weight = weight.to(pipe.device)
@@ -162,6 +167,103 @@ def _two_passes(pipe: Pipeline, z: Tensor, weight: Tensor, x_T: Tensor) -> Tenso
         _, gradient_b = field_b(x, t, use_gradient)
         return eps, None if gradient_a is None else (1 - weight) * gradient_a + weight * gradient_b
 
-    start, companion = (x_T[:, 0], x_T[:, 1]) if x_T.ndim == 5 else (x_T, None)
-    start = start.to(pipe.device)
-    return solvers.decode(field, start, trajectory, pipe.solver, companion=companion).cpu()
+    return pipe.recipe.method.decode(field, x_T.to(pipe.device), trajectory).cpu()
+
+
+# -- the command ---------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = cli.parser("interpolate", "Images between images: z and x_T interpolated, or the two G mixed at every step.")
+    common.add_options(p, out="interpolation")
+    add = p.add_argument
+    add(
+        "--pair",
+        nargs=2,
+        action="append",
+        metavar=("A", "B"),
+        help="names or numbers of two images of the input; may be repeated (default: the first ones two by two)",
+    )
+    add("--points", type=int, default=9, help="frames from A to B, both ends included")
+    add("--kinds", nargs="+", choices=INTERPOLATIONS, default=list(INTERPOLATIONS), help="what is interpolated")
+    add("--animate", metavar="FORMAT", help="also write films: gif, or mp4 where imageio and ffmpeg are installed")
+    add("--compare", action="store_true", help="time the shared trunk of trajectories against one-by-one calls")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    if args.points < 2:
+        raise UserError(f"--points must be at least 2, not {args.points}")
+    if args.animate:
+        animation.check_format(args.animate)
+    kinds = list(dict.fromkeys(args.kinds))
+    run = common.open_run(args)
+    pairs = find_pairs(run.dataset.names, args.pair)
+    weights = torch.linspace(0, 1, args.points)
+    make_folder(run.out)
+    ends, down = len({i for pair in pairs for i in pair}), common.evaluations(run.pipe, "random")
+    total = ends * common.evaluations(run.pipe, "inferred")
+    total += len(pairs) * args.points * len(kinds) * down
+    cost = Cost()
+    with common.progress(run.pipe, total, "interpolate", args.quiet), cost.of(run.pipe):
+        found = interpolate(run.pipe, run.dataset, pairs, weights, kinds)
+    frames = len(pairs) * args.points * len(kinds)
+    values: dict[str, Any] = {"compare": compare(run.pipe, found, weights)} if args.compare else {}
+    report = common.report(
+        run,
+        points=args.points,
+        pairs=[[run.dataset.names[i] for i in pair] for pair in pairs],
+        rows=measure(found, weights),
+        frames=frames,
+        **cost.report(frames),
+        **values,
+    )
+    _write(run.out, found, args.animate)
+    cli.write_json(run.out / "metrics.json", report)
+    films = [f"*.{args.animate}"] if args.animate else []
+    common.say(run, _summary(report), ["grid.png", "images", *films, "metrics.json"])
+
+
+def _write(out: Path, found: Interpolation, animate: str | None) -> None:
+    rows, labels = [], []
+    for pair in range(found.ends.shape[1]):
+        first, second = found.ends[:, pair]
+        for kind, frames in found.frames.items():
+            rows.append(torch.cat([first[None], frames[pair], second[None]]))
+            labels.append(f"{pair + 1}: {kind}")
+            names = [f"{pair + 1:03d}-{kind}/{k:03d}" for k in range(len(frames[pair]))]
+            save_images(frames[pair], out / "images", names)
+    save_grid(rows, out / "grid.png", labels)
+    if animate:
+        for kind, frames in found.frames.items():
+            animation.write(out / f"{kind}.{animate}", frames)
+
+
+def _summary(report: dict[str, Any]) -> list[str]:
+    cell = common.cell
+    lines = [
+        [
+            f"{row['pair'] + 1}: {' - '.join(report['pairs'][row['pair']])}",
+            row["kind"],
+            cell(row["length"], ".3f"),
+            cell(row["largest_step"], ".3f"),
+            cell(row["ends_differ"], ".1e"),
+            cell(row["ends_mse"], ".2e"),
+        ]
+        for row in report["rows"]
+    ]
+    header = ["pair", "kind", "length", "largest step", "ends differ", "MSE of ends"]
+    text = [
+        cli.table(header, lines, left=2),
+        "length and largest step: 1 is a straight, even path from end to end (pixels); ends differ: from the "
+        "reconstructions",
+        f"{report['frames']} frames, {report['network_evaluations_per_image']['trunk']:.1f} passes of the trunk a "
+        f"frame, {common.where(report)}",
+    ]
+    if "compare" in report:
+        compared = report["compare"]
+        text.append(f"trajectories, {compared['frames']} frames, {compared['rounds']} alternating rounds of "
+                    f"{compared['steps']} steps, largest difference {compared['largest_difference']:.0e}:")  # fmt: skip
+        text += timing.lines(compared)
+    return text

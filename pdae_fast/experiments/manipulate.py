@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import csv
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .. import metrics
-from ..data import open_dataset
-from ..data.attributes import read_attributes
-from ..data.bundled import PREFIX, bundled_path
+from .. import cli
+from ..data import none_read, save_grid, save_images, stream
 from ..errors import UserError
+from ..files import make_folder
 from ..pipeline import Pipeline
-from . import common
+from . import common, timing
+from .common import Cost
 from .timing import ROUNDS, alternate
+from .true_edits import CHANGED, Edit, Truth, against_truth, find_edits, load_pairs, pairs_folder
 
 SCALES = (-0.3, -0.15, 0.15, 0.3)
-CHANGED = 8 / 255  # on [0, 1]: smaller differences of a pixel are not seen
 # Shown when nothing was asked for, as far as a classifier has them (CelebA's and the avatars' names).
 FAVOURITES = ("smiling", "eyeglasses", "beard", "male", "young", "blond_hair", "dark_skin", "hat")
 DEFAULT_ATTRIBUTES = 4
@@ -47,9 +46,7 @@ class Manipulation:
     edited_logits: Tensor
 
 
-def manipulate(
-    pipe: Pipeline, x0: Tensor, attributes: Sequence[str], scales: Sequence[float], encode_steps: int | None = None
-) -> Manipulation:
+def manipulate(pipe: Pipeline, x0: Tensor, attributes: Sequence[str], scales: Sequence[float]) -> Manipulation:
     """Every image of x0 [B, C, H, W] with every attribute moved by every scale, decoded from its inferred x_T.
 
     x_T is inferred once an image, and everything is decoded in one batched run. The trunk is not shared: the edits of
@@ -58,11 +55,9 @@ def manipulate(
     for name in attributes:
         pipe.direction(name)  # a mistake shows before the work
     z = pipe.encode(x0)
-    x_T = pipe.invert(x0, z, encode_steps)
+    x_T = pipe.invert(x0, z)
     codes = torch.cat([z, *(pipe.edit(z, name, scale) for name in attributes for scale in scales)])
-    x = pipe.decode(codes, x_T.repeat(len(codes) // len(z), *[1] * (x_T.ndim - 1)))
-    if not bool(torch.isfinite(x).all()):
-        raise UserError("the edited images hold NaN or infinite values; try --dtype float32")
+    x = common.check_finite(common.decode_edits(pipe, codes, x_T), "the edited images hold")
     logits = pipe.logits(pipe.encode(x))
     B, shape = len(z), (len(attributes), len(scales), len(z))
     return Manipulation(x0, x[:B], x[B:].unflatten(0, shape), logits[:B], logits[B:].unflatten(0, shape))
@@ -146,7 +141,8 @@ def compare(
 ) -> dict[str, Any]:
     """Time all edits of x0 in one run against one call of `Pipeline.manipulate` for each (see `alternate`), with
     COMPARED_STEPS steps up and down, encoding and inference of x_T included."""
-    short = common.variant(pipe, steps=min(COMPARED_STEPS, pipe.steps), progress=None)
+    short = pipe.with_recipe(steps=min(COMPARED_STEPS, pipe.recipe.steps), encode_steps=None)
+    short.progress = None
     ways = {
         "one by one": lambda: torch.cat(
             [
@@ -158,158 +154,176 @@ def compare(
         ),
         "one run": lambda: _edited(short, x0, attributes, scales),
     }
-    return {"edits": len(attributes) * len(scales) * len(x0), "steps": short.steps, **alternate(ways, rounds)}
+    return {"edits": len(attributes) * len(scales) * len(x0), "steps": short.recipe.steps, **alternate(ways, rounds)}
 
 
 def _edited(pipe: Pipeline, x0: Tensor, attributes: Sequence[str], scales: Sequence[float]) -> Tensor:
     z = pipe.encode(x0)
     x_T = pipe.invert(x0, z)
     codes = torch.cat([pipe.edit(z, name, scale) for name in attributes for scale in scales])
-    return pipe.decode(codes, x_T.repeat(len(codes) // len(z), *[1] * (x_T.ndim - 1)))
+    return common.decode_edits(pipe, codes, x_T)
 
 
-# -- pairs with the true edit --------------------------------------------------------------------------------------
+# -- the command ---------------------------------------------------------------------------------------------------
+
+DEFAULT_IMAGES = 6
+DEFAULT_PAIRS = 32
+SHOWN_IMAGES = SHOWN_PAIRS = 10
 
 
-class Edit(NamedTuple):
-    """A pair of images that differ in one attribute of the classifier: names, and +1 when the second has it."""
-
-    first: str
-    second: str
-    attribute: str
-    sign: int
-
-
-def pairs_folder(given: str | None, spec: Sequence[str]) -> Path | None:
-    """The folder of pairs that was asked for ("none": none), else the one inside the folder of avatars ``spec``."""
-    if given == "none":
-        return None
-    folder = _path(given) if given else (_path(spec[0]) / "pairs" if len(spec) == 1 else None)
-    if folder is None or not (folder / "pairs.csv").is_file():
-        if given:
-            raise UserError(
-                f"--pairs {given}: no pairs.csv in it; expected the pairs of a folder of avatars, or 'none'"
-            )
-        return None
-    return folder
+def _parser() -> argparse.ArgumentParser:
+    p = cli.parser("manipulate", "Move attributes of images along the classifier's directions; the rest keeps its x_T.")
+    common.add_options(p, out="manipulation")
+    add = p.add_argument
+    add("--attribute", nargs="+", metavar="NAME", help="attributes of the classifier (default: a few of them)")
+    add("--scales", nargs="+", type=float, default=list(SCALES), help="how far, in sqrt(latent_dim) units of z")
+    add("--pairs", metavar="DIR", help="pairs with the true edit (default: those of the avatars in --input), or 'none'")
+    add("--pair-limit", type=int, default=DEFAULT_PAIRS, help="use only so many pairs")
+    add("--compare", action="store_true", help="time the batched run against one call for every edit")
+    return p
 
 
-def _path(word: str) -> Path:
-    if not word.startswith(PREFIX):
-        return Path(word)
-    name, _, below = word.removeprefix(PREFIX).partition("/")
-    return Path(bundled_path(name)) / below
+def main(argv: list[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    scales = sorted(dict.fromkeys(scale for scale in args.scales if scale))
+    if not scales:
+        raise UserError("--scales needs a number other than 0, which changes nothing")
+    if args.pair_limit < 1:
+        raise UserError(f"--pair-limit must be at least 1, not {args.pair_limit}")
+    run = common.open_run(args, default_limit=DEFAULT_IMAGES)
+    pipe, names = run.pipe, list(run.model.config.attributes)
+    attributes = list(dict.fromkeys(args.attribute or default_attributes(names)))
+    for name in attributes or [""]:  # without a classifier there is none: this says so
+        pipe.direction(name)
+    edits, ends = _pairs(run, names)
+    sizes = sorted({abs(scale) for scale in scales})
+    make_folder(run.out)
+    up = pipe.recipe.evaluations_up(pipe.schedule)
+    down = common.evaluations(pipe, "random")
+    each = len(attributes) * len(scales)
+    total = len(run.dataset) * (up + down + each * down) + len(edits) * (up + (2 + len(sizes)) * down)
+    cost, truth, shown = Cost(), None, None
+    parts: list[tuple[int, list[dict]]] = []
+    broken: list[tuple[str, str]] = []
+    with common.progress(pipe, total, "manipulate", args.quiet):
+        for batch in stream(run.dataset, pipe.batch_size, args.on_error, broken):
+            with cost.of(pipe):
+                found = manipulate(pipe, batch.images, attributes, scales)
+            _save(run.out / "images", found, batch.names, attributes, scales)
+            parts.append((len(batch.images), measure(pipe, found, attributes, scales)))
+            shown = shown or found
+        if shown is None:
+            raise none_read(broken)
+        if edits:
+            truth = against_truth(pipe, *ends, edits, sizes)
+    images, rows = sum(count for count, _ in parts), average(parts)
+    values: dict[str, Any] = {}
+    if args.compare:
+        values["compare"] = compare(pipe, shown.images[:2], attributes, scales)
+    if truth:
+        values["pairs"] = {"count": len(edits), "rows": truth.rows, "per_pair": truth.per_pair}
+    report = common.report(
+        run,
+        broken,
+        images=images,
+        attributes=attributes,
+        scales=scales,
+        rows=rows,
+        stands_out=stands_out(rows),
+        **cost.report(images * each),
+        **values,
+    )
+    _grid(run.out / "grid.png", shown, attributes, scales)
+    if truth:
+        _write_pairs(run.out / "pairs.png", truth, edits)
+    cli.write_json(run.out / "metrics.json", report)
+    pictures = ["grid.png", "pairs.png"] if truth else ["grid.png"]
+    common.say(run, _summary(report), [*pictures, "images", "metrics.json"], broken)
 
 
-def find_edits(folder: Path, names: Sequence[str]) -> list[Edit]:
-    """The pairs of ``folder`` whose images differ in exactly one of the attributes ``names``."""
-    table = read_attributes(folder / "attributes.csv")
-    known = [name for name in names if name in table.columns]
-    if not known:
-        raise UserError(
-            f"{folder}: its attributes ({', '.join(table.columns)}) are none of the classifier's ({', '.join(names)})"
-        )
-    values = table.values[:, [table.columns.index(name) for name in known]].astype(int)
-    row = {image: values[i] for i, image in enumerate(table.images)}
-    edits = []
+def _pairs(run: common.Run, names: list[str]) -> tuple[list[Edit], tuple]:
+    folder = pairs_folder(run.args.pairs, run.spec)
+    if folder is None:
+        return [], ()
     try:
-        with open(folder / "pairs.csv", encoding="utf-8", newline="") as file:
-            for line in csv.DictReader(file):
-                first, second = (Path(line[key]).stem for key in ("first", "second"))
-                change = row[second] - row[first]
-                (places,) = np.nonzero(change)
-                if len(places) == 1:
-                    edits.append(Edit(first, second, known[places[0]], int(change[places[0]])))
-    except (OSError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'pairs.csv'} cannot be used: {error!r}") from None
-    if not edits:
-        raise UserError(f"{folder}: no pair differs in exactly one of {', '.join(known)}")
-    return edits
+        edits = find_edits(folder, names)[: run.args.pair_limit]
+    except UserError:
+        if run.args.pairs:
+            raise
+        return [], ()  # nobody asked for them, and this classifier knows other attributes
+    return edits, load_pairs(folder, edits, run.model.image_shape)
 
 
-def load_pairs(folder: Path, edits: Sequence[Edit], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The first and the second images [B, C, H, W] of ``edits``."""
-    channels, size, _ = shape
-    dataset = open_dataset([folder / "images"], size, channels)
-    place = {name: i for i, name in enumerate(dataset.names)}
-    missing = [name for edit in edits for name in edit[:2] if name not in place]
-    if missing:
-        raise UserError(f"{folder}: no image {missing[0]} in its folder images")
-    first, second = (common.load(dataset, [place[edit[side]] for edit in edits]).images for side in (0, 1))
-    return first, second
+def _save(folder: Path, found: Manipulation, names: list[str], attributes: list[str], scales: list[float]) -> None:
+    for a, attribute in enumerate(attributes):
+        below = attribute.replace("/", "-").replace("..", "-")
+        for s, scale in enumerate(scales):
+            save_images(found.edited[a, s], folder / below, [f"{name}_{scale:+g}" for name in names])
 
 
-@dataclass
-class Truth:
-    """``images``: first, second, reconstruction of the first, its edits [S, B, ...] by scale, and "swapped": the second
-    image's z with the first one's x_T. ``rows``: one for each of those, ``per_pair``: one for each pair."""
-
-    images: dict[str, Tensor]
-    rows: list[dict[str, Any]]
-    per_pair: list[dict[str, Any]]
+def _grid(path: Path, found: Manipulation, attributes: list[str], scales: list[float]) -> None:
+    rows, labels = [found.images, found.reconstructions], ["input", "reconstruction"]
+    for a, attribute in enumerate(attributes):
+        rows += list(found.edited[a])
+        labels += [f"{attribute} {scale:+g}" for scale in scales]
+    save_grid([row[:SHOWN_IMAGES] for row in rows], path, labels)
 
 
-def against_truth(
-    pipe: Pipeline,
-    first: Tensor,
-    second: Tensor,
-    edits: Sequence[Edit],
-    scales: Sequence[float],
-    encode_steps: int | None = None,
-) -> Truth:
-    """Edit the first image of each pair toward the second, by each of ``scales`` (positive), and compare with it.
+def _write_pairs(path: Path, truth: Truth, edits: list[Edit]) -> None:
+    """Both images of some pairs of different attributes, and what was made of the first."""
+    chosen: list[int] = []
+    for _, i in sorted((sum(e.attribute == edits[j].attribute for j in range(i)), i) for i, e in enumerate(edits)):
+        if len(chosen) < SHOWN_PAIRS:
+            chosen.append(i)
+    images = truth.images
+    rows = [images["first"], images["reconstruction"], *images["edited"], images["swapped"], images["second"]]
+    labels = ["first", *(row["name"] for row in truth.rows), "true edit"]
+    save_grid([row[chosen] for row in rows], path, labels)
 
-    The region that truly changes is where the two differ by more than CHANGED in any channel; MSE inside and outside
-    it is that of its pixels alone, on [0, 1]. Rows: "no edit" (the reconstruction), one for each scale, and "z of the
-    true image": what an edit of z that found the right one would give, with x_T of the first image.
-    """
-    z = pipe.encode(torch.cat([first, second]))
-    z, z_second = z[: len(first)], z[len(first) :]
-    x_T = pipe.invert(first, z, encode_steps)
-    moved = [
-        torch.cat([pipe.edit(z[i : i + 1], edit.attribute, edit.sign * scale) for i, edit in enumerate(edits)])
-        for scale in scales
+
+def _summary(report: dict[str, Any]) -> list[str]:
+    def cell(value: float | None, form: str = "+.2f") -> str:
+        return common.cell(value, form)
+
+    lines = [
+        [
+            f"{row['attribute']} {row['scale']:+g}",
+            f"{cell(row['target'])} ({cell(row['target_asked'])})",
+            f"{cell(row['others'], '.2f')} ({cell(row['others_asked'], '.2f')})",
+            cell(row["target_probability"]),
+            cell(row["others_probability"], ".2f"),
+            f"{row['positive_before']:.2f} > {row['positive']:.2f}",
+            f"{100 * row['changed_pixels']:.0f}%",
+        ]
+        for row in report["rows"]
     ]
-    codes = torch.cat([z, *moved, z_second])
-    x = pipe.decode(codes, x_T.repeat(len(codes) // len(z), *[1] * (x_T.ndim - 1))).unflatten(0, (-1, len(z)))
-    names = ["no edit", *(f"scale {scale:g}" for scale in scales), "z of the true image"]
-    region = changed_region(first, second)
-    found = {name: compare_with(image, second, region) for name, image in zip(names, x, strict=True)}
-    rows = [
-        {"name": name, "scale": scale, **{key: float(v.nanmean()) for key, v in values.items()}}
-        for (name, values), scale in zip(found.items(), [0.0, *scales, None], strict=True)
+    header = ["edit", "target (asked)", "others (asked)", "target p", "others p", "positive", "pixels"]
+    text = [
+        cli.table(header, lines),
+        "change of the classifier's logit and probability p after decoding and encoding again, mean over images; "
+        "others: mean absolute change of all other attributes; asked: what the edit of z says; pixels that changed",
+        "the target moves as asked and by more than the others: "
+        + ", ".join(f"{name} in {k} of {n} rows" for name, (k, n) in report["stands_out"].items() if n),
     ]
-    for row in rows:
-        better = found[row["name"]]["mse_inside"] < found["no edit"]["mse_inside"]
-        row["closer_inside"] = float(better.double().mean())
-    per_pair = [
-        {
-            **edit._asdict(),
-            "region": float(region[i].float().mean()),
-            **{name: {key: float(v[i]) for key, v in values.items()} for name, values in found.items()},
-        }
-        for i, edit in enumerate(edits)
-    ]
-    images = {"first": first, "second": second, "reconstruction": x[0], "edited": x[1:-1], "swapped": x[-1]}
-    return Truth(images, rows, per_pair)
-
-
-def changed_region(first: Tensor, second: Tensor) -> Tensor:
-    """bool [B, H, W]: where two images [B, C, H, W] differ by more than CHANGED in any channel."""
-    return ((first - second).abs() / 2).amax(dim=1) > CHANGED
-
-
-def compare_with(x: Tensor, truth: Tensor, region: Tensor) -> dict[str, Tensor]:
-    """ssim, mse, mse_inside and mse_outside ``region`` [B, H, W], float64 [B] each; NaN where a part has no pixels."""
-    error = ((x.double() - truth.double()) / 2).square().mean(dim=1)
-    inside = region.double()
-
-    def mean(weight: Tensor) -> Tensor:
-        return (error * weight).sum(dim=(1, 2)) / weight.sum(dim=(1, 2))
-
-    return {
-        "ssim": metrics.ssim(x, truth),
-        "mse": metrics.mse(x, truth),
-        "mse_inside": mean(inside),
-        "mse_outside": mean(1 - inside),
-    }
+    if "pairs" in report:
+        rows = [
+            [
+                row["name"],
+                f"{row['ssim']:.4f}",
+                f"{row['mse']:.2e}",
+                f"{row['mse_inside']:.2e}",
+                f"{row['mse_outside']:.2e}",
+                f"{100 * row['closer_inside']:.0f}%",
+            ]
+            for row in report["pairs"]["rows"]
+        ]
+        header = ["against the true edit", "SSIM", "MSE", "MSE inside", "MSE outside", "closer inside"]
+        text += [cli.table(header, rows), f"{report['pairs']['count']} pairs that differ in one attribute; inside and "
+                 "outside the region that truly changes; closer: than no edit"]  # fmt: skip
+    if "compare" in report:
+        compared = report["compare"]
+        text.append(f"{compared['edits']} edits, {compared['rounds']} alternating rounds of {compared['steps']} steps "
+                    f"up and down, largest difference {compared['largest_difference']:.0e}:")  # fmt: skip
+        text += timing.lines(compared)
+    passes = f"{report['network_evaluations_per_image']['trunk']:.1f} passes of the trunk an edit"
+    return [*text, f"{report['images']} images, {passes}, {common.where(report)}"]

@@ -1,91 +1,77 @@
-"""The settings that `pdae_fast.pareto` compares, as data."""
+"""The candidates that `pdae_fast.pareto` compares, as data."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ..engine import Reuse
 from ..errors import UserError
-from ..pipeline import PRESETS, Pipeline
-from .common import evaluations, variant
+from ..pipeline import Pipeline
+from ..samplers import RECIPES, Recipe
+from .common import Case, evaluations
 
 SETS = ("quick", "standard", "full")
 FAMILIES = ("published", "spacing", "solved", "solver", "reversible", "reuse", "preset")
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One way to decode, and to infer x_T where ``modes`` has "inferred"; ``family`` is its colour in the plot."""
+class Candidate:
+    """A recipe under a name, and what is decoded by it; ``family`` is its colour in the plot."""
 
     name: str
     family: str
-    steps: int
-    encode_steps: int | None = None
-    spacing: str = "uniform"
-    iterations: int = 0
-    solver: str = "ddim"
-    reuse: str = "none"
+    recipe: Recipe
     modes: tuple[str, ...] = ("inferred", "random")
 
     def pipeline(self, pipe: Pipeline) -> Pipeline:
-        """``pipe`` with this setting; the weights are shared, the counters of evaluations are not."""
-        plan = pipe.plan.reusing(Reuse.parse(self.reuse))
-        return variant(
-            pipe,
-            plan=plan,
-            reuse=plan.reuse,
-            steps=self.steps,
-            spacing=self.spacing,
-            iterations=self.iterations,
-            solver=self.solver,
-        )
+        return Case(self.modes[0], self.recipe).pipeline(pipe)
 
     def evaluations(self, pipe: Pipeline, mode: str) -> int:
         """Evaluations of the field for one image, of which ``reuse`` may compute only a part."""
-        return evaluations(self.pipeline(pipe), mode, self.encode_steps)
+        return evaluations(self.pipeline(pipe), mode)
 
     def values(self) -> dict[str, Any]:
-        """The fields that decide the result."""
-        values = dataclasses.asdict(self)
-        del values["modes"]
+        """What decides the result; the kind of noise is the whole run's."""
+        values = {"name": self.name, "family": self.family, **self.recipe.describe()}
+        del values["noise"]
         return values
 
 
-def _published(steps: int, encode_steps: int | None = None) -> Setting:
-    up = steps if encode_steps is None else encode_steps
+def _published(steps: int, encode_steps: int | None = None) -> Candidate:
+    recipe = Recipe(steps, encode_steps, iterations=0)
     modes = ("inferred", "random") if encode_steps is None else ("inferred",)
-    return Setting(f"published {up}+{steps}", "published", steps, encode_steps, modes=modes)
+    return Candidate(f"published {recipe.steps_up}+{steps}", "published", recipe, modes)
 
 
-def _spaced(spacing: str, steps: int) -> Setting:
-    return Setting(f"{spacing} {steps}+{steps}", "spacing", steps, spacing=spacing)
+def _spaced(spacing: str, steps: int) -> Candidate:
+    return Candidate(f"{spacing} {steps}+{steps}", "spacing", Recipe(steps, spacing=spacing, iterations=0))
 
 
-def _solved(steps: int, iterations: int, spacing: str = "quadratic") -> Setting:
-    name = f"solved {spacing} {steps}x{iterations}"
-    return Setting(name, "solved", steps, spacing=spacing, iterations=iterations, modes=("inferred",))
+def _solved(steps: int, iterations: int, spacing: str = "quadratic") -> Candidate:
+    recipe = Recipe(steps, spacing=spacing, iterations=iterations)
+    return Candidate(f"solved {spacing} {steps}x{iterations}", "solved", recipe, ("inferred",))
 
 
-def _solver(solver: str, steps: int, spacing: str) -> Setting:
-    return Setting(f"{solver} {spacing} {steps}", "solver", steps, spacing=spacing, solver=solver, modes=("random",))
+def _solver(solver: str, steps: int, spacing: str) -> Candidate:
+    recipe = Recipe(steps, spacing=spacing, solver=solver)
+    return Candidate(f"{solver} {spacing} {steps}", "solver", recipe, ("random",))
 
 
-def _reversible(steps: int, spacing: str) -> Setting:
-    return Setting(f"belm {spacing} {steps}+{steps}", "reversible", steps, spacing=spacing, solver="belm")
+def _reversible(steps: int, spacing: str) -> Candidate:
+    return Candidate(f"belm {spacing} {steps}+{steps}", "reversible", Recipe(steps, spacing=spacing, solver="belm"))
 
 
-def _reused(spec: str, steps: int, iterations: int = 0, spacing: str = "uniform") -> Setting:
+def _drawing(steps: int, **fields: Any) -> Candidate:
+    recipe = Recipe(steps, **fields)
+    name = f"eta {recipe.eta:g} uniform {steps}" if recipe.eta else f"{recipe.solver} uniform {steps}"
+    return Candidate(name, "solver", recipe, ("random",))
+
+
+def _reused(spec: str, steps: int, iterations: int = 0, spacing: str = "uniform") -> Candidate:
     how = f"{spacing} {steps}x{iterations}" if iterations else f"{spacing} {steps}+{steps}"
-    modes = ("inferred",) if iterations else ("inferred", "random")
-    return Setting(f"{spec} {how}", "reuse", steps, spacing=spacing, iterations=iterations, reuse=spec, modes=modes)
-
-
-def _preset(name: str) -> Setting:
-    values = {"modes": ("inferred",), **PRESETS[name]}
-    return Setting(name, "preset", **values)
+    recipe = Recipe(steps, spacing=spacing, iterations=iterations, reuse=spec)
+    return Candidate(f"{spec} {how}", "reuse", recipe, ("inferred",) if iterations else ("inferred", "random"))
 
 
 PUBLISHED = {
@@ -108,6 +94,8 @@ SOLVED = {
 }
 SOLVERS = {"quick": (10, 20), "standard": (5, 8, 10, 13, 16, 20, 25, 32), "full": (50, 100)}
 REVERSIBLE = {"quick": (20,), "standard": (5, 8, 10, 13, 16, 20, 32), "full": (50, 100)}
+DRAWING = ({"solver": "ddpm"}, {"eta": 1.0})
+DRAWING_STEPS = {"quick": (), "standard": (20, 100), "full": (1000,)}
 SPACED = {"quick": (), "standard": (10, 20), "full": (5, 50, 100)}
 
 
@@ -145,11 +133,11 @@ LEFT_OUT = {
 }
 
 
-def settings(which: str = "standard") -> list[Setting]:
+def candidates(which: str = "standard") -> list[Candidate]:
     """The table: "quick" is in "standard", and that in "full". UserError for another name."""
     if which not in SETS:
         raise UserError(f"set {which!r} is not known; expected {', '.join(SETS)}")
-    chosen: dict[str, Setting] = {}
+    chosen: dict[str, Candidate] = {}
     for level in SETS[: SETS.index(which) + 1]:
         found = [_published(steps) for steps in PUBLISHED[level]]
         if level == "standard":
@@ -166,22 +154,25 @@ def settings(which: str = "standard") -> list[Setting]:
             for spacing in (("quadratic",) if level == "quick" else ("uniform", "quadratic"))
             for steps in REVERSIBLE[level]
         ]
+        found += [_drawing(steps, **fields) for fields in DRAWING for steps in DRAWING_STEPS[level]]
         found += [_reused(spec, steps) for spec in KEPT[level] for steps in KEPT_STEPS[level]]
         found += [_reused(spec, steps, n, "quadratic") for spec, steps, n in LEFT_OUT[level]]
         if level == "quick":
-            found += [_preset(name) for name in PRESETS if name != "published"]
-        chosen.update((setting.name, setting) for setting in found)
+            found.append(Candidate("default", "preset", Recipe(), ("inferred",)))
+            named = {name: recipe for name, recipe in RECIPES.items() if name != "published"}
+            found += [Candidate(name, "preset", recipe, ("inferred",)) for name, recipe in named.items()]
+        chosen.update((candidate.name, candidate) for candidate in found)
     return list(chosen.values())
 
 
-def select(table: list[Setting], pattern: str | None) -> list[Setting]:
+def select(table: list[Candidate], pattern: str | None) -> list[Candidate]:
     """Those whose name or family fits ``pattern`` (a shell pattern, or a part of the name); UserError for none."""
     if pattern is None:
         return table
     found = [s for s in table if s.family == pattern or fnmatchcase(s.name, pattern) or pattern in s.name]
     if not found:
         raise UserError(
-            f"--only {pattern!r} fits no setting of this set; expected a family ({', '.join(FAMILIES)}) or a part of "
+            f"--only {pattern!r} fits no candidate of this set; expected a family ({', '.join(FAMILIES)}) or a part of "
             f"a name, such as {table[0].name!r}"
         )
     return found

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..data.latents import encode_dataset, split
 from ..errors import UserError
-from ..training.labels import split
-from ..training.latents import encode_dataset
 from . import common
 from .targets import Targets, find_targets
 
@@ -20,7 +19,7 @@ FEWEST = 8  # labelled images
 Check = Callable[[Targets], object]
 
 
-class Part(NamedTuple):
+class Side(NamedTuple):
     """The labelled images of one side: K names, z [K, D], images [K, C, H, W], and the targets of the same K rows."""
 
     names: list[str]
@@ -31,7 +30,7 @@ class Part(NamedTuple):
 
 def find_parts(
     run: common.Run, cache: Path, holdout: float, test: Sequence[str] = (), check: Check | None = None
-) -> tuple[Part, Part, str]:
+) -> tuple[Side, Side, str]:
     """Training and test images of ``run``, and how they were divided, in words: ``test`` (data as --input names it) is
     tested on, else the data set's own test files, else ``holdout`` of the images, drawn by the seed. z comes from
     ``cache`` (see `encode_dataset`).
@@ -80,7 +79,7 @@ def _targets(args: argparse.Namespace, dataset: Any, spec: Sequence[str]) -> Tar
     return targets
 
 
-def _part(run: common.Run, dataset: Any, targets: Targets, cache: Path) -> Part:
+def _part(run: common.Run, dataset: Any, targets: Targets, cache: Path) -> Side:
     latents = encode_dataset(run.pipe, dataset, cache, on_error=run.args.on_error, quiet=run.args.quiet)
     # Broken images have no latents, and images without a row have no labels: what is left has both.
     place = {name: i for i, name in enumerate(latents.names)}
@@ -89,9 +88,9 @@ def _part(run: common.Run, dataset: Any, targets: Targets, cache: Path) -> Part:
     z = latents.z.numpy()[[place[dataset.names[i]] for i in indices]]
     images = common.load(dataset, indices).images.numpy()
     targets = targets._replace(values=targets.values[rows], indices=np.arange(len(rows)))
-    return Part([dataset.names[i] for i in indices], z, images, targets)
+    return Side([dataset.names[i] for i in indices], z, images, targets)
 
 
-def _rows(part: Part, rows: np.ndarray) -> Part:
+def _rows(part: Side, rows: np.ndarray) -> Side:
     targets = part.targets._replace(values=part.targets.values[rows], indices=np.arange(len(rows)))
-    return Part([part.names[i] for i in rows], part.z[rows], part.images[rows], targets)
+    return Side([part.names[i] for i in rows], part.z[rows], part.images[rows], targets)

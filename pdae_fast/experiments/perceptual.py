@@ -33,7 +33,7 @@ def lpips(device: torch.device, alexnet: str | Path | None = None) -> Metric:
     try:
         import lpips as package
     except Exception as error:  # torchvision built for another torch fails with more than ImportError
-        raise NotAvailable(f"the package lpips cannot be imported ({_line(error)}); see docs/experiments.md") from None
+        raise NotAvailable(f"the package lpips cannot be imported ({_line(error)}); see docs/evaluate.md") from None
     if alexnet is None:
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         found = [folder / name for name in ALEXNET_FILES if (folder / name).is_file()]
@@ -59,7 +59,7 @@ def st_lpips(device: torch.device) -> Metric:
         from stlpips_pytorch import stlpips
     except Exception as error:
         raise NotAvailable(
-            f"the package stlpips_pytorch cannot be imported ({_line(error)}); see docs/experiments.md"
+            f"the package stlpips_pytorch cannot be imported ({_line(error)}); see docs/evaluate.md"
         ) from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

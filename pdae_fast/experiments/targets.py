@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..data import FASHION_CLASSES
+from ..data.attributes import class_names, file_labels
 from ..data.avatars import is_avatars
 from ..data.bundled import PREFIX, bundled_path
 from ..errors import UserError
-from ..training.labels import file_labels
 
 
 class Targets(NamedTuple):
@@ -66,12 +65,3 @@ def find_targets(args: argparse.Namespace, spec: Sequence[str], dataset: Any) ->
         )
     found = file_labels(dataset.names, table, args.columns)
     return Targets("attributes", found.columns, found.values.numpy(), np.asarray(found.indices, dtype=np.int64))
-
-
-def class_names(spec: Sequence[str], count: int) -> list[str]:
-    """Names of the classes: Fashion-MNIST's where the data says that it is that, else numbers."""
-    word = os.path.basename(os.path.abspath(spec[0])) if spec else ""
-    named = word.startswith("fashion") or (spec and spec[0].startswith(("fashion-mnist", f"{PREFIX}fashion")))
-    if named and count <= len(FASHION_CLASSES):
-        return list(FASHION_CLASSES)
-    return [str(number) for number in range(count)]

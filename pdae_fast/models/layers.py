@@ -70,15 +70,23 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor, emb_z: Tensor | None = None) -> Tensor:
         """x [B, C, H, W], emb and emb_z [B, time_channel] -> [B, out_channels, H', W']."""
-        norm, act, conv = self.in_layers
-        h = conv(self._resample(act(norm(x))))
-        x = self._resample(x)
+        h = self.in_layers[2](self._resample(self._norm_in(x)))
+        h = self._norm_out(h, emb, emb_z)
+        return self.skip_connection(self._resample(x)) + self.out_layers[2:](h)
+
+    def _norm_in(self, x: Tensor) -> Tensor:
+        """SiLU(GN(x))."""
+        norm, act, _ = self.in_layers
+        return act(norm(x))
+
+    def _norm_out(self, h: Tensor, emb: Tensor, emb_z: Tensor | None) -> Tensor:
+        """SiLU of the adaptive norm of h."""
         scale, shift = self.emb_layers(emb)[:, :, None, None].chunk(2, dim=1)
         h = self.out_layers[0](h) * (1 + scale) + shift
         if self.emb_z_layers is not None:
             scale_z, shift_z = self.emb_z_layers(emb_z)[:, :, None, None].chunk(2, dim=1)
             h = (1 + scale_z) * h + shift_z
-        return self.skip_connection(x) + self.out_layers[1:](h)
+        return self.out_layers[1](h)
 
 
 class AttentionBlock(nn.Module):

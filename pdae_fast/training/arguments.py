@@ -8,8 +8,7 @@ import dataclasses
 from .. import cli
 from ..config import LatentConfig, presets
 from .settings import DEFAULTS, TrainSettings
-from .step import HELP as STEP_HELP
-from .step import UNET_ONLY
+from .step import STEP_HELP, UNET_ONLY
 from .target_codes import PCA
 
 ABOUT = {
@@ -59,8 +58,8 @@ def _options(p: argparse.ArgumentParser, task: str) -> None:
         p.add_argument(
             "--architecture",
             default="fashion32",
-            metavar="PRESET|JSON",
-            help=f"{', '.join(presets)}, or a config.json",
+            metavar="NAME|JSON",
+            help=f"of the networks: {', '.join(presets)}, or a config.json",
         )
     if task == "encoder":
         _encoder_options(p)
@@ -69,14 +68,6 @@ def _options(p: argparse.ArgumentParser, task: str) -> None:
             "--start-from",
             metavar="MODEL",
             help="pdae: a trained PDAE whose encoder and G to start from, as when its prior was trained further",
-        )
-        p.add_argument(
-            "--whiten",
-            type=int,
-            default=0,
-            metavar="N",
-            help="pdae: start with codes that are uncorrelated over N images, an exact change of coordinates between "
-            "encoder and G; 0 leaves them, as published",
         )
         p.add_argument(
             "--velocity",

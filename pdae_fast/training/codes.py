@@ -1,21 +1,29 @@
-"""From a trained PDAE and its latents to the two tasks on z: the latent DPM and the attribute classifier."""
+"""From a trained PDAE and its latents to the two tasks on z, the latent DPM and the attribute classifier; and how good
+the classifier is on held-out images."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import cli
 from ..config import LatentConfig
 from ..data import Labels
+from ..data.latents import Latents, LatentSet, split
 from ..errors import UserError
 from ..models import PDAE
 from ..models.latent import LatentMLP
-from .labels import split
-from .latents import Latents, LatentSet
 from .tasks import ClassifierTask, LatentTask
+
+INSTALL = "AUROC needs scikit-learn: pip install 'pdae_fast[experiments]'"
+
+# -- the tasks ---------------------------------------------------------------------------------------------------------
 
 
 def latent_task(
@@ -69,6 +77,18 @@ def classifier_task(
     return ClassifierTask(extended, record), parts[0], parts[1] if len(parts[1]) else parts[0]
 
 
+def class_labels(latents: Latents, class_names: Sequence[str]) -> Labels:
+    """One attribute for each class of the data set, called ``class_names[class]``: one of them is 1 for each image."""
+    indices = [i for i, label in enumerate(latents.labels) if label is not None]
+    if not indices:
+        raise UserError("these images have no classes: give --attributes FILE (CelebA's list or a CSV file)")
+    classes = torch.tensor([latents.labels[i] for i in indices])
+    present = classes.unique().tolist()
+    values = (classes[:, None] == torch.tensor(present)).to(torch.uint8)
+    missing = [name for name, label in zip(latents.names, latents.labels, strict=True) if label is None]
+    return Labels(values, [class_names[c] for c in present], indices, missing, [])
+
+
 def _extend(pdae: PDAE, part: str, module: nn.Module, mean: Tensor, std: Tensor, **changes: object) -> PDAE:
     """``pdae`` with ``module`` as its ``part``, latent statistics, and a configuration that says so (a copy)."""
     config = dataclasses.replace(pdae.config, latent_statistics=True, **changes)
@@ -87,3 +107,67 @@ def _renormalise(classifier: nn.Linear, mean: Tensor, std: Tensor, new_mean: Ten
     mean, std, new_mean, new_std = (v.double() for v in (mean, std, new_mean, new_std))
     classifier.bias.copy_(b + (w / std) @ (new_mean - mean))
     classifier.weight.copy_(w * new_std / std)
+
+
+# -- the classifier, judged --------------------------------------------------------------------------------------------
+
+
+def evaluate(logits: Tensor, labels: Tensor, columns: list[str], exclusive: bool = False) -> dict[str, Any]:
+    """Quality of ``logits`` [K, n] against ``labels`` [K, n] of 0 and 1, for attributes called ``columns``.
+
+    Each attribute: how many of the K are positive, the accuracy at probability one half, the accuracy of always
+    answering with the more frequent value ("majority"), and the area under the ROC curve, None where it is not
+    defined (all K alike) or scikit-learn is missing; "auroc_available" says which. ``exclusive``: exactly one label
+    of each row is 1, and "class_accuracy" is that of the largest logit.
+    """
+    try:
+        from sklearn.metrics import roc_auc_score
+    except ImportError:
+        roc_auc_score = None
+    labels = labels.bool()
+    attributes = {}
+    for i, name in enumerate(columns):
+        truth, positives = labels[:, i], float(labels[:, i].float().mean())
+        defined = roc_auc_score is not None and 0 < positives < 1
+        attributes[name] = {
+            "positives": int(truth.sum()),
+            "accuracy": float(((logits[:, i] > 0) == truth).float().mean()),
+            "majority": max(positives, 1 - positives),
+            "auroc": float(roc_auc_score(truth.numpy(), logits[:, i].double().numpy())) if defined else None,
+        }
+    areas = [values["auroc"] for values in attributes.values() if values["auroc"] is not None]
+    report = {
+        "images": len(labels),
+        "mean_accuracy": fmean(values["accuracy"] for values in attributes.values()),
+        "mean_auroc": fmean(areas) if areas else None,
+        "auroc_available": roc_auc_score is not None,
+        "attributes": attributes,
+    }
+    if exclusive:
+        report["class_accuracy"] = float((logits.argmax(1) == labels.int().argmax(1)).float().mean())
+    return report
+
+
+@torch.inference_mode()
+def logits_of(classifier: nn.Linear, z: Tensor) -> Tensor:
+    """Logits float32 [K, n] of normalised z [K, D], on the CPU."""
+    return classifier.cpu()(z.float())
+
+
+def summary(report: dict[str, Any]) -> str:
+    """``report`` of `evaluate` as a table, and a line for what is missing from it."""
+
+    def area(value: float | None) -> str:
+        return "-" if value is None else f"{value:.4f}"
+
+    rows = [
+        [name, str(v["positives"]), f"{v['majority']:.4f}", f"{v['accuracy']:.4f}", area(v["auroc"])]
+        for name, v in report["attributes"].items()
+    ]
+    rows.append(["mean", "", "", f"{report['mean_accuracy']:.4f}", area(report["mean_auroc"])])
+    lines = [cli.table(["attribute", "positives", "majority", "accuracy", "AUROC"], rows)]
+    if "class_accuracy" in report:
+        lines.append(f"class of the largest logit: accuracy {report['class_accuracy']:.4f}")
+    if not report["auroc_available"]:
+        lines.append(INSTALL)
+    return "\n".join(lines)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import UserError
-from ..experiments.plots import COLOURS, chart
 from ..files import make_folder
+from ..plots import COLOURS, chart
 
 
 def read_log(run: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:

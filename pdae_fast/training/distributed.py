@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from ..errors import UserError
-from ..experiments.shards import Group
+from ..processes import Group
 from .tasks import Task
 
 # What gloo and NCCL say when the other end of a connection is gone; both raise a plain RuntimeError or a subclass.

@@ -18,57 +18,25 @@ from torch.nn import functional as F
 from ..models import PDAE, Prior
 from ..models.latent import LatentMLP
 from ..models.unet import Features, PDAEDecoder
-from ..schedule import Schedule
+from ..schedule import Schedule, Tables, as_tables, column, q_sample
 
 VELOCITY_LIMIT = 100.0
-
-
-class Tables(nn.Module):
-    """The constants of ``schedule`` that the losses gather at t, float32 [T], rounded once from float64.
-
-    Buffers, so that they go where the networks go and no step has to copy them there; no part of any state dict.
-    """
-
-    def __init__(self, schedule: Schedule) -> None:
-        super().__init__()
-        for name, values in (
-            ("signal", schedule.alpha_bar**0.5),
-            ("spread", (1 - schedule.alpha_bar) ** 0.5),
-            ("shift_coef", schedule.shift_coef),
-            ("loss_weight", schedule.loss_weight),
-        ):
-            self.register_buffer(name, torch.from_numpy(values.copy()).float(), persistent=False)
-
-
-def _tables(schedule: Schedule | Tables, device: torch.device) -> Tables:
-    return schedule if isinstance(schedule, Tables) else Tables(schedule).to(device)
-
-
-def _column(values: Tensor, t: Tensor, ndim: int = 4) -> Tensor:
-    """Constants [T] gathered at t [B] -> [B, 1, ...] of ``ndim`` dimensions."""
-    return values[t].reshape(-1, *(1,) * (ndim - 1))
-
-
-def q_sample(schedule: Schedule | Tables, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) noise; x0 and noise [B, ...], t int64 [B]."""
-    tables = _tables(schedule, x0.device)
-    return _column(tables.signal, t, x0.ndim) * x0 + _column(tables.spread, t, x0.ndim) * noise
 
 
 def _weighted(tables: Tables, error: Tensor, t: Tensor, weight: Tensor | None, velocity: float) -> Tensor:
     """Mean squared ``error`` of eps, times ``weight`` [T] at t unless None, plus ``velocity`` times that of v."""
     square = error.square()
     if velocity:
-        extra = velocity * _column(tables.signal, t).pow(-2).clamp(max=VELOCITY_LIMIT)
-        return ((extra + (1 if weight is None else _column(weight, t))) * square).mean()
-    return (square if weight is None else _column(weight, t) * square).mean()
+        extra = velocity * column(tables.signal, t).pow(-2).clamp(max=VELOCITY_LIMIT)
+        return ((extra + (1 if weight is None else column(weight, t))) * square).mean()
+    return (square if weight is None else column(weight, t) * square).mean()
 
 
 def prior_loss(
     model: Prior, schedule: Schedule | Tables, x0: Tensor, t: Tensor, noise: Tensor, velocity: float = 0.0
 ) -> Tensor:
     """Mean squared error of eps_hat (DDPM's L_simple), and of v where ``velocity`` asks for it; a scalar."""
-    tables = _tables(schedule, x0.device)
+    tables = as_tables(schedule, x0.device)
     error = noise - model(q_sample(tables, x0, t, noise), t).float()
     return _weighted(tables, error, t, None, velocity)
 
@@ -93,7 +61,7 @@ def pdae_loss(
     The trunk and the eps-decoder are frozen: they run without a graph, and only G and the encoder get gradients.
     ``frozen``: another way to compute both, (x_t, t) -> (features, eps_hat).
     """
-    tables = _tables(schedule, x0.device)
+    tables = as_tables(schedule, x0.device)
     x_t = q_sample(tables, x0, t, noise)
     decoder = model.decoder
     with torch.no_grad():
@@ -103,7 +71,7 @@ def pdae_loss(
         # and no memory was made for it: a segmentation fault.
         features.h.requires_grad_()
     gradient = decoder.decode_gradient(features, model.encode(x0)).float()
-    error = noise - (eps.float() + _column(tables.shift_coef, t) * gradient)
+    error = noise - (eps.float() + column(tables.shift_coef, t) * gradient)
     return _weighted(tables, error, t, tables.loss_weight, velocity)
 
 

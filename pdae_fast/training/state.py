@@ -1,8 +1,10 @@
-"""A run's checkpoint: one file, written whole or not at all, read without executing anything from it."""
+"""What a run keeps: its checkpoint, one file, written whole or not at all, read without executing anything from it; and
+log.jsonl, one line of JSON for each time its losses were read."""
 
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from .. import config as configs
 from ..checkpoints.directory import CONFIG_NAME, WEIGHTS_NAME, save_torch
 from ..errors import UserError
+from ..files import atomic_write
 
 CHECKPOINT_NAME = "checkpoint.pt"
 FORMAT = "pdae_fast-run-1"
@@ -76,3 +79,28 @@ def _difference(asked: Any, saved: Any, name: str = "") -> str | None:
         found = (_difference(asked.get(key), saved.get(key), f"{name}.{key}".lstrip(".")) for key in fields)
         return next((words for words in found if words), None)
     return None if asked == saved else f"{name} is {asked}, not {saved}"
+
+
+def append_log(path: Path, step: int, values: dict[str, float]) -> None:
+    """Add the line of ``step``; UserError when the system refuses."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def trim_log(path: Path, step: int) -> None:
+    """Drop lines that a killed run wrote after the checkpoint of ``step``, the last maybe only in part."""
+    if path.exists():
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        with atomic_write(path, "w") as file:
+            file.write("".join(line + "\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinity for a line that was cut off."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..engine.graphs import CaptureError, capture
 from ..errors import UserError
 from ..kernels import group_norm
 from ..models.layers import ResBlock, Stage
 from ..models.unet import Features, PDAEDecoder, UNet
 from .tasks import PDAETask, Task
 
-HELP = {
+STEP_HELP = {
     "compile": "compile the step with torch.compile; the first step then takes minutes, on the CPU too",
     "fused_adam": "Adam as one operation over all weights",
     "frozen_bfloat16": "pdae: the frozen half runs on a bfloat16 copy of its weights, whatever --amp says",
@@ -31,8 +32,8 @@ UNET_ONLY = ("frozen_bfloat16", "channels_last", "checkpointing", "fused_norms")
 
 @dataclass(frozen=True)
 class StepOptions:
-    """All off: the plain step. HELP says what each is. They are no settings of the run: it may be resumed with others,
-    as it may be on another device, and is bit for bit the same only with the same ones."""
+    """All off: the plain step. STEP_HELP says what each is. They are no settings of the run: it may be resumed with
+    others, as it may be on another device, and is bit for bit the same only with the same ones."""
 
     compile: bool = False
     fused_adam: bool = False
@@ -147,18 +148,18 @@ class FusedResBlock(ResBlock):
     """The same function: both affines after the second norm collapse into one, (1 + s_z) (1 + s_t) and
     (1 + s_z) b_t + b_z. Under autocast the norms' results stay in the dtype of their input."""
 
-    def forward(self, x: Tensor, emb: Tensor, emb_z: Tensor | None = None) -> Tensor:
-        norm, _, conv = self.in_layers
-        h = group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=True)
-        h = conv(self._resample(h))
+    def _norm_in(self, x: Tensor) -> Tensor:
+        norm = self.in_layers[0]
+        return group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=True)
+
+    def _norm_out(self, h: Tensor, emb: Tensor, emb_z: Tensor | None) -> Tensor:
         scale, shift = self.emb_layers(emb).chunk(2, dim=1)
         scale = 1 + scale
         if self.emb_z_layers is not None:
             scale_z, shift_z = self.emb_z_layers(emb_z).chunk(2, dim=1)
             scale, shift = (1 + scale_z) * scale, (1 + scale_z) * shift + shift_z
-        norm, _, dropout, last = self.out_layers
-        h = group_norm(h, norm.weight, norm.bias, norm.num_groups, norm.eps, scale=scale, shift=shift, silu=True)
-        return self.skip_connection(self._resample(x)) + last(dropout(h))
+        norm = self.out_layers[0]
+        return group_norm(h, norm.weight, norm.bias, norm.num_groups, norm.eps, scale=scale, shift=shift, silu=True)
 
 
 # -- the optimiser -------------------------------------------------------------------------------------------------
@@ -195,3 +196,75 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
         for name, value in state.items():
             if value.shape == parameter.shape and value.stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter).copy_(value)
+
+
+# -- the whole step, captured --------------------------------------------------------------------------------------
+
+Passes = Callable[[Sequence[tuple[Tensor, ...]]], Tensor]
+
+
+class GraphedStep:
+    """Forward, backward and Adam of one optimiser step as a CUDA graph, replayed with new inputs.
+
+    ``__call__(batches)`` copies them into the captured buffers and replays; returns the losses [accumulate].
+    losses: runs forward and backward of all batches of a step and returns their losses; it is captured with the
+    optimiser's step by :meth:`build`, or at the first call. The result is overwritten by the next call. What a step
+    needs from the host is set before the call: rates are device tensors (see `build_optimizer`), and a replay takes the
+    seed and offset of the device's generator as they are then. capture: as `engine.graphs.capture`.
+    Raises UserError when the device refuses to capture.
+    """
+
+    def __init__(
+        self, losses: Passes, optimizer: torch.optim.Optimizer, device: torch.device, capture: Callable = capture
+    ) -> None:
+        self.losses, self.optimizer, self.device, self._capture = losses, optimizer, device, capture
+        self.graph = None
+        self.inputs: list[tuple[Tensor, ...]] = []
+        self.result: Tensor | None = None
+
+    def __call__(self, batches: Sequence[tuple[Tensor, ...]]) -> Tensor:
+        self.build(batches)
+        for buffers, tensors in zip(self.inputs, batches, strict=True):
+            for buffer, tensor in zip(buffers, tensors, strict=True):
+                buffer.copy_(tensor, non_blocking=True)
+        self.graph.replay()
+        return self.result
+
+    def build(self, batches: Sequence[tuple[Tensor, ...]]) -> None:
+        """Capture, unless that is done; weights, moments and the next call's result are not changed by it."""
+        if self.graph is not None:
+            return
+        self.inputs = [tuple(v.clone() for v in tensors) for tensors in batches]
+        before = self._snapshot()
+        pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        try:
+            self.graph = self._capture(self._step, lambda: self._restore(before), self.device, pool)
+        except CaptureError as error:
+            raise UserError(f"--cuda-graph: this step cannot be captured ({error}); leave the option out") from None
+        # The warm-up trained on the first batches; the run has not.
+        self._restore(before)
+
+    def _step(self) -> None:
+        # Without gradients at its start the captured backward writes them instead of adding to the last replay's.
+        self.optimizer.zero_grad(set_to_none=True)
+        self.result = self.losses(self.inputs)
+        self.optimizer.step()
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _snapshot(self) -> tuple[list[Tensor], list[dict[str, Any]]]:
+        weights = [p.detach().clone() for p in self._parameters()]
+        moments = [{k: v.clone() for k, v in self.optimizer.state[p].items()} for p in self._parameters()]
+        return weights, moments
+
+    @torch.no_grad()
+    def _restore(self, before: tuple[list[Tensor], list[dict[str, Any]]]) -> None:
+        """In place: the graph knows weights and moments by their addresses. Moments that did not exist are zeros."""
+        for parameter, weight, moments in zip(self._parameters(), *before, strict=True):
+            parameter.copy_(weight)
+            for name, value in self.optimizer.state[parameter].items():
+                if name in moments:
+                    value.copy_(moments[name])
+                else:
+                    value.zero_()

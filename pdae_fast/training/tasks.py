@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..config import PDAEConfig, PriorConfig
 from ..models import PDAE, Prior
-from ..schedule import build_schedule
-from .objective import Tables, classifier_loss, encoder_loss, latent_loss, pdae_loss, prior_loss
+from ..schedule import Tables, build_schedule
+from .objective import classifier_loss, encoder_loss, latent_loss, pdae_loss, prior_loss
 
 
 def _images(samples: list[Any]) -> Tensor:

@@ -20,17 +20,15 @@ from tqdm import tqdm
 
 from .. import config as configs
 from ..errors import UserError
-from ..experiments.shards import Group
 from ..files import atomic_write, make_folder
 from ..models import PDAE, Prior
-from . import distributed, log, state
+from ..processes import Group
+from . import distributed, state
 from .distributed import PeerGone
-from .feed import Prefetcher, Prepared, closing_feed
-from .graphed import GraphedStep
+from .feed import BatchOrder, Prefetcher, Prepared, closing_feed, global_seed, step_generator
 from .losses import Losses
-from .order import BatchOrder, global_seed, step_generator
 from .settings import TrainSettings
-from .step import StepOptions, arrange, build_forward, build_optimizer, load_optimizer, move, set_rate
+from .step import GraphedStep, StepOptions, arrange, build_forward, build_optimizer, load_optimizer, move, set_rate
 from .tasks import Task
 
 Scalars = Callable[[int, dict[str, float]], None]
@@ -334,7 +332,7 @@ class Trainer:
             if self.options.chosen():
                 values["step_options"] = self.options.chosen()
             file.write(json.dumps(values, indent=2) + "\n")
-        log.trim(self.out / "log.jsonl", self.step)
+        state.trim_log(self.out / "log.jsonl", self.step)
 
     def _stopped(self) -> bool:
         """Whether any process was told to stop: then all do, after the same step."""
@@ -349,6 +347,6 @@ class Trainer:
 
     def _log(self, values: dict[str, float]) -> None:
         if self.group.first:
-            log.append(self.out / "log.jsonl", self.step, values)
+            state.append_log(self.out / "log.jsonl", self.step, values)
             if self.scalars:
                 self.scalars(self.step, values)

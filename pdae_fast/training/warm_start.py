@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from .. import cli
+from ..data.latents import Latents, split, weights_fingerprint
 from ..errors import UserError
 from ..models import PDAE, Prior
-from .labels import split
-from .latents import Latents, weights_fingerprint
 from .target_codes import BATCH
 from .tasks import EncoderTask
 

@@ -8,7 +8,7 @@ from bench.baseline import Baseline
 from bench.compiled import CompiledBaseline
 from bench.operations import operations, prepare, row
 from bench.timing import Alternation
-from pdae_fast.sampling import ddim_step
+from pdae_fast.samplers.ddim import ddim_step
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ import torch
 from bench import tables
 from bench.gpu import __main__ as visit
 from bench.gpu import kernel_tests, paths, summary
-from bench.gpu.journal import Context, Journal, Skip, run_cases
+from bench.gpu.cases import CaseLog, Context, Skip, run_cases
 from pdae_fast import cli
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def test_a_failing_case_stops_no_other(tmp_path):
         ("nothing", lambda: None),
     ]
     assert run_cases("p", cases, context(tmp_path)) == 0
-    journal = Journal(tmp_path)
+    journal = CaseLog(tmp_path)
     assert statuses(journal, "p") == [
         ("good", "PASS"), ("bad", "FAIL"), ("two rows", "FAIL"), ("two rows", "INFO"), ("skipped", "SKIP"),
         ("nothing", "PASS"),
@@ -57,15 +57,15 @@ def test_cases_run_once_and_only_while_there_is_time(tmp_path):
     run_cases("p", cases, context(tmp_path))
     assert calls == ["a", "b"]
     run_cases("late", cases, context(tmp_path, seconds=-1))
-    assert calls == ["a", "b"] and {s for _, s in statuses(Journal(tmp_path), "late")} == {"SKIP"}
+    assert calls == ["a", "b"] and {s for _, s in statuses(CaseLog(tmp_path), "late")} == {"SKIP"}
 
 
 def test_a_broken_device_ends_the_process_but_not_the_phase(tmp_path, monkeypatch):
-    from bench.gpu import journal
+    from bench.gpu import cases
 
-    monkeypatch.setattr(journal, "_device_broken", lambda device: True)
-    assert run_cases("p", [("bad", lambda: 1 / 0), ("next", lambda: None)], context(tmp_path)) == journal.DEVICE_BROKEN
-    assert Journal(tmp_path).started("p") == {"bad"}
+    monkeypatch.setattr(cases, "_device_broken", lambda device: True)
+    assert run_cases("p", [("bad", lambda: 1 / 0), ("next", lambda: None)], context(tmp_path)) == cases.DEVICE_BROKEN
+    assert CaseLog(tmp_path).started("p") == {"bad"}
 
 
 # A phase as its parent sees it, without the imports of a real one: lines in the journal, and an end.
@@ -89,7 +89,7 @@ for case in {"dies": ("first", "dies", "second"), "hangs": ("first", "sleeps")}[
 def test_a_process_that_dies_is_replaced(tmp_path, monkeypatch):
     (tmp_path / "dying_phase.py").write_text(DYING)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    journal = Journal(tmp_path)
+    journal = CaseLog(tmp_path)
     options = ["--out", str(tmp_path)]
     visit.run_phase("dies", options, 60, journal, "dying_phase")
     assert statuses(journal, "dies") == [("first", "PASS"), ("dies", "FAIL"), ("second", "PASS")]
@@ -104,7 +104,7 @@ def test_a_process_that_hangs_is_ended(tmp_path, monkeypatch):
     (tmp_path / "dying_phase.py").write_text(DYING)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(visit, "GRACE", 0.1)
-    journal, start = Journal(tmp_path), time.time()
+    journal, start = CaseLog(tmp_path), time.time()
     visit.run_phase("hangs", ["--out", str(tmp_path)], 5, journal, "dying_phase")
     assert time.time() - start < 30
     assert statuses(journal, "hangs") == [("first", "PASS"), ("sleeps", "FAIL")]
@@ -112,7 +112,7 @@ def test_a_process_that_hangs_is_ended(tmp_path, monkeypatch):
 
 
 def test_a_line_cut_off_is_ignored(tmp_path):
-    journal = Journal(tmp_path)
+    journal = CaseLog(tmp_path)
     journal.write("p", "a", "PASS")
     with open(journal.path, "a") as file:
         file.write('{"phase": "p", "ca')
@@ -176,7 +176,7 @@ def test_bars():
 def test_the_report_fits_and_ends_with_the_bars(tmp_path):
     rows = fabricated(failures=400)
     rows += [{**row, "network": f"net{i}"} for row in rows if row.get("table") == "step" for i in range(30)]
-    journal = Journal(tmp_path)
+    journal = CaseLog(tmp_path)
     for row in rows:
         values = {k: v for k, v in row.items() if k not in ("phase", "case", "status")}
         journal.write(row["phase"], row["case"], row["status"], **values)
@@ -233,7 +233,7 @@ def test_a_wrong_path_fails(tmp_path, monkeypatch):
 
 
 def test_a_used_folder_and_a_missing_gpu_are_refused(tmp_path):
-    Journal(tmp_path).write("p", "a", "PASS")
+    CaseLog(tmp_path).write("p", "a", "PASS")
     with pytest.raises(cli.UserError, match="already holds a visit"):
         visit.main(["--out", str(tmp_path), "--device", "cpu"])
     if not torch.cuda.is_available():
@@ -260,7 +260,7 @@ def test_a_visit_from_a_checkout_that_is_not_installed(tmp_path):
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{problems[-5000:]}"
     assert done.stdout.rstrip().split("\n")[-1].startswith("PASS every path agrees with float32")
     assert {p.name for p in out.iterdir()} == {"log.txt", "report.txt", "results.json", "rows.csv", "rows.jsonl"}
-    found = Journal(out).rows()
+    found = CaseLog(out).rows()
     assert {r["phase"] for r in found if r["status"] in ("PASS", "INFO")} == {
         "environment", "kernels", "paths", "speed", "graphs", "quality"
     }  # fmt: skip

@@ -9,7 +9,7 @@ from bench.training_baseline import PublishedTraining
 from helpers import images
 from pdae_fast.schedule import build_schedule
 from pdae_fast.training import tasks
-from pdae_fast.training.order import step_generator
+from pdae_fast.training.feed import step_generator
 
 CPU = torch.device("cpu")
 

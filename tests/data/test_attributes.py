@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pdae_fast.data import labels_for, read_attributes
+from pdae_fast.data.attributes import file_labels
 from pdae_fast.errors import UserError
 
 # CelebA pads with two spaces where a -1 would have its sign; CelebAMask-HQ has two after the name.
@@ -143,3 +144,36 @@ def test_unreadable(tmp_path):
         read_attributes(tmp_path / "gone.txt")
     with pytest.raises(UserError, match="Is a directory"):
         read_attributes(tmp_path)
+
+
+def write_table(path, names, values):
+    lines = ["name,smile,glasses", *(f"{n},{a},{b}" for n, (a, b) in zip(names, values, strict=True))]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("names", "rows"),
+    [
+        (["a", "b/c", "d"], ["a.png", "c.jpg", "d"]),
+        (["256-00000", "256-00001", "256-00002"], ["0.jpg", "1.jpg", "2.jpg"]),  # CelebA-HQ
+        (["None-0000000", "None-0000001", "None-0000002"], ["000001.jpg", "000002.jpg", "000003.jpg"]),  # CelebA
+        (["256-00000", "256-00001", "256-00002"], ["256-00000", "256-00001", "256-00002"]),
+    ],
+)
+def test_labels_of_a_file(tmp_path, names, rows):
+    values = [(1, -1), (0, 1), (1, 1)]
+    found = file_labels(names, write_table(tmp_path / "t.csv", rows, values))
+    assert found.indices == [0, 1, 2] and found.columns == ["smile", "glasses"] and found.report() == ""
+    assert found.values.tolist() == [[1, 0], [0, 1], [1, 1]]
+
+
+def test_labels_of_an_lmdb_where_some_are_missing(tmp_path):
+    """CelebA's image 100000 is number 99999 of the LMDB, not number 100000."""
+    table = write_table(tmp_path / "t.csv", ["099999.jpg", "100000.jpg"], [(1, 0), (0, 1)])
+    found = file_labels(["None-0099998", "None-0099999", "None-0100000"], table, ["glasses"])
+    assert found.values.tolist() == [[0], [1]] and found.indices == [0, 1] and found.missing == ["None-0100000"]
+    with pytest.raises(UserError, match="no row for any image"):
+        file_labels(["256-00007"], table)
+    with pytest.raises(UserError, match="no attribute hat"):
+        file_labels(["None-0099998"], table, ["hat"])

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from golden_rule import fill, relative
-from helpers import images, tiny_pdae, tiny_prior
+from helpers import ON_DEVICE, images, tiny_pdae, tiny_prior
 from pdae_fast import PDAEConfig, Pipeline, UNetConfig, UserError, kernels
 from pdae_fast.engine import build_plan, rewrites
 from pdae_fast.engine.blocks import SplitSkip
@@ -45,25 +45,26 @@ def noise(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-ON_CUDA = Rewrites(False, False, True, True, True, True, True)  # what a GPU runs, through the kernels' CPU versions
 OPTIONS = {
     "cpu": Rewrites(),
     "not-packed": Rewrites(packed_weights=False),
     "no-phases": Rewrites(phase_upsample=False),
-    "neither": Rewrites(False, False),
+    "neither": Rewrites(packed_weights=False, phase_upsample=False),
     "native": Rewrites(native_norms=True),
     "convolutions": Rewrites(native_norms=True, native_convolutions=True),
-    "convolutions-folded": Rewrites(False, kernels=True, folded_biases=True, native_convolutions=True),
+    "convolutions-folded": Rewrites(packed_weights=False, kernels=True, folded_biases=True, native_convolutions=True),
     "native-split": Rewrites(native_norms=True, split_skips=True),
-    "native-folded": Rewrites(False, kernels=True, split_skips=True, folded_biases=True, native_norms=True),
-    "cuda": ON_CUDA,
-    "cuda-without-kernels": Rewrites(False, False, fused_update=True),
+    "native-folded": Rewrites(
+        packed_weights=False, kernels=True, split_skips=True, folded_biases=True, native_norms=True
+    ),
+    "cuda": ON_DEVICE,
+    "cuda-without-kernels": Rewrites(packed_weights=False, phase_upsample=False, fused_update=True),
     **{
-        f"cuda-without-{name}": dataclasses.replace(ON_CUDA, **{name: False})
+        f"cuda-without-{name}": dataclasses.replace(ON_DEVICE, **{name: False})
         for name in ("shared_statistics", "folded_biases", "fused_update")
     },
-    "cuda-without-split_skips": dataclasses.replace(ON_CUDA, split_skips=False, shared_statistics=False),
-    "cuda-with-phases": dataclasses.replace(ON_CUDA, phase_upsample=True),
+    "cuda-without-split_skips": dataclasses.replace(ON_DEVICE, split_skips=False, shared_statistics=False),
+    "cuda-with-phases": dataclasses.replace(ON_DEVICE, phase_upsample=True),
 }
 
 
@@ -86,7 +87,7 @@ def test_the_plan_computes_the_model(changes, options):
     assert plan.evaluations == {"trunk": 12, "eps": 12, "gradient": 9}
 
 
-@pytest.mark.parametrize("options", [Rewrites(), ON_CUDA], ids=["cpu", "cuda"])
+@pytest.mark.parametrize("options", [Rewrites(), ON_DEVICE], ids=["cpu", "cuda"])
 @pytest.mark.parametrize("B", [1, 2])
 def test_mixtures_share_the_trunk(B, options):
     model = network(NETWORKS["attention"])
@@ -234,7 +235,7 @@ def test_attention_on_tokens(new_order):
         torch.testing.assert_close(found, block(x), atol=1e-5, rtol=1e-5)
 
 
-# Every way the CPU takes: narrow and wide groups, small and large maps, one affine for all images or one for each.
+# Narrow and wide groups, small and large maps, one affine for all images or one for each.
 @pytest.mark.parametrize(("C", "side"), [(32, 5), (96, 8), (512, 4), (32, 32), (160, 16), (256, 17)])
 @pytest.mark.parametrize("B", [1, 3])
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])

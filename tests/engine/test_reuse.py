@@ -6,17 +6,18 @@ import pytest
 import torch
 
 from golden_rule import relative
-from helpers import images, tiny_pdae, tiny_prior
-from pdae_fast import PDAE, PDAEConfig, Pipeline, UNetConfig, UserError, metrics, presets, sampling, solvers
+from helpers import ON_DEVICE, images, tiny_pdae, tiny_prior
+from pdae_fast import PDAE, PDAEConfig, Pipeline, UNetConfig, UserError, metrics, presets
 from pdae_fast.data import load_image
-from pdae_fast.engine import Reuse, build_plan, graphs
+from pdae_fast.data.bundled import SAMPLES
+from pdae_fast.engine import build_plan, graphs
 from pdae_fast.engine.cost import equivalents, network_costs
 from pdae_fast.engine.fused import FusedPlan
-from pdae_fast.engine.options import Rewrites
-from pdae_fast.engine.reuse import Turn, Turns
-from pdae_fast.inversion import invert_implicit
+from pdae_fast.engine.reuse import Workload, Workloads
 from pdae_fast.models.unet import Features
-from pdae_fast.reconstruct import SAMPLES
+from pdae_fast.samplers import Reuse, ddim
+from pdae_fast.samplers.inversion import invert_implicit
+from pdae_fast.samplers.solvers import SOLVERS
 from pdae_fast.schedule import build_schedule
 
 CPU = torch.device("cpu")
@@ -29,7 +30,6 @@ UNET = UNetConfig(
     num_heads=4,
 )
 CONFIG = PDAEConfig(image_size=32, latent_dim=8, encoder_channel=32, unet=UNET)
-ON_DEVICE = Rewrites(False, False, True, True, True, True, True)
 STEPS = 7
 SPECS = (
     *("gradient:2", "gradient:3", "trunk:2", "trunk:3", "deep:2", "deep:3:1", "deep:2:3", "trunk:2,gradient:3"),
@@ -65,7 +65,7 @@ def noise(*shape, seed=0):
 
 def decoding(plan, spec, schedule, x_T, z, weights=None, steps=STEPS, stop_percent=0.0):
     plan = plan.reusing(Reuse.parse(spec))
-    return sampling.ddim(plan.field(z, weights), x_T, schedule, steps, stop_percent=stop_percent), plan
+    return ddim.ddim(plan.field(z, weights), x_T, schedule, steps, stop_percent=stop_percent), plan
 
 
 # -- the same approximations by the modules --------------------------------------------------------------------------
@@ -139,7 +139,7 @@ class Emulation:
 @pytest.mark.parametrize("spec", SPECS)
 def test_the_plan_computes_what_the_modules_do_with_the_same_reuse(model, plan, schedule, spec):
     x_T, z = noise(2, *model.image_shape), noise(2, 8, seed=1)
-    expected = sampling.ddim(Emulation(model, z, Reuse.parse(spec)), x_T, schedule, STEPS)
+    expected = ddim.ddim(Emulation(model, z, Reuse.parse(spec)), x_T, schedule, STEPS)
     found, _ = decoding(plan, spec, schedule, x_T, z)
     assert relative(found, expected) < 1e-4
     exact, _ = decoding(plan, "none", schedule, x_T, z)
@@ -160,14 +160,14 @@ def test_on_the_device_with_one_graph_for_every_kind_of_step(model, schedule, mo
 
     monkeypatch.setattr(graphs, "capture", capture)
     approximate = plan.reusing(Reuse.parse(spec))
-    expected = sampling.ddim(Emulation(model, z, Reuse.parse(spec)), x_T, schedule, STEPS)
+    expected = ddim.ddim(Emulation(model, z, Reuse.parse(spec)), x_T, schedule, STEPS)
     for B in (3, 2):  # the second uses the buffers, and what the first left in them, of the first
-        found = sampling.ddim(approximate.field(z[:B]), x_T[:B], schedule, STEPS)
+        found = ddim.ddim(approximate.field(z[:B]), x_T[:B], schedule, STEPS)
         assert relative(found, expected[:B]) < 1e-4
     (trajectory,) = approximate._trajectories.values()
-    assert set(trajectory.graphs) == set(trajectory.turns) and 2 <= len(trajectory.graphs) <= 4
+    assert set(trajectory.graphs) == set(trajectory.workloads) and 2 <= len(trajectory.graphs) <= 4
     pointers = {name: value.data_ptr() for name, value in trajectory.kept._values.items()}
-    sampling.ddim(approximate.field(-z), x_T, schedule, STEPS)
+    ddim.ddim(approximate.field(-z), x_T, schedule, STEPS)
     assert pointers == {name: value.data_ptr() for name, value in trajectory.kept._values.items()}
 
 
@@ -176,14 +176,14 @@ def test_on_the_device_with_one_graph_for_every_kind_of_step(model, schedule, mo
 )
 def test_every_step_a_key_step_is_exact(model, plan, schedule, spec):
     x_T, z = noise(2, *model.image_shape), noise(2, 8, seed=1)
-    assert torch.equal(decoding(plan, spec, schedule, x_T, z)[0], sampling.ddim(plan.field(z), x_T, schedule, STEPS))
+    assert torch.equal(decoding(plan, spec, schedule, x_T, z)[0], ddim.ddim(plan.field(z), x_T, schedule, STEPS))
 
 
 @pytest.mark.parametrize("spec", ["gradient:9", "deep:9:2", "trunk:9", "gradient:2,deep:2"])
 def test_a_trajectory_of_one_step_is_exact(model, plan, schedule, spec):
     x_T, z = noise(2, *model.image_shape), noise(2, 8, seed=1)
     found, _ = decoding(plan, spec, schedule, x_T, z, steps=1)
-    assert relative(found, sampling.ddim(plan.field(z), x_T, schedule, 1)) < 1e-6
+    assert relative(found, ddim.ddim(plan.field(z), x_T, schedule, 1)) < 1e-6
 
 
 @pytest.mark.parametrize("spec", ["window:300-700", "gradient:off"])
@@ -199,7 +199,7 @@ def test_solving_a_step_leaves_out_g_as_its_decoding_does(model, plan, schedule,
 @pytest.mark.parametrize("spec", ["gradient:2", "trunk:2", "deep:2", "gradient:3,deep:2", "window:300-700"])
 def test_results_do_not_depend_on_batches_or_on_the_calls_before(model, spec):
     x_T, z = noise(5, *model.image_shape), noise(5, 8, seed=1)
-    pipes = [Pipeline(model, STEPS, "cpu", batch_size=size, reuse=spec) for size in (5, 2)]
+    pipes = [Pipeline(model, steps=STEPS, device="cpu", iterations=0, batch_size=size, reuse=spec) for size in (5, 2)]
     whole = pipes[0].decode(z, x_T)
     assert relative(pipes[1].decode(z, x_T), whole) < 1e-5
     pipes[0].decode(-z, -x_T)
@@ -267,10 +267,10 @@ def test_costs_are_those_of_the_layers(model):
     assert equivalents(model, {"encoder": 5, "latent": 2}, 1) == 0
 
 
-def test_turns():
+def test_workloads():
     def of(spec, times, use=None):
-        turns = Turns(Reuse.parse(spec))
-        return ["/".join(turns(t, True if use is None else use[i])) for i, t in enumerate(times)]
+        workloads = Workloads(Reuse.parse(spec))
+        return ["/".join(workloads(t, True if use is None else use[i])) for i, t in enumerate(times)]
 
     assert of("gradient:2", (9, 5, 5, 1)) == ["all/run", "all/kept", "all/kept", "all/run"]
     assert of("deep:2", (9, 5, 1)) == ["all/run", "outer/run", "all/run"]
@@ -284,12 +284,12 @@ def test_turns():
 
 
 def test_a_field_with_reuse_carries_one_trajectory(plan):
-    turns = Turns(Reuse.parse("gradient:2"))
-    assert turns(9, True) == Turn("all", "run")
-    turns(5, True)
+    workloads = Workloads(Reuse.parse("gradient:2"))
+    assert workloads(9, True) == Workload("all", "run")
+    workloads(5, True)
     with pytest.raises(RuntimeError, match="carries one trajectory"):
-        turns(9, True)
-    free = Turns(Reuse.parse("window:0-9"))
+        workloads(9, True)
+    free = Workloads(Reuse.parse("window:0-9"))
     assert [free(t, True).gradient for t in (9, 5, 9)] == ["none", "run", "none"]  # keeps nothing
 
 
@@ -362,9 +362,7 @@ def test_a_solver_does_not_extrapolate_across_the_edge_of_a_window(solver):
     """As with stop_percent, it starts again where G switches: solvers.decode is told so by use_gradient."""
     model, z, x_T = tiny_pdae(), noise(2, 16), noise(2, 1, 32, 32)
     pipe = Pipeline(model, steps=8, device="cpu", dtype="float32", solver=solver, reuse="window:300-1000")
-    told = tuple(
-        step._replace(use_gradient=step.t >= 300) for step in pipe.schedule.decoding(pipe.steps, spacing=pipe.spacing)
-    )
+    told = tuple(step._replace(use_gradient=step.t >= 300) for step in pipe.schedule.decoding(8))
     exact = Pipeline(model, steps=8, device="cpu", dtype="float32")
-    expected = solvers.decode(exact.plan.field(z), x_T, told, solver)
+    expected = SOLVERS[solver].decode(exact.plan.field(z), x_T, told)
     torch.testing.assert_close(pipe.decode(z, x_T), expected, atol=1e-4, rtol=1e-4)

@@ -6,16 +6,15 @@ import pytest
 import torch
 
 from golden_rule import relative
-from helpers import capture_into, images, tiny_pdae, tiny_prior
-from pdae_fast import sampling
+from helpers import ON_DEVICE, capture_into, images, tiny_pdae, tiny_prior
 from pdae_fast.engine import graphs
 from pdae_fast.engine.fused import FusedPlan
-from pdae_fast.engine.options import Rewrites
+from pdae_fast.engine.options import NEEDS, Rewrites
 from pdae_fast.engine.plan import Plan
+from pdae_fast.samplers import ddim
 from pdae_fast.schedule import build_schedule
 
 CPU = torch.device("cpu")
-ON_DEVICE = Rewrites(False, False, True, True, True, True, True)
 
 
 def noise(*shape, seed=0):
@@ -35,8 +34,8 @@ def test_decoding(both, stop_percent):
     x_T = noise(2, *model.image_shape)
     ticks = []
     plan.evaluations.clear(), eager.evaluations.clear()
-    found = sampling.ddim(plan.field(z), x_T, schedule, 10, stop_percent=stop_percent, progress=lambda: ticks.append(1))
-    expected = sampling.ddim(eager.field(z), x_T, schedule, 10, stop_percent=stop_percent)
+    found = ddim.ddim(plan.field(z), x_T, schedule, 10, stop_percent=stop_percent, progress=lambda: ticks.append(1))
+    expected = ddim.ddim(eager.field(z), x_T, schedule, 10, stop_percent=stop_percent)
     assert relative(found, expected) < 1e-4
     assert len(ticks) == 10 and plan.evaluations == eager.evaluations
     assert plan._trajectories  # it did run through the device's tables
@@ -46,9 +45,9 @@ def test_inversion_and_no_clamp(both):
     model, plan, eager = both
     schedule, z, x0 = build_schedule(model.config.schedule), noise(2, model.config.latent_dim, seed=1), images(2)
     for clamp in (1.0, None):
-        found, expected = (sampling.ddim_invert(p.field(z), x0, schedule, 10, clamp=clamp) for p in (plan, eager))
+        found, expected = (ddim.ddim_invert(p.field(z), x0, schedule, 10, clamp=clamp) for p in (plan, eager))
         assert relative(found, expected) < 1e-4
-    other = [sampling.ddim_invert(p.field(z), x0, schedule, 10, clamp=0.5) for p in (plan, eager)]
+    other = [ddim.ddim_invert(p.field(z), x0, schedule, 10, clamp=0.5) for p in (plan, eager)]
     assert relative(*other) < 1e-4  # a clamp that the fused update does not know goes step by step
 
 
@@ -58,26 +57,24 @@ def test_a_ragged_batch_uses_the_buffers_of_a_full_one(both):
     schedule, D = build_schedule(model.config.schedule), model.config.latent_dim
     x_T, z = noise(4, *model.image_shape), noise(4, D, seed=1)
     weights, codes = torch.rand(2, 4, generator=torch.Generator().manual_seed(3)), noise(2, 4, D, seed=2)
-    expected = sampling.ddim(eager.field(z), x_T, schedule, 5)
-    mixed = sampling.ddim(eager.field(codes, weights), x_T, schedule, 5)
+    expected = ddim.ddim(eager.field(z), x_T, schedule, 5)
+    mixed = ddim.ddim(eager.field(codes, weights), x_T, schedule, 5)
     for B, kept in ((4, 1), (3, 1), (1, 1), (2, 1)):
-        assert relative(sampling.ddim(plan.field(z[:B]), x_T[:B], schedule, 5), expected[:B]) < 1e-4
+        assert relative(ddim.ddim(plan.field(z[:B]), x_T[:B], schedule, 5), expected[:B]) < 1e-4
         assert len(plan._trajectories) == kept
     for B in (4, 3):
         field = plan.field(codes[:, :B], weights[:, :B])
-        assert relative(sampling.ddim(field, x_T[:B], schedule, 5), mixed[:B]) < 1e-4
+        assert relative(ddim.ddim(field, x_T[:B], schedule, 5), mixed[:B]) < 1e-4
     assert len(plan._trajectories) == 2
-    assert (
-        relative(sampling.ddim(plan.field(), x_T, schedule, 5), sampling.ddim(eager.field(), x_T, schedule, 5)) < 1e-4
-    )
+    assert relative(ddim.ddim(plan.field(), x_T, schedule, 5), ddim.ddim(eager.field(), x_T, schedule, 5)) < 1e-4
 
 
 def test_results_survive_the_next_call(both):
     model, plan, _ = both
     schedule, z = build_schedule(model.config.schedule), noise(1, model.config.latent_dim, seed=1)
-    first = sampling.ddim(plan.field(z), noise(1, *model.image_shape), schedule, 3)
+    first = ddim.ddim(plan.field(z), noise(1, *model.image_shape), schedule, 3)
     kept = first.clone()
-    sampling.ddim(plan.field(-z), noise(1, *model.image_shape, seed=5), schedule, 3)
+    ddim.ddim(plan.field(-z), noise(1, *model.image_shape, seed=5), schedule, 3)
     assert torch.equal(first, kept)
 
 
@@ -85,17 +82,28 @@ def test_only_so_many_trajectories_are_kept():
     prior = tiny_prior()
     plan, schedule = FusedPlan(prior, CPU, torch.float32, ON_DEVICE), build_schedule(prior.config.schedule)
     for steps in range(1, 12):
-        sampling.ddim(plan.field(), noise(1, *prior.image_shape), schedule, steps)
+        ddim.ddim(plan.field(), noise(1, *prior.image_shape), schedule, steps)
     assert len(plan._trajectories) == 8
 
 
 def test_what_cannot_run_is_switched_off_and_said():
-    everything = Rewrites(*[True] * len(dataclasses.fields(Rewrites)))
+    everything = Rewrites(**{field.name: True for field in dataclasses.fields(Rewrites)})
     plan = FusedPlan(tiny_pdae(), CPU, torch.float32, everything)
     assert not plan.options.graphs and not plan.options.parallel_decoders and not plan.options.folded_biases
     assert "graphs" not in plan.describe()["rewrites"] and plan.describe()["attention"] == "sdpa"
-    nothing = Rewrites(False, False, False, True, True, True, True, True, True).usable_on(CPU, torch.float32)
-    assert nothing == Rewrites(False, False, fused_update=True)
+    nothing = dataclasses.replace(ON_DEVICE, kernels=False, parallel_decoders=True, graphs=True)
+    assert nothing.usable_on(CPU, torch.float32) == Rewrites(
+        packed_weights=False, phase_upsample=False, fused_update=True
+    )
+
+
+def test_the_table_of_needs_is_read_from_the_top():
+    """A switch stands below every switch that it names, and all names are known: switches or what a device has."""
+    switches, device = {field.name for field in dataclasses.fields(Rewrites)}, {"oneDNN", "a GPU", "native norms", "native convolutions"}
+    for place, (name, (needs, without)) in enumerate(NEEDS.items()):
+        named = {other for one_of in (*needs, without) for other in one_of}
+        assert name in switches and named <= switches | device
+        assert not named & set(list(NEEDS)[place:])
 
 
 def with_graphs(monkeypatch, capture):
@@ -111,9 +119,9 @@ def test_one_graph_for_steps_with_and_one_without_gradient(monkeypatch, both):
     captured = []
     plan, schedule = with_graphs(monkeypatch, capture_into(captured))
     z, x_T = noise(2, plan.model.config.latent_dim, seed=1), noise(2, *plan.model.image_shape)
-    expected = sampling.ddim(both[2].field(z), x_T, schedule, 6, stop_percent=0.5)
+    expected = ddim.ddim(both[2].field(z), x_T, schedule, 6, stop_percent=0.5)
     for B in (2, 2, 1):
-        found = sampling.ddim(plan.field(z[:B]), x_T[:B], schedule, 6, stop_percent=0.5)
+        found = ddim.ddim(plan.field(z[:B]), x_T[:B], schedule, 6, stop_percent=0.5)
         assert relative(found, expected[:B]) < 1e-4
     assert captured == [plan.graph_pool] * 2
     assert plan.evaluations == {"trunk": 30, "eps": 30, "gradient": 15}  # warming up does not count
@@ -129,7 +137,7 @@ def test_a_capture_that_fails_is_reported_and_survived(monkeypatch, both):
     plan, schedule = with_graphs(monkeypatch, capture)
     z, x_T = noise(1, plan.model.config.latent_dim, seed=1), noise(1, *plan.model.image_shape)
     with pytest.warns(UserWarning, match="CUDA graphs are off: capture failed .operation not permitted"):
-        found = sampling.ddim(plan.field(z), x_T, schedule, 4, stop_percent=0.5)
-    assert relative(found, sampling.ddim(both[2].field(z), x_T, schedule, 4, stop_percent=0.5)) < 1e-4
-    sampling.ddim(plan.field(z), x_T, schedule, 3)
+        found = ddim.ddim(plan.field(z), x_T, schedule, 4, stop_percent=0.5)
+    assert relative(found, ddim.ddim(both[2].field(z), x_T, schedule, 4, stop_percent=0.5)) < 1e-4
+    ddim.ddim(plan.field(z), x_T, schedule, 3)
     assert len(attempts) == 1 and "operation not permitted" in plan.capture_failure

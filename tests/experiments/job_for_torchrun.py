@@ -1,4 +1,4 @@
-"""What test_shards runs under torchrun as SCRIPT OUT RUN: a job of eleven images; process 1 dies at its second block
+"""What test_journal runs under torchrun as SCRIPT OUT RUN: a job of eleven images; process 1 dies at its second block
 while OUT/kill is there."""
 
 import json
@@ -12,7 +12,8 @@ import torch
 
 from pdae_fast import cli
 from pdae_fast.data import Sample
-from pdae_fast.experiments.shards import Journal, processes
+from pdae_fast.experiments.journal import Journal
+from pdae_fast.processes import processes
 
 
 class Images:

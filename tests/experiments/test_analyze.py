@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from helpers import TINY, image_folder, images
-from pdae_fast import Pipeline, ScheduleConfig, UserError, analyze, cli, sampling
+from pdae_fast import Pipeline, ScheduleConfig, UserError, analyze, cli
 from pdae_fast.data import Sample
 from pdae_fast.experiments.analyze import shift, times
 from pdae_fast.experiments.analyze.times import Comparison, Point
-from pdae_fast.schedule import Step, build_schedule
-from pdae_fast.training.objective import pdae_loss, q_sample
+from pdae_fast.samplers import ddim
+from pdae_fast.schedule import Step, build_schedule, q_sample
+from pdae_fast.training.objective import pdae_loss
 
 CONFIG = TINY
 
@@ -80,7 +81,7 @@ def test_one_step_estimate_is_the_samplers(t):
         return point.eps, point.gradient if use_gradient else None
 
     for found, use in zip(shift.one_step(SCHEDULE, point), (False, True), strict=True):
-        expected = sampling.estimate_x0(field, point.x_t, Step(t, bar, 1.0, use))
+        expected = ddim.estimate_x0(field, point.x_t, Step(t, bar, 1.0, use))
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     error = shift.one_step_error(SCHEDULE, point)["with"]
     expected = ((point.x0 - shift.one_step(SCHEDULE, point)[1]) / 2).square().mean((1, 2, 3))

@@ -11,10 +11,11 @@ import torch
 
 from helpers import TINY, image_folder
 from idx_files import idx_bytes
-from pdae_fast import ScheduleConfig, UserError, analyze, cli, sampling
+from pdae_fast import ScheduleConfig, UserError, analyze, cli
 from pdae_fast.experiments import image_classifier
 from pdae_fast.experiments.analyze import critical_stage
 from pdae_fast.experiments.analyze.critical_stage import Stage
+from pdae_fast.samplers import ddim
 from pdae_fast.schedule import build_schedule
 
 CONFIG = TINY
@@ -51,10 +52,10 @@ def noise(count):
 @pytest.mark.parametrize("y", [0, 1])
 def test_guided_samples_are_those_of_the_class(y):
     x_T = noise(400)
-    free = sampling.ddim(exact_field, x_T, SCHEDULE, 200, clamp=None)
+    free = ddim.ddim(exact_field, x_T, SCHEDULE, 200, clamp=None)
     share = float(((free - MEANS[0]).norm(dim=1) < (free - MEANS[1]).norm(dim=1)).double().mean())
     assert 0.4 < share < 0.6
-    led = sampling.ddim(sampling.guided(exact_field, log_posterior(y)), x_T, SCHEDULE, 200, clamp=None)
+    led = ddim.ddim(ddim.guided(exact_field, log_posterior(y)), x_T, SCHEDULE, 200, clamp=None)
     # p_t(x) p_t(y | x) is the class's own Gaussian: its probability flow is known in closed form.
     bar = SCHEDULE.alpha_bar[[0, -1]]
     scale = np.sqrt((bar[0] * SPREAD**2 + 1 - bar[0]) / (bar[1] * SPREAD**2 + 1 - bar[1]))
@@ -66,24 +67,24 @@ def test_guided_samples_are_those_of_the_class(y):
 def test_guidance_is_the_formula_of_the_paper():
     x, t = noise(5), 600
     bar = float(SCHEDULE.alpha_bar[t])
-    eps, gradient = sampling.guided(exact_field, log_posterior(1), scale=2.5)(x, t, True)
+    eps, gradient = ddim.guided(exact_field, log_posterior(1), scale=2.5)(x, t, True)
     point = x.clone().requires_grad_(True)
     (ascent,) = torch.autograd.grad(log_posterior(1)(point, t).sum(), point)
     expected = exact_field(x, t, True)[0] - (1 - bar) ** 0.5 * 2.5 * ascent
-    torch.testing.assert_close(sampling.shifted_eps(eps, gradient, bar), expected)
-    assert sampling.guided(exact_field, log_posterior(1))(x, t, False)[1] is None
+    torch.testing.assert_close(ddim.shifted_eps(eps, gradient, bar), expected)
+    assert ddim.guided(exact_field, log_posterior(1))(x, t, False)[1] is None
 
     def with_g(x, t, use_gradient):
         return exact_field(x, t, use_gradient)[0], torch.ones_like(x) if use_gradient else None
 
-    torch.testing.assert_close(sampling.guided(with_g, log_posterior(1), 2.5)(x, t, True)[1], gradient + 1)
+    torch.testing.assert_close(ddim.guided(with_g, log_posterior(1), 2.5)(x, t, True)[1], gradient + 1)
 
 
 def test_guidance_takes_what_inference_mode_hands_out():
     network = torch.nn.Linear(2, 2).double()
     with torch.inference_mode():
         x = noise(3) * 1
-        _, gradient = sampling.guided(exact_field, lambda x, t: network(x)[:, 0])(x, 10, True)
+        _, gradient = ddim.guided(exact_field, lambda x, t: network(x)[:, 0])(x, 10, True)
     torch.testing.assert_close(gradient.clone(), network.weight[0].detach().expand(3, 2))
 
 
@@ -105,10 +106,10 @@ def test_stages_share_trajectories_and_change_nothing():
     }
     assert set(found) == {(0, 0), *combinations(range(count + 1), 2)}
     assert len(calls) == critical_stage.evaluations(parts)
-    led = sampling.guided(exact_field, log_prob, 3)
+    led = ddim.guided(exact_field, log_prob, 3)
     for (low, high), x in found.items():
         steps = tuple(s._replace(use_gradient=250 * low <= s.t < 250 * high) for s in trajectory)
-        torch.testing.assert_close(x, sampling.integrate(led, x_T, steps, clamp=None), rtol=0, atol=0)
+        torch.testing.assert_close(x, ddim.integrate(led, x_T, steps, clamp=None), rtol=0, atol=0)
     assert not torch.allclose(found[0, 4], found[0, 0])
 
 

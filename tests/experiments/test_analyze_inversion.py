@@ -11,7 +11,7 @@ import torch
 from helpers import TINY, TINY_FULL, image_folder, images, tiny_pdae
 from pdae_fast import Pipeline, UserError, analyze, cli
 from pdae_fast.experiments.analyze import inversion, latents
-from pdae_fast.pipeline import PRESETS
+from pdae_fast.samplers import RECIPES, Recipe
 
 CONFIG = TINY
 
@@ -56,7 +56,7 @@ def test_the_reference_is_that_of_normal_noise():
 
 
 def test_interpolations_join_what_is_decoded(model):
-    pipe = Pipeline(model, 3, device="cpu", plan="eager")
+    pipe = Pipeline(model, "published", steps=3, device="cpu", plan="eager")
     x0 = images(5)
     z, x_T = pipe.encode(x0), draw(x0.shape)
     found = latents.interpolations(pipe, z, x_T, 4)
@@ -66,7 +66,7 @@ def test_interpolations_join_what_is_decoded(model):
 
 
 def test_smoothness_of_a_cross_fade_and_of_noise(model):
-    pipe = Pipeline(model, 3, device="cpu", plan="eager")
+    pipe = Pipeline(model, "published", steps=3, device="cpu", plan="eager")
     x0 = images(4)
     z = pipe.encode(x0)
     ends = x0.unflatten(0, (2, 2))
@@ -87,9 +87,9 @@ def test_smoothness_of_a_cross_fade_and_of_noise(model):
 
 def test_the_ways_hold_every_preset():
     known = inversion.ways()
-    assert set(PRESETS) <= known.keys() and known["random"].mode == "random"
-    assert known["reversible"].solver == "belm"
-    assert known["published-1000"].encode_steps == 1000
+    assert set(RECIPES) <= known.keys() and known["random"].mode == "random"
+    assert known["reversible"].recipe.solver == "belm"
+    assert known["published-1000"].recipe.encode_steps == 1000
     assert "published-1000" not in inversion.choose(None)
     assert list(inversion.choose(["reversible", "fast", "reversible"])) == ["reversible", "fast"]
     with pytest.raises(UserError, match="'best' is not known; expected some of random, "):
@@ -97,10 +97,10 @@ def test_the_ways_hold_every_preset():
 
 
 def test_a_random_x_T_is_noise_and_counts_are_exact(model):
-    pipe = Pipeline(model, 3, device="cpu", plan="eager")
+    pipe = Pipeline(model, "published", steps=3, device="cpu", plan="eager")
     small = {
-        "random": inversion.Setting("random", 3, None, "uniform", 0, "ddim"),
-        "solved": inversion.Setting("inferred", 3, 3, "uniform", 1, "ddim"),
+        "random": inversion.Case("random", Recipe(3)),
+        "solved": inversion.Case("inferred", Recipe(3)),
     }
     for name, setting in small.items():
         before = pipe.evaluations.get("trunk", 0)
@@ -122,9 +122,9 @@ def command(model_dir, folder, out, *more):
 
 def test_inversion_as_a_command(model_dir, tmp_path, capsys, monkeypatch):
     short = {
-        "random": inversion.Setting("random", 2, None, "uniform", 0, "ddim"),
-        "plain": inversion.Setting("inferred", 2, 3, "uniform", 0, "ddim"),
-        "belm": inversion.Setting("inferred", 3, 3, "uniform", 0, "belm"),
+        "random": inversion.Case("random", Recipe(2)),
+        "plain": inversion.Case("inferred", Recipe(2, 3)),
+        "belm": inversion.Case("inferred", Recipe(3, solver="belm")),
     }
     monkeypatch.setattr(inversion, "ways", lambda: short)
     out = tmp_path / "out"
@@ -179,8 +179,8 @@ def avatars(tmp_path_factory):
 def test_edits_are_compared_with_the_truth(avatars, tmp_path, monkeypatch, capsys):
     tiny_pdae(TINY_FULL).save_pretrained(tmp_path / "full")
     short = {
-        "random": inversion.Setting("random", 2, None, "uniform", 0, "ddim"),
-        "solved": inversion.Setting("inferred", 3, 3, "uniform", 2, "ddim"),
+        "random": inversion.Case("random", Recipe(2)),
+        "solved": inversion.Case("inferred", Recipe(3, iterations=2)),
     }
     monkeypatch.setattr(inversion, "ways", lambda: short)
     out = tmp_path / "out"
@@ -198,7 +198,7 @@ def test_edits_are_compared_with_the_truth(avatars, tmp_path, monkeypatch, capsy
 
 
 def test_why_there_are_no_edits(avatars, model_dir, tmp_path, monkeypatch, capsys):
-    short = {"random": inversion.Setting("random", 2, None, "uniform", 0, "ddim")}
+    short = {"random": inversion.Case("random", Recipe(2))}
     monkeypatch.setattr(inversion, "ways", lambda: short)
     folder = avatars / "images"
     assert command(model_dir, folder, tmp_path / "out", "--points", 3) == 0

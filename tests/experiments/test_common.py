@@ -1,18 +1,18 @@
-"""Bundled data, pipelines that share a plan, cost, charts."""
+"""Bundled data, pipelines that share a plan, cost."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 
 from helpers import TINY_FULL, image_folder, images, tiny_pdae
-from pdae_fast import Pipeline, cli, reconstruct
+from pdae_fast import Pipeline, Recipe, cli, reconstruct
 from pdae_fast.data import FashionMNIST, bundled, open_dataset
 from pdae_fast.engine.cost import network_costs
 from pdae_fast.errors import UserError
 from pdae_fast.experiments import common
-from pdae_fast.experiments.plots import chart
 
 
 def test_the_bundled_data_opens_by_its_word():
@@ -39,25 +39,27 @@ def pipe():
     return Pipeline(tiny_pdae(TINY_FULL), steps=3, device="cpu", plan="eager")
 
 
-def test_a_variant_is_a_pipeline_of_its_own_settings(pipe):
-    other = common.variant(pipe, steps=2, spacing="quadratic")
+def test_a_pipeline_with_another_recipe(pipe):
+    other = pipe.with_recipe(steps=2, spacing="quadratic")
     own = Pipeline(pipe.model, steps=2, spacing="quadratic", device="cpu", plan="eager")
     x0 = images(2)
     assert torch.equal(other.reconstruct(x0), own.reconstruct(x0))
-    assert (pipe.steps, pipe.spacing) == (3, "uniform") and other.plan is pipe.plan
-    with pytest.raises(ValueError, match="no setting 'step'"):
-        common.variant(pipe, step=2)
+    assert (pipe.recipe.steps, pipe.recipe.spacing) == (3, "uniform") and other.plan is pipe.plan
+    with pytest.raises(TypeError, match="step"):
+        pipe.with_recipe(step=2)
     with pytest.raises(UserError, match="steps must be between"):
-        common.variant(pipe, steps=0)
+        pipe.with_recipe(steps=0)
 
 
-@pytest.mark.parametrize("settings", [{}, {"iterations": 2}, {"solver": "belm"}, {"spacing": "quadratic", "steps": 7}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"iterations": 0}, {"iterations": 2}, {"solver": "belm"}, {"spacing": "quadratic", "steps": 7}]
+)
 @pytest.mark.parametrize("mode", list(common.MODES))
 def test_the_cost_is_what_was_announced(pipe, mode, settings):
-    own, cost = common.variant(pipe, **settings), common.Cost()
+    own, cost = pipe.with_recipe(Recipe(**{"steps": 3, **settings})), common.Cost()
     with cost.of(own):
-        common.autoencode(own, mode, images(2), [4, 9], None, seed=0)
-    assert cost.report(2)["network_evaluations_per_image"]["trunk"] == common.evaluations(own, mode, None)
+        common.autoencode(own, mode, images(2), [4, 9], seed=0)
+    assert cost.report(2)["network_evaluations_per_image"]["trunk"] == common.evaluations(own, mode)
     again = common.Cost()
     again.add(cost.values())
     again.add(cost.values())
@@ -67,10 +69,10 @@ def test_the_cost_is_what_was_announced(pipe, mode, settings):
 def test_random_x_T_depends_on_the_image_not_on_its_batch(pipe):
     x0 = images(3)
     assert torch.equal(pipe.random_x_T(1, [0, 5, 6])[2:], pipe.random_x_T(1, [6]))
-    together = common.autoencode(pipe, "random", x0, [0, 5, 6], None, seed=1)
+    together = common.autoencode(pipe, "random", x0, [0, 5, 6], seed=1)
     # The random network multiplies what the batch size rounds; another x_T would be off by about 1.
-    assert torch.allclose(together[2:], common.autoencode(pipe, "random", x0[2:], [6], None, seed=1), atol=0.02)
-    assert (together[1] - common.autoencode(pipe, "random", x0[1:2], [6], None, seed=1)).abs().mean() > 0.2
+    assert torch.allclose(together[2:], common.autoencode(pipe, "random", x0[2:], [6], seed=1), atol=0.02)
+    assert (together[1] - common.autoencode(pipe, "random", x0[1:2], [6], seed=1)).abs().mean() > 0.2
 
 
 def test_a_fingerprint_sees_every_weight():
@@ -80,16 +82,6 @@ def test_a_fingerprint_sees_every_weight():
     with torch.no_grad():
         model.decoder.out[2].bias[0] += 1e-3
     assert common.fingerprint(model) != before
-
-
-def test_a_chart_is_written_whole_or_not_at_all(tmp_path):
-    with chart(tmp_path / "a.png", 2, 1) as axes:
-        axes.plot([0, 1], [0, 1])
-    with Image.open(tmp_path / "a.png") as picture:
-        assert picture.size == (300, 150)
-    with pytest.raises(RuntimeError), chart(tmp_path / "b.png") as axes:
-        raise RuntimeError
-    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_parts_of_the_network_are_counted_as_parts(tmp_path, model_dir, capsys):
@@ -105,3 +97,28 @@ def test_parts_of_the_network_are_counted_as_parts(tmp_path, model_dir, capsys):
     assert found["network_evaluations_per_image"]["trunk"] == 3
     table = capsys.readouterr().out
     assert "reuse gradient:off" in table and f" {expected:.1f} " in table
+
+
+def test_every_command_ends_alike(capsys):
+    run = SimpleNamespace(args=SimpleNamespace(quiet=False), model=SimpleNamespace(notes=["1 head"]), out=Path("out"))
+    files, broken = ["grid.png", "images", "metrics.json"], [("x", "cut off"), ("y", "empty"), ("x", "cut off")]
+    common.say(run, ["table"], files, broken)
+    wrote = f"wrote {Path('out/grid.png')}, {Path('out/images')} and {Path('out/metrics.json')}"
+    lines = ["table", "2 broken images skipped: x, y", "assumed about the model: 1 head", wrote]
+    assert capsys.readouterr().out.splitlines() == lines
+    run.args.quiet = True
+    common.say(run, ["table"], files, broken)
+    assert capsys.readouterr().out == ""
+
+
+def test_codes_in_groups_share_their_images_noise():
+    x_T = images(2)
+    pipe = SimpleNamespace(decode=lambda codes, x_T: torch.cat([codes, x_T.flatten(1)[:, :1]], dim=1))
+    found = common.decode_edits(pipe, torch.arange(6.0)[:, None], x_T)
+    assert found.tolist() == [[float(k), float(x_T[k % 2, 0, 0, 0])] for k in range(6)]
+
+
+def test_values_that_are_no_numbers_are_named():
+    assert common.check_finite(images(1), "the image holds").shape == (1, 1, 32, 32)
+    with pytest.raises(UserError, match="the image holds NaN or infinite values; try --dtype float32"):
+        common.check_finite(torch.tensor([1.0, float("inf")]), "the image holds")

@@ -8,27 +8,27 @@ import torch
 
 from helpers import image_folder
 from idx_files import write_set
-from pdae_fast import PDAE, Pipeline, cli, encode
+from pdae_fast import PDAE, Pipeline, cli
 from pdae_fast.data import open_dataset
 from pdae_fast.experiments import encode as experiment
 
 
 def run(*argv):
-    return cli.run(encode.main, [str(a) for a in argv])
+    return cli.run(experiment.main, [str(a) for a in argv])
 
 
 def direct(model_dir, folder):
     dataset = open_dataset(folder, 32, 1, split="test")
     x0 = torch.stack([dataset[i].image for i in range(len(dataset))])
-    pipe = Pipeline(PDAE.from_pretrained(model_dir), steps=2, device="cpu", plan="eager")
+    pipe = Pipeline(PDAE.from_pretrained(model_dir), "published", steps=2, device="cpu", plan="eager")
     return dataset, x0, pipe
 
 
 def test_npz_holds_latents_names_and_x_T(tmp_path, model_dir, monkeypatch, capsys):
     folder = image_folder(tmp_path / "in", 5)
-    monkeypatch.setattr(encode, "BLOCK_IMAGES", 2)
+    monkeypatch.setattr(experiment, "BLOCK_IMAGES", 2)
     assert run("--model", model_dir, "--input", folder, "--out", tmp_path / "out", "--with-x-T", "--steps", 2,
-               "--batch-size", 2, "--device", "cpu", "--plan", "eager") == 0  # fmt: skip
+               "--iterations", 0, "--batch-size", 2, "--device", "cpu", "--plan", "eager") == 0  # fmt: skip
     assert "z [5, 16] and x_T, no labels" in capsys.readouterr().out
     dataset, x0, pipe = direct(model_dir, folder)
     z = pipe.encode(x0)
@@ -64,7 +64,7 @@ def test_labels_of_classes_and_of_a_table(tmp_path, model_dir):
 
 
 def test_broken_images_leave_no_gap(tmp_path, model_dir, capsys, monkeypatch):
-    monkeypatch.setattr(encode, "BLOCK_IMAGES", 1)  # a block of nothing but a broken image
+    monkeypatch.setattr(experiment, "BLOCK_IMAGES", 1)  # a block of nothing but a broken image
     folder = image_folder(tmp_path / "in", 4)
     (folder / "01.png").write_bytes((folder / "01.png").read_bytes()[:60])
     arguments = ["--model", model_dir, "--input", folder, "--device", "cpu", "--plan", "eager", "--batch-size", 1]

@@ -14,10 +14,11 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from helpers import TINY_FULL, image_folder, tiny_pdae
-from pdae_fast import Pipeline, cli, evaluate, reconstruct
+from pdae_fast import Pipeline, cli, reconstruct
 from pdae_fast.data import open_dataset
 from pdae_fast.experiments import evaluate as experiment
 from pdae_fast.experiments import perceptual
+from pdae_fast.samplers import RECIPES, Recipe
 
 
 @pytest.fixture
@@ -37,9 +38,9 @@ def rows_of(path):
 
 def test_the_table_is_that_of_direct_calls(tmp_path, model_dir, base, capsys, monkeypatch):
     out = tmp_path / "out"
-    monkeypatch.setitem(evaluate.PRESETS, "fast", {"steps": 3, "spacing": "quadratic", "iterations": 2})
-    assert run(evaluate.main, *base, "--out", out, "--steps", 2, "--preset", "fast", "--modes", "inferred", "random",
-               "--seed", 3) == 0  # fmt: skip
+    monkeypatch.setitem(RECIPES, "fast", Recipe(steps=3, spacing="quadratic", iterations=2))
+    assert run(experiment.main, *base, "--out", out, "--steps", 2, "--iterations", 0, "--preset", "fast",
+               "--modes", "inferred", "random", "--seed", 3) == 0  # fmt: skip
     printed = capsys.readouterr().out
     report = json.loads((out / "metrics.json").read_text())
     assert [row["label"] for row in report["rows"]] == [
@@ -49,11 +50,11 @@ def test_the_table_is_that_of_direct_calls(tmp_path, model_dir, base, capsys, mo
     assert report["images"] == 5 and report["broken"] == [] and report["preset"] == ["fast"]
     assert set(report["not_available"]) <= {"lpips", "st_lpips"}
     for name in report["not_available"]:
-        assert f"{evaluate.TITLES[name]}: not available" in printed
+        assert f"{experiment.TITLES[name]}: not available" in printed
     dataset = open_dataset(base[3], 32, 1)
     x0 = torch.stack([dataset[i].image for i in range(5)])
-    model = evaluate.common.PDAE.from_pretrained(model_dir)
-    pipe = Pipeline(model, steps=2, device="cpu", plan="eager", batch_size=5)
+    model = experiment.common.PDAE.from_pretrained(model_dir)
+    pipe = Pipeline(model, "published", steps=2, device="cpu", plan="eager", batch_size=5)
     decoded = [pipe.reconstruct(x0), pipe.decode(pipe.encode(x0), pipe.random_x_T(3, range(5)))]
     per_image = rows_of(out / "per_image.csv")
     assert [row["image"] for row in per_image[::4]] == dataset.names
@@ -72,7 +73,7 @@ def test_the_table_is_that_of_direct_calls(tmp_path, model_dir, base, capsys, mo
 
 def test_an_interrupted_evaluation_continues(tmp_path, base, monkeypatch):
     arguments = [*base, "--steps", 1, "--modes", "random", "prior"]
-    assert run(evaluate.main, *arguments, "--out", tmp_path / "whole", "--quiet") == 0
+    assert run(experiment.main, *arguments, "--out", tmp_path / "whole", "--quiet") == 0
     calls = []
     original = experiment.common.autoencode
 
@@ -84,9 +85,9 @@ def test_an_interrupted_evaluation_continues(tmp_path, base, monkeypatch):
 
     monkeypatch.setattr(experiment.common, "autoencode", stop)
     out = tmp_path / "out"
-    assert run(evaluate.main, *arguments, "--out", out, "--quiet") == 130
+    assert run(experiment.main, *arguments, "--out", out, "--quiet") == 130
     assert not (out / "per_image.csv").exists()
-    assert run(evaluate.main, *arguments, "--out", out, "--quiet") == 0
+    assert run(experiment.main, *arguments, "--out", out, "--quiet") == 0
     # Block 0 was finished, block 1 was not, so it is done again from its start.
     assert calls[4:] == [("random", (2, 3)), ("prior", (2, 3)), ("random", (4,)), ("prior", (4,))]
     for name in ("per_image.csv", "grid.png"):
@@ -98,9 +99,9 @@ def test_changed_settings_of_an_unfinished_run_are_refused(tmp_path, base, monke
         raise KeyboardInterrupt
 
     monkeypatch.setattr(experiment.common, "autoencode", stop)
-    assert run(evaluate.main, *base, "--out", tmp_path / "out", "--steps", 1) == 130
+    assert run(experiment.main, *base, "--out", tmp_path / "out", "--steps", 1) == 130
     capsys.readouterr()
-    assert run(evaluate.main, *base, "--out", tmp_path / "out", "--steps", 2) == 2
+    assert run(experiment.main, *base, "--out", tmp_path / "out", "--steps", 2) == 2
     error = capsys.readouterr().err
     assert "steps 1, now 2" in error and len(error.splitlines()) == 1
 
@@ -116,10 +117,10 @@ def test_frechet_distance_is_torchmetrics_own(tmp_path, model_dir, base):
     torch.jit.script(_Features()).save(str(network))
     reference = image_folder(tmp_path / "reference", 4)
     out = tmp_path / "out"
-    assert run(evaluate.main, *base, "--out", out, "--steps", 1, "--modes", "random", "--fid", reference,
+    assert run(experiment.main, *base, "--out", out, "--steps", 1, "--modes", "random", "--fid", reference,
                "--fid-network", network, "--quiet") == 0  # fmt: skip
     report = json.loads((out / "metrics.json").read_text())
-    pipe = Pipeline(evaluate.common.PDAE.from_pretrained(model_dir), steps=1, device="cpu", plan="eager")
+    pipe = Pipeline(experiment.common.PDAE.from_pretrained(model_dir), steps=1, device="cpu", plan="eager")
     metric = FrechetInceptionDistance(feature=_Features(), input_img_size=(3, 32, 32))
     for folder, real in ((reference, True), (base[3], False)):
         dataset = open_dataset(folder, 32, 1)
@@ -188,7 +189,7 @@ def test_mistakes(tmp_path, base, capsys, monkeypatch, arguments, words):
     if "--alexnet" in arguments:
         monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=_FakeLPIPS))
     arguments = [a.format(**{"in": base[3]}) for a in arguments]
-    assert run(evaluate.main, *base, "--out", tmp_path / "out", *arguments) == 2
+    assert run(experiment.main, *base, "--out", tmp_path / "out", *arguments) == 2
     error = capsys.readouterr().err
     assert words in error and len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
@@ -200,7 +201,7 @@ def test_two_processes_find_what_one_finds(tmp_path, base, command):
     broken = base[3] / "01.png"
     broken.write_bytes(broken.read_bytes()[:60])
     arguments = [str(a) for a in [*base, "--steps", 1, "--modes", "inferred", "random"]]
-    main = {"evaluate": evaluate.main, "reconstruct": reconstruct.main}[command]
+    main = {"evaluate": experiment.main, "reconstruct": reconstruct.main}[command]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as torchrun's processes: sums over other numbers of threads round differently
     try:
@@ -226,10 +227,10 @@ def test_two_processes_find_what_one_finds(tmp_path, base, command):
 def test_only_the_first_images_are_kept_for_the_grid(monkeypatch):
     monkeypatch.setattr(experiment, "GRID_IMAGES", 3)
     pipe = Pipeline(tiny_pdae(TINY_FULL), steps=1, device="cpu", plan="eager")
-    setting = experiment.Setting("prior", 1, None, "uniform", 0, "ddim")
+    setting = experiment.Case("prior", Recipe(1))
     x0 = torch.zeros(2, 1, 32, 32)
     for indices, kept in (([2, 3], 1), ([4, 5], 0)):
         block = experiment.Block(0, x0, ["a", "b"], indices, [])
         values, arrays = experiment.evaluate(pipe, [setting], block, experiment.METRICS)
-        assert len(values["settings"][0]["quality"]["mse"]) == 2
+        assert len(values["cases"][0]["quality"]["mse"]) == 2
         assert {name: array.shape[:2] for name, array in arrays.items()} == ({"shown": (1, kept)} if kept else {})

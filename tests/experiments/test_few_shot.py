@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 
 from golden_rule import relative
 from helpers import TINY, image_folder, tiny_pdae
-from pdae_fast import Pipeline, UserError, cli, few_shot
+from pdae_fast import Pipeline, UserError, cli
 from pdae_fast.experiments import few_shot as experiment
 from pdae_fast.experiments.image_classifier import predict
 from pdae_fast.experiments.targets import Targets
@@ -34,7 +34,7 @@ def base(tmp_path, model_dir):
 
 
 def run(*argv):
-    return cli.run(few_shot.main, [str(a) for a in argv])
+    return cli.run(experiment.main, [str(a) for a in argv])
 
 
 def test_the_classifier_is_the_minimum_of_the_balanced_loss():

@@ -10,7 +10,7 @@ from PIL import Image
 
 from golden_rule import relative
 from helpers import image_folder, images
-from pdae_fast import Pipeline, UserError, cli, interpolate
+from pdae_fast import Pipeline, UserError, cli
 from pdae_fast.data import Sample
 from pdae_fast.experiments import animation
 from pdae_fast.experiments import interpolate as experiment
@@ -19,11 +19,24 @@ from pdae_fast.experiments import interpolate as experiment
 @pytest.fixture
 def base(tmp_path, model_dir):
     folder = image_folder(tmp_path / "in", 4)
-    return ["--model", model_dir, "--input", folder, "--device", "cpu", "--batch-size", 4, "--steps", 2]
+    return [
+        "--model",
+        model_dir,
+        "--input",
+        folder,
+        "--device",
+        "cpu",
+        "--batch-size",
+        4,
+        "--steps",
+        2,
+        "--iterations",
+        0,
+    ]
 
 
 def run(*argv):
-    return cli.run(interpolate.main, [str(a) for a in argv])
+    return cli.run(experiment.main, [str(a) for a in argv])
 
 
 class Images:
@@ -38,7 +51,7 @@ class Images:
 
 @pytest.mark.parametrize("solver", ["ddim", "belm"])
 def test_all_pairs_at_once_equal_one_frame_at_a_time(model, solver):
-    pipe = Pipeline(model, steps=3, device="cpu", batch_size=4, solver=solver)
+    pipe = Pipeline(model, "published", steps=3, device="cpu", batch_size=4, solver=solver)
     x0, weights, pairs = images(3), torch.tensor([0.0, 0.3, 1.0]), [(0, 1), (2, 1)]
     before = pipe.evaluations
     found = experiment.interpolate(pipe, Images(x0), pairs, weights, ["latent", "trajectory"])
@@ -83,7 +96,7 @@ def test_pairs_by_name_and_number():
 
 
 def test_the_compared_ways_give_the_same_frames(model):
-    pipe = Pipeline(model, steps=3, device="cpu", batch_size=4)
+    pipe = Pipeline(model, "published", steps=3, device="cpu", batch_size=4)
     weights = torch.linspace(0, 1, 3)
     found = experiment.interpolate(pipe, Images(images(2)), [(0, 1)], weights, ["trajectory"])
     before = pipe.evaluations

@@ -9,19 +9,20 @@ import pytest
 import torch
 
 from helpers import TINY, image_folder, tiny_pdae
-from pdae_fast import cli, metrics, pareto
+from pdae_fast import cli, metrics
 from pdae_fast.experiments import common
 from pdae_fast.experiments import pareto as sweeps
-from pdae_fast.experiments.pareto_plot import draw
-from pdae_fast.experiments.pareto_settings import FAMILIES, Setting, select, settings
-from pdae_fast.pipeline import PRESETS, Pipeline
+from pdae_fast.experiments.pareto import draw
+from pdae_fast.experiments.pareto_settings import FAMILIES, Candidate, candidates, select
+from pdae_fast.pipeline import Pipeline
+from pdae_fast.samplers import RECIPES, Recipe
 
 CONFIG = TINY
 
 TABLE = [
-    Setting("coarse", "published", 2),
-    Setting("cached", "reuse", 4, reuse="gradient:2", modes=("random",)),
-    Setting("solved", "solved", 2, spacing="quadratic", iterations=2, modes=("inferred",)),
+    Candidate("coarse", "published", Recipe(2, iterations=0)),
+    Candidate("cached", "reuse", Recipe(4, reuse="gradient:2"), ("random",)),
+    Candidate("solved", "solved", Recipe(2, spacing="quadratic", iterations=2), ("inferred",)),
 ]
 
 
@@ -32,12 +33,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(pareto, "settings", lambda which: TABLE)
+    monkeypatch.setattr(sweeps, "candidates", lambda which: TABLE)
 
 
 def command(model_dir, folder, out, *more):
     arguments = ("--model", model_dir, "--input", folder, "--out", out, "--device", "cpu", "--batch-size", 2, *more)
-    return cli.run(pareto.main, [str(a) for a in arguments])
+    return cli.run(sweeps.main, [str(a) for a in arguments])
 
 
 def rows_of(out):
@@ -62,12 +63,12 @@ def test_a_sweep_leaves_table_csv_json_and_picture(tmp_path, model_dir, folder, 
     cached = rows["random", "cached"]
     assert (cached["trunk"], cached["eps"], cached["gradient"]) == (4, 4, 2) and 2 < cached["evaluations"] < 4
     # The numbers are those of a pipeline that is asked for the same.
-    model = pareto.common.PDAE.from_pretrained(model_dir)
+    model = sweeps.common.PDAE.from_pretrained(model_dir)
     images = common.load(common.open_dataset([folder], 32, 1, split="test"), range(3)).images
-    pipe = Pipeline(model, 2, "cpu", spacing="quadratic", iterations=2)
+    pipe = Pipeline(model, steps=2, device="cpu", spacing="quadratic", iterations=2)
     mse = metrics.mse(images, pipe.reconstruct(images)).mean()
     assert rows["inferred", "solved"]["mse"] == pytest.approx(float(mse), rel=1e-4)
-    pipe = Pipeline(model, 4, "cpu", reuse="gradient:2")
+    pipe = Pipeline(model, steps=4, device="cpu", reuse="gradient:2")
     ssim = metrics.ssim(images, pipe.decode(pipe.encode(images), seed=0)).mean()
     assert cached["ssim"] == pytest.approx(float(ssim), abs=1e-5)
     assert (out / "pareto.png").read_bytes().startswith(b"\x89PNG")
@@ -78,11 +79,11 @@ def test_a_sweep_leaves_table_csv_json_and_picture(tmp_path, model_dir, folder, 
 def test_a_killed_sweep_goes_on_where_it_stopped(tmp_path, model_dir, folder, small, monkeypatch, capsys):
     out, measure, done = tmp_path / "out", sweeps.measure, []
 
-    def killed(run, setting, mode, broken=None):
+    def killed(run, candidate, mode, broken=None):
         if len(done) == 2:
             raise KeyboardInterrupt
-        done.append((setting.name, mode))
-        return measure(run, setting, mode, broken)
+        done.append((candidate.name, mode))
+        return measure(run, candidate, mode, broken)
 
     monkeypatch.setattr(sweeps, "measure", killed)
     assert command(model_dir, folder, out) == 130
@@ -102,8 +103,10 @@ def test_a_killed_sweep_goes_on_where_it_stopped(tmp_path, model_dir, folder, sm
         }
     done.clear()
     assert command(model_dir, folder, out) == 0 and not done
-    # A setting that means something else now is measured again.
-    monkeypatch.setattr(pareto, "settings", lambda which: [Setting("coarse", "published", 3), *TABLE[1:]])
+    # A candidate that means something else now is measured again.
+    monkeypatch.setattr(
+        sweeps, "candidates", lambda which: [Candidate("coarse", "published", Recipe(3, iterations=0)), *TABLE[1:]]
+    )
     assert command(model_dir, folder, out) == 0 and done == [("coarse", "inferred"), ("coarse", "random")]
     assert len(rows_of(out)) == 4
     capsys.readouterr()
@@ -149,7 +152,7 @@ def test_rows_that_cannot_be_compared_are_refused(tmp_path, folder, small, capsy
 
 def test_a_setting_of_ones_own_and_the_listing(tmp_path, model_dir, folder, small, capsys):
     out = tmp_path / "out"
-    more = ("--only", "cached", "--steps", 3, "--spacing", "quadratic", "--no-plot")
+    more = ("--only", "cached", "--steps", 3, "--spacing", "quadratic", "--iterations", 0, "--no-plot")
     assert command(model_dir, folder, out, *more, "--list") == 0
     printed = capsys.readouterr().out
     assert "yours" in printed and "3 rows, 13 evaluations an image, 39 in all" in printed and not out.exists()
@@ -165,7 +168,7 @@ def test_a_setting_of_ones_own_and_the_listing(tmp_path, model_dir, folder, smal
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (("--only", "nothing-like-this"), "fits no setting of this set; expected a family"),
+        (("--only", "nothing-like-this"), "fits no candidate of this set; expected a family"),
         (("--set", "huge"), "invalid choice"),
         (("--limit", 0), "--limit must be at least 1"),
         (("--input", "no-such-folder"), "no such input"),
@@ -217,19 +220,19 @@ def test_rows_are_marked_per_mode():
 
 
 def test_the_table_of_settings():
-    quick, standard, full = (settings(which) for which in ("quick", "standard", "full"))
+    quick, standard, full = (candidates(which) for which in ("quick", "standard", "full"))
     assert set(quick) < set(standard) < set(full) and {s.family for s in quick} == set(FAMILIES) - {"spacing"}
     for table in (quick, standard, full):
         assert len({s.name for s in table}) == len(table)
-    published = [s.steps for s in standard if s.family == "published" and s.encode_steps is None]
+    published = [s.recipe.steps for s in standard if s.family == "published" and s.recipe.encode_steps is None]
     assert len(set(published)) >= 16 and {s.family for s in standard} == set(FAMILIES)
-    assert any(s.encode_steps == 1000 and s.steps == 100 for s in standard)
-    pipe = Pipeline(tiny_pdae(TINY), 2, "cpu")
-    for setting in full:  # every one can be built, and counts its evaluations
-        assert all(setting.evaluations(pipe, mode) >= 5 for mode in setting.modes)
-    assert {s.name for s in quick if s.family == "preset"} == set(PRESETS) - {"published"}
+    assert any(s.recipe.encode_steps == 1000 and s.recipe.steps == 100 for s in standard)
+    pipe = Pipeline(tiny_pdae(TINY), steps=2, device="cpu")
+    for candidate in full:  # every one can be built, and counts its evaluations
+        assert all(candidate.evaluations(pipe, mode) >= 5 for mode in candidate.modes)
+    assert {s.name for s in quick if s.family == "preset"} == {"default", *RECIPES} - {"published"}
     assert [s.name for s in select(full, "published")][0] == "published 5+5"
-    assert {s.spacing for s in select(full, "*logsnr*")} == {"logsnr"}
+    assert {s.recipe.spacing for s in select(full, "*logsnr*")} == {"logsnr"}
     assert select(full, None) == full and len(select(full, "gradient:2")) == 3
 
 

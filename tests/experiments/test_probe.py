@@ -15,11 +15,10 @@ from sklearn.preprocessing import StandardScaler
 
 from helpers import TINY_FULL, image_folder, tiny_pdae
 from idx_files import idx_bytes
-from pdae_fast import PDAE, cli, probe
+from pdae_fast import PDAE, cli
 from pdae_fast.data import open_dataset
 from pdae_fast.errors import UserError
 from pdae_fast.experiments import probe as probes
-from pdae_fast.experiments import retrieval
 from pdae_fast.experiments.probe import Features
 from pdae_fast.experiments.targets import Targets
 
@@ -108,22 +107,22 @@ def test_neighbours_are_those_of_brute_force(data):
     features, y, labels = data
     distance = ((features.test[:, None].astype(np.float64) - features.train[None]) ** 2).sum(axis=2)
     expected = np.argsort(distance, axis=1)[:, :4]
-    found = retrieval.neighbours(features, 4)
+    found = probes.neighbours(features, 4)
     rows = np.arange(len(expected))[:, None]
     assert distance[rows, found] == pytest.approx(distance[rows, expected], rel=1e-4)
-    precision = retrieval.agreement(found, y, labels)
+    precision = probes.agreement(found, y, labels)
     assert precision[7] == np.mean([y[j] == labels[7] for j in found[7]])
     for k in (0, 151):
         with pytest.raises(UserError, match="from 1 to 150"):
-            retrieval.neighbours(features, k)
+            probes.neighbours(features, k)
 
 
 def test_agreement_and_chance_by_hand():
     train, test = np.array([[1, 0], [1, 1], [0, 0]]), np.array([[1, 1]])
-    assert retrieval.agreement(np.array([[0, 1]]), train, test) == pytest.approx([(0.5 + 1) / 2])
-    assert retrieval.chance(train, test) == pytest.approx((2 / 3 + 1 / 3) / 2)
-    assert retrieval.chance(train, np.array([[0, 1]])) == pytest.approx((1 / 3 + 1 / 3) / 2)
-    assert retrieval.chance(np.array([0, 0, 1, 2]), np.array([0, 2])) == pytest.approx((0.5 + 0.25) / 2)
+    assert probes.agreement(np.array([[0, 1]]), train, test) == pytest.approx([(0.5 + 1) / 2])
+    assert probes.chance(train, test) == pytest.approx((2 / 3 + 1 / 3) / 2)
+    assert probes.chance(train, np.array([[0, 1]])) == pytest.approx((1 / 3 + 1 / 3) / 2)
+    assert probes.chance(np.array([0, 0, 1, 2]), np.array([0, 2])) == pytest.approx((0.5 + 0.25) / 2)
 
 
 def test_pixel_baselines_have_the_dimension_of_z():
@@ -155,7 +154,7 @@ def idx(tmp_path_factory):
 
 
 def run(*argv):
-    return cli.run(probe.main, [str(a) for a in argv])
+    return cli.run(probes.main, [str(a) for a in argv])
 
 
 def test_classes_from_the_command_line(tmp_path, model_dir, idx, capsys):
@@ -175,7 +174,7 @@ def test_classes_from_the_command_line(tmp_path, model_dir, idx, capsys):
     }  # fmt: skip
     # The latents are found again: nothing is encoded the second time.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe.common.Pipeline, "encode", None)
+        patch.setattr(probes.common.Pipeline, "encode", None)
         assert run(*arguments, "--out", tmp_path / "out", "--quiet") == 0
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["features"] == report["features"]
 

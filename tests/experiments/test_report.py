@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from helpers import TINY, image_folder
-from pdae_fast import cli, report
+from pdae_fast import cli
 from pdae_fast.experiments import report as reports
 from pdae_fast.experiments.report import Result
 from pdae_fast.experiments.report_experiments import EXPERIMENTS, Experiment, choose
@@ -151,7 +151,7 @@ def test_what_can_be_chosen():
 
 def command(model_dir, folder, out, *more):
     arguments = ["--model", model_dir, "--input", folder, "--out", out, "--device", "cpu", *more]
-    return cli.run(report.main, [str(a) for a in arguments])
+    return cli.run(reports.main, [str(a) for a in arguments])
 
 
 def test_report_runs_skips_and_resumes(model_dir, tmp_path, capsys):
@@ -184,7 +184,7 @@ def test_a_crash_is_shown_and_the_rest_goes_on(model_dir, tmp_path, monkeypatch,
     broken = Experiment("broken", "Broken", "About.", "crashes")
     absent = Experiment("absent", "Absent", "About.", "nowhere")
     fine = Experiment("fine", "Fine", "About.", "prints")
-    monkeypatch.setattr(report, "choose", lambda names: [broken, absent, fine])
+    monkeypatch.setattr(reports, "choose", lambda names: [broken, absent, fine])
     done = {"crashes": (1, "", "Traceback\nZeroDivisionError: division by zero\n"), "prints": (0, "all well", "")}
 
     def start(argv, **options):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from golden_rule import relative
 from helpers import TINY, image_folder, images, tiny_pdae
-from pdae_fast import Pipeline, cli, sample
+from pdae_fast import Pipeline, cli
 from pdae_fast.data import open_dataset
 from pdae_fast.experiments import sample as experiment
 from pdae_fast.experiments.frechet import FrechetDistance
@@ -22,7 +22,7 @@ def base(tmp_path, model_dir):
 
 
 def run(*argv):
-    return cli.run(sample.main, [str(a) for a in argv])
+    return cli.run(experiment.main, [str(a) for a in argv])
 
 
 def test_blocks_are_one_call(model):
@@ -84,10 +84,10 @@ def test_the_command(tmp_path, base, capsys):
     x0 = torch.stack([dataset[i].image for i in range(6)])
     assert data["nearest"] == pytest.approx(float(experiment.nearest(x0[1::2], x0[::2])[0].median()))
     assert data["rates_differ"] == 0
-    pipe = Pipeline(sample.common.PDAE.from_pretrained(base[1]), steps=4, device="cpu")
+    pipe = Pipeline(experiment.common.PDAE.from_pretrained(base[1]), steps=4, device="cpu")
     x = pipe.sample(5, seed=2)
     assert latent["diversity"] == pytest.approx(experiment.diversity(x), rel=1e-3)
-    network = sample.FeatureNetwork(tmp_path / "features.pt", torch.device("cpu"))
+    network = experiment.FeatureNetwork(tmp_path / "features.pt", torch.device("cpu"))
     expected = FrechetDistance([network(x0).numpy()])(iter([network(x).numpy()]))
     assert latent["fid"] == pytest.approx(expected, rel=1e-2)
     for name in ("latent", "prior"):

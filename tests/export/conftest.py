@@ -26,10 +26,10 @@ def _export(tmp_path_factory, name, model, **settings):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
-    from pdae_fast.export.onnx import Settings, export_onnx
+    from pdae_fast.export.onnx import ExportSettings, export_onnx
 
     out = tmp_path_factory.mktemp("export") / name
-    export_onnx(model, out, Settings(STEPS, ENCODE_STEPS, max_batch=MAX_BATCH, **settings))
+    export_onnx(model, out, ExportSettings(STEPS, ENCODE_STEPS, max_batch=MAX_BATCH, **settings))
     return out
 
 

@@ -9,9 +9,8 @@ from torch import nn
 from golden_rule import relative
 from helpers import TINY, images, tiny_pdae, tiny_prior
 from pdae_fast import UNetConfig
-from pdae_fast.export._blocks import NORMS, FixedNorm, Norm
-from pdae_fast.export.graphs import build_graphs, conditioning_width
-from pdae_fast.sampling import ddim_step
+from pdae_fast.export.graphs import NORMS, FixedNorm, Norm, build_graphs, conditioning_width
+from pdae_fast.samplers.ddim import ddim_step
 from pdae_fast.schedule import build_schedule
 
 # Attention in the trunk, three levels, a learned variance, the new layout of heads given by their width.

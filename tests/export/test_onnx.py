@@ -19,7 +19,7 @@ pytest.importorskip("onnxruntime")
 
 from pdae_fast.export import __main__ as command  # noqa: E402
 from pdae_fast.export import _parity  # noqa: E402
-from pdae_fast.export.onnx import Settings, export_onnx  # noqa: E402
+from pdae_fast.export.onnx import ExportSettings, export_onnx  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ def test_a_wrong_graph_is_caught(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "build_graphs", slightly_wrong)
     with pytest.raises(UserError, match="_step differs from the model by"):
-        export_onnx(tiny_prior(), tmp_path / "out", Settings(2))
+        export_onnx(tiny_prior(), tmp_path / "out", ExportSettings(2))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -256,7 +256,7 @@ def test_an_earlier_export_is_replaced(tmp_path, exported_prior):
     values = json.loads((exported_prior / "manifest.json").read_text())
     for path in exported_prior.iterdir():
         (out / path.name).write_bytes(path.read_bytes())
-    export_onnx(tiny_prior(), out, Settings(2, max_batch=1))
+    export_onnx(tiny_prior(), out, ExportSettings(2, max_batch=1))
     again = manifests.read(out)
     manifests.check_files(out, again)
     assert again["steps"] == 2 != values["steps"] and [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -266,7 +266,7 @@ def test_an_earlier_export_is_replaced(tmp_path, exported_prior):
 
 def test_a_model_in_training_or_half_precision_is_exported_as_its_reference(tmp_path):
     model = tiny_prior().train().half()
-    values = export_onnx(model, tmp_path / "out", Settings(2, max_batch=1))
+    values = export_onnx(model, tmp_path / "out", ExportSettings(2, max_batch=1))
     assert values["parity"]["decode_step"]["relative_error"] < 1e-4
     # The caller's model is not touched.
     assert model.training and next(model.parameters()).dtype == torch.float16

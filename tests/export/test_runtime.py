@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helpers import TINY, tiny_pdae, tiny_prior
-from pdae_fast import PDAE, Pipeline, UserError
+from pdae_fast import PDAE, Pipeline, Recipe, UserError
 from pdae_fast.export.runtime import Session, load_backend, noise
 
 ort = pytest.importorskip("onnxruntime")
@@ -25,7 +25,7 @@ def session(exported):
 
 @pytest.fixture(scope="module")
 def pipe(tiny):
-    return Pipeline(tiny, steps=STEPS, device="cpu", dtype="float32", plan="eager")
+    return Pipeline(tiny, steps=STEPS, encode_steps=ENCODE_STEPS, device="cpu", dtype="float32", plan="eager")
 
 
 def relative(a, b):
@@ -36,17 +36,19 @@ def relative(a, b):
 def test_every_call_agrees_with_the_pipeline(session, pipe, x0):
     x = torch.from_numpy(x0)
     z = pipe.encode(x)
-    x_T = pipe.invert(x, z, steps=ENCODE_STEPS)
+    x_T = pipe.invert(x, z)
     assert relative(session.encode(x0), z) < 1e-5
     assert relative(session.invert(x0, z.numpy()), x_T) < 1e-5
     assert relative(session.decode(z.numpy(), x_T.numpy()), pipe.decode(z, x_T)) < 1e-5
-    assert relative(session.reconstruct(x0), pipe.reconstruct(x, encode_steps=ENCODE_STEPS)) < 1e-4
+    assert relative(session.reconstruct(x0), pipe.reconstruct(x)) < 1e-4
     assert session.provider == "CPUExecutionProvider"
 
 
 def test_a_prior_takes_no_z(exported_prior, x0):
-    session, pipe = Session(exported_prior, threads=1), Pipeline(tiny_prior(), STEPS, "cpu", "float32", plan="eager")
-    x_T = pipe.invert(torch.from_numpy(x0), steps=ENCODE_STEPS)
+    session = Session(exported_prior, threads=1)
+    recipe = Recipe(steps=STEPS, encode_steps=ENCODE_STEPS)
+    pipe = Pipeline(tiny_prior(), recipe, device="cpu", dtype="float32", plan="eager")
+    x_T = pipe.invert(torch.from_numpy(x0))
     assert relative(session.invert(x0), x_T) < 1e-5
     assert relative(session.reconstruct(x0), pipe.decode(x_T=x_T)) < 1e-4
     assert session.decode(count=2, seed=1).shape == (2, 1, 32, 32)
@@ -264,12 +266,12 @@ def test_without_torch(exported, pipe, x0, tmp_path):
 @pytest.mark.slow
 def test_the_bundled_model_without_torch_after_100_steps(tmp_path):
     pytest.importorskip("onnx")
-    from pdae_fast.export.onnx import Settings, export_onnx
+    from pdae_fast.export.onnx import ExportSettings, export_onnx
 
     model = PDAE.from_pretrained("fashion32")
-    export_onnx(model, tmp_path / "exported", Settings())
+    export_onnx(model, tmp_path / "exported", ExportSettings())
     x0 = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    expected = Pipeline(model, steps=100, device="cpu", dtype="float32", plan="eager").reconstruct(x0)
+    expected = Pipeline(model, "published", device="cpu", dtype="float32", plan="eager").reconstruct(x0)
     found = without_torch(tmp_path / "exported", x0.numpy(), tmp_path, "reconstruct")
     assert np.abs(found - expected.numpy()).max() < 1e-4
 
@@ -297,12 +299,12 @@ def test_load_backend_defaults_to_what_the_directory_was_made_for(exported):
 
 def test_another_image_size_and_head_layout(tmp_path):
     pytest.importorskip("onnx")
-    from pdae_fast.export.onnx import Settings, export_onnx
+    from pdae_fast.export.onnx import ExportSettings, export_onnx
 
     unet = dataclasses.replace(TINY.unet, input_channel=3, learn_sigma=True, use_new_attention_order=True)
     config = dataclasses.replace(TINY, image_size=64, unet=unet, latent_dim=8)
     model = tiny_pdae(config)
-    export_onnx(model, tmp_path / "out", Settings(3, norm="instance", max_batch=1))
+    export_onnx(model, tmp_path / "out", ExportSettings(3, norm="instance", max_batch=1))
     x0 = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(2)) * 2 - 1
-    expected = Pipeline(model, steps=3, device="cpu", dtype="float32", plan="eager").reconstruct(x0)
+    expected = Pipeline(model, "published", steps=3, device="cpu", dtype="float32", plan="eager").reconstruct(x0)
     assert relative(Session(tmp_path / "out", threads=1).reconstruct(x0.numpy()), expected) < 1e-4

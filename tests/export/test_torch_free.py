@@ -14,10 +14,14 @@ def python(code):
 
 def test_the_package_and_the_runner_import_without_torch():
     python(
-        "import sys\n"
+        "import importlib, pkgutil, sys\n"
         "for name in ('torch', 'onnx', 'onnxruntime', 'safetensors', 'PIL', 'tqdm'): sys.modules[name] = None\n"
         "import pdae_fast, pdae_fast.errors, pdae_fast.export.manifest, pdae_fast.export.runtime\n"
         "import pdae_fast.export.staging\n"
+        "from pdae_fast.export import backends\n"
+        "names = [m.name for m in pkgutil.walk_packages(backends.__path__, backends.__name__ + '.')]\n"
+        "for name in names: importlib.import_module(name)\n"
+        "assert {name.split('.')[-1] for name in names} >= {'backend', 'onnxruntime', 'openvino', 'tensorrt'}\n"
         "assert pdae_fast.UserError is pdae_fast.errors.UserError and pdae_fast.presets['celeba64']\n"
     )
 

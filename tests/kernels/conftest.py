@@ -20,7 +20,7 @@ import pytest
 import torch
 
 CUDA = torch.cuda.is_available()
-KERNEL_MODULES = ("group_norm_plan", "ddim_update_triton", "add_upsample_triton", "output_step_triton")
+KERNEL_MODULES = ("group_norm_plan", "ddim_update_triton", "add_upsample_triton")
 
 
 def _prepare() -> str | None:
@@ -68,7 +68,7 @@ def launch(monkeypatch):
     """Run a list of kernel launches and wait for them; skips the test where the kernels cannot run."""
     if OBSTACLE is not None:
         pytest.skip(OBSTACLE)
-    from pdae_fast.kernels._triton import run
+    from pdae_fast.kernels._launch import run
 
     if not CUDA:
         monkeypatch.setenv("TRITON_INTERPRET", "1")

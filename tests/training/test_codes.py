@@ -13,14 +13,12 @@ from torch import nn
 from helpers import TINY, TINY_FULL, resumed_equals_whole, tiny_pdae
 from pdae_fast import PDAE, LatentConfig, Pipeline, UserError
 from pdae_fast.data import Labels
+from pdae_fast.data.latents import Latents, statistics
 from pdae_fast.schedule import build_schedule
-from pdae_fast.training import Trainer, TrainSettings, held_out
-from pdae_fast.training.codes import classifier_task, latent_task
-from pdae_fast.training.held_out import evaluate, logits_of, summary
-from pdae_fast.training.labels import class_labels, file_labels, split
-from pdae_fast.training.latents import Latents, statistics
+from pdae_fast.training import Trainer, TrainSettings, codes
+from pdae_fast.training.codes import class_labels, classifier_task, evaluate, latent_task, logits_of, summary
+from pdae_fast.training.feed import BatchOrder
 from pdae_fast.training.objective import classifier_loss, latent_loss
-from pdae_fast.training.order import BatchOrder
 
 D = TINY.latent_dim
 
@@ -279,39 +277,6 @@ def test_weights_do_not_depend_on_what_was_drawn_before():
 # -- labels ------------------------------------------------------------------------------------------------------------
 
 
-def write_table(path, names, values):
-    lines = ["name,smile,glasses", *(f"{n},{a},{b}" for n, (a, b) in zip(names, values, strict=True))]
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-@pytest.mark.parametrize(
-    ("names", "rows"),
-    [
-        (["a", "b/c", "d"], ["a.png", "c.jpg", "d"]),
-        (["256-00000", "256-00001", "256-00002"], ["0.jpg", "1.jpg", "2.jpg"]),  # CelebA-HQ
-        (["None-0000000", "None-0000001", "None-0000002"], ["000001.jpg", "000002.jpg", "000003.jpg"]),  # CelebA
-        (["256-00000", "256-00001", "256-00002"], ["256-00000", "256-00001", "256-00002"]),
-    ],
-)
-def test_labels_of_a_file(tmp_path, names, rows):
-    values = [(1, -1), (0, 1), (1, 1)]
-    found = file_labels(names, write_table(tmp_path / "t.csv", rows, values))
-    assert found.indices == [0, 1, 2] and found.columns == ["smile", "glasses"] and found.report() == ""
-    assert found.values.tolist() == [[1, 0], [0, 1], [1, 1]]
-
-
-def test_labels_of_an_lmdb_where_some_are_missing(tmp_path):
-    """CelebA's image 100000 is number 99999 of the LMDB, not number 100000."""
-    table = write_table(tmp_path / "t.csv", ["099999.jpg", "100000.jpg"], [(1, 0), (0, 1)])
-    found = file_labels(["None-0099998", "None-0099999", "None-0100000"], table, ["glasses"])
-    assert found.values.tolist() == [[0], [1]] and found.indices == [0, 1] and found.missing == ["None-0100000"]
-    with pytest.raises(UserError, match="no row for any image"):
-        file_labels(["256-00007"], table)
-    with pytest.raises(UserError, match="no attribute hat"):
-        file_labels(["None-0099998"], table, ["hat"])
-
-
 def test_labels_of_classes():
     latents = make_latents(gaussian(5), [2, None, 0, 2, 0])
     found = class_labels(latents, ["zero", "one", "two"])
@@ -319,16 +284,6 @@ def test_labels_of_classes():
     assert found.values.tolist() == [[0, 1], [1, 0], [0, 1], [1, 0]]
     with pytest.raises(UserError, match="no classes: give --attributes FILE"):
         class_labels(make_latents(gaussian(3)), [])
-
-
-def test_the_split():
-    for count, holdout, held in ((100, 0.1, 10), (3, 0.01, 1), (3, 0.99, 2), (5, 0.0, 0)):
-        train, test = split(count, holdout, seed=1)
-        assert len(test) == held and sorted([*train, *test]) == list(range(count))
-    assert split(100, 0.1, 1)[1].tolist() == split(100, 0.1, 1)[1].tolist() != split(100, 0.1, 2)[1].tolist()
-    for wrong in (-0.1, 1.0, float("nan")):
-        with pytest.raises(UserError, match="holdout must be a fraction"):
-            split(10, wrong, 0)
 
 
 def test_the_held_out_part_is_not_trained_on():
@@ -368,7 +323,7 @@ def test_without_scikit_learn_accuracy_alone(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
     report = evaluate(torch.tensor([[1.0], [-1.0]]), torch.tensor([[1], [0]]), ["a"])
     assert report["auroc_available"] is False and report["mean_auroc"] is None and report["mean_accuracy"] == 1
-    assert held_out.INSTALL in summary(report)
+    assert codes.INSTALL in summary(report)
 
 
 def test_flips_are_for_images():

@@ -19,11 +19,11 @@ import torch
 from helpers import TINY, TINY_FULL, image_folder, images, tiny_pdae, tiny_prior
 from pdae_fast import PDAE, UserError, config, train
 from pdae_fast.data import Sample
-from pdae_fast.experiments.shards import Group, processes
+from pdae_fast.data.latents import LatentSet
+from pdae_fast.processes import Group, processes
 from pdae_fast.training import Trainer, TrainSettings
 from pdae_fast.training import distributed as ranks
-from pdae_fast.training.latents import LatentSet
-from pdae_fast.training.order import BatchOrder, global_seed, step_generator
+from pdae_fast.training.feed import BatchOrder, global_seed, step_generator
 from pdae_fast.training.state import CHECKPOINT_NAME
 from pdae_fast.training.tasks import ClassifierTask, LatentTask, PDAETask, PriorTask
 

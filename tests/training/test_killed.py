@@ -21,10 +21,10 @@ if __name__ == "__main__":
 from helpers import TINY, image_folder, tiny_pdae, tiny_prior
 from pdae_fast import PDAE, Prior, UserError
 from pdae_fast.data import Labels, open_dataset
+from pdae_fast.data.latents import Latents, statistics
 from pdae_fast.training import Trainer, TrainSettings
 from pdae_fast.training.codes import classifier_task, latent_task
-from pdae_fast.training.latents import Latents, statistics
-from pdae_fast.training.order import BatchOrder
+from pdae_fast.training.feed import BatchOrder
 from pdae_fast.training.state import CHECKPOINT_NAME
 from pdae_fast.training.tasks import TASKS
 

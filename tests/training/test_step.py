@@ -8,16 +8,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import TINY, images, tiny_pdae, tiny_prior
-from pdae_fast import PDAE, UserError, train
+from pdae_fast import PDAE, UserError
 from pdae_fast.data import Sample
-from pdae_fast.training import Trainer, TrainSettings
+from pdae_fast.schedule import Tables
+from pdae_fast.training import Trainer, TrainSettings, command
 from pdae_fast.training import step as steps
 from pdae_fast.training.feed import Prefetcher, Prepared
-from pdae_fast.training.graphed import GraphedStep
 from pdae_fast.training.losses import Losses
-from pdae_fast.training.objective import Tables, pdae_loss
+from pdae_fast.training.objective import pdae_loss
 from pdae_fast.training.state import CHECKPOINT_NAME
-from pdae_fast.training.step import StepOptions
+from pdae_fast.training.step import GraphedStep, StepOptions
 from pdae_fast.training.tasks import TASKS
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ NO_DROPOUT = dataclasses.replace(TINY, unet=dataclasses.replace(TINY.unet, dropo
 
 def trainer(out, task="pdae", dataset=None, model=None, config=TINY, save_every=1000, **changes):
     """Options of the step and settings of the run, by name."""
-    options = {name: changes.pop(name) for name in steps.HELP if name in changes}
+    options = {name: changes.pop(name) for name in steps.STEP_HELP if name in changes}
     values = {"steps": 4, "batch_size": 4, "lr": 1e-3, "seed": 3, **changes}
     dataset = dataset or [Sample(image, f"{i}", None) for i, image in enumerate(images(10))]
     model = model or (tiny_pdae(config) if task == "pdae" else tiny_prior(config))
@@ -245,15 +245,15 @@ def test_the_command_passes_the_options_on(tmp_path, monkeypatch):
         seen.append(options)
         raise Stop
 
-    monkeypatch.setattr(train, "Trainer", stop)
-    monkeypatch.setattr(train, "_image_task", lambda *a: (None, None, None))
-    command = ["pdae", "--data", "x", "--out", str(tmp_path / "o"), "--init-from", "fashion32", "--device", "cpu"]
+    monkeypatch.setattr(command, "Trainer", stop)
+    monkeypatch.setattr(command, "_image_task", lambda *a: (None, None, None))
+    arguments = ["pdae", "--data", "x", "--out", str(tmp_path / "o"), "--init-from", "fashion32", "--device", "cpu"]
     for more in ([], ["--fused-adam", "--channels-last"]):
         with pytest.raises(Stop):
-            train.main([*command, *more])
+            command.main([*arguments, *more])
     assert seen == [StepOptions(), StepOptions(fused_adam=True, channels_last=True)]
     with pytest.raises(UserError, match="--cuda-graph needs a CUDA device"):
-        train.main([*command, "--cuda-graph"])
+        command.main([*arguments, "--cuda-graph"])
 
 
 # -- a captured step, with a capture that repeats the calls instead ----------------------------------------------------

@@ -18,8 +18,8 @@ from pdae_fast import PDAE, Prior, UserError, config
 from pdae_fast.data import open_dataset
 from pdae_fast.schedule import build_schedule
 from pdae_fast.training import Trainer, TrainSettings
+from pdae_fast.training.feed import BatchOrder, step_generator
 from pdae_fast.training.objective import pdae_loss, prior_loss
-from pdae_fast.training.order import BatchOrder, step_generator
 from pdae_fast.training.state import CHECKPOINT_NAME
 from pdae_fast.training.tasks import TASKS
 

@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data import stream
+from ...data import none_read, stream
 from ...errors import UserError
 from ...files import atomic_write
 from ...pipeline import Pipeline
-from ...sampling import ImageNoise, random_noise
-from ...schedule import Schedule
-from ...training.objective import q_sample
+from ...samplers.noise import ImageNoise, random_noise
+from ...schedule import Schedule, q_sample
 
 RANGES = 10  # into which t is divided for summaries
 RESAMPLES = 1000
@@ -52,7 +51,7 @@ def points(
     pipe: Pipeline, x0: Tensor, times: Sequence[int], noise: Callable[[int], Tensor], advance: Callable[[int], Any]
 ) -> Iterator[Point]:
     """One Point for each of ``times``; x0 [B, C, H, W] in [-1, 1], all in one batch, noise(t) of the same shape:
-    standard normal draws, of which the pipeline's kind of noise is made (`sampling.random_noise`).
+    standard normal draws, of which the pipeline's kind of noise is made (`noise.random_noise`).
 
     z is E(x0). One evaluation of trunk and both decoders for each t.
     """
@@ -102,7 +101,7 @@ def measure(
         for name, values in columns.items():
             gathered.setdefault(name, []).append(np.stack(values))
     if not first:
-        raise UserError("no image could be read" + (f"; the first: {': '.join(broken[0])}" if broken else ""))
+        raise none_read(broken)
     found = {name: np.concatenate(parts, axis=1) for name, parts in gathered.items()}
     for name, values in found.items():
         if not np.isfinite(values).all():

@@ -1,0 +1,210 @@
+"""The fused networks: prepared weights and tables, and one evaluation or one DDIM step with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import kernels
+from ..models import PDAE, Prior
+from ..models.layers import AttentionBlock
+from ..models.unet import PDAEDecoder
+from . import rewrites
+from .attention import resolve_attention
+from .blocks import FusedDecoder, FusedStages, make_skip, repeat
+from .device import last_level_cache
+from .norms import Affine, Skip
+from .options import Rewrites
+from .plan import Plan
+from .reuse import Kept, Workload
+
+# Pixels of a batch up to which the two decoders leave most of a large GPU idle when they run one after the other.
+PARALLEL_PIXELS = 2**16
+
+
+class Conditioning(NamedTuple):
+    """z's projections for every norm of the G-decoder, float32 [K * B, W]; ``weights`` [K, B, 1, 1, 1] mix K codes."""
+
+    scale: Tensor
+    shift: Tensor
+    weights: Tensor | None
+
+
+class Networks(Plan):
+    """Time tables, z projections once per image, one affine per adaptive norm, and the other :class:`Rewrites`: what a
+    :class:`FusedPlan` evaluates."""
+
+    def __init__(
+        self,
+        model: PDAE | Prior,
+        device: torch.device,
+        dtype: torch.dtype,
+        options: Rewrites | None = None,
+        attention: str = "auto",
+    ) -> None:
+        super().__init__(model, device, dtype)
+        wanted = options or Rewrites.for_device(device)
+        self.options = options = wanted.usable_on(device, dtype)
+        self.native = wanted.native_notes(device, dtype)
+        unet = self.unet
+        self.attention, attend = resolve_attention(attention, device, dtype, self._attention_shape())
+        with torch.inference_mode():
+            self.trunk = FusedStages(unet.input_blocks, options, attend)
+            self.eps = FusedDecoder(unet.middle_block, unet.output_blocks, unet.out, options, attend)
+            self.gradient = (
+                FusedDecoder(unet.shift_middle_block, unet.shift_output_blocks, unet.shift_out, options, attend)
+                if isinstance(unet, PDAEDecoder)
+                else None
+            )
+        self._parts = [part for part in (self.trunk, self.eps, self.gradient) if part is not None]
+        self._cache = last_level_cache(device)
+        self._times: dict[int, Tensor] = {}
+        self._side = torch.cuda.Stream(device) if options.parallel_decoders else None
+        # Of the captured steps: the memory that their graphs share, and why there are none.
+        self.graph_pool = None
+        self.capture_failure: str | None = None
+
+    def _attention_shape(self) -> tuple[int, int, int, int] | None:
+        """q of the largest attention map, one image: [1, N, heads, head_dim]."""
+        config, blocks = self.unet.config, [m for m in self.unet.modules() if isinstance(m, AttentionBlock)]
+        if not blocks:
+            return None
+        rates = [r for r in config.attention_resolutions if r < 2 ** len(config.channel_multiplier)]
+        side = self.model.config.image_size // min([*rates, 2 ** (len(config.channel_multiplier) - 1)])
+        block = max(blocks, key=lambda b: b.norm.num_channels)
+        return 1, side * side, block.heads, block.norm.num_channels // block.heads
+
+    # -- tables ----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def prepare(self, times: Iterable[int]) -> None:
+        """Compute the time tables of a schedule, one GEMM for each part; other times are added when they occur."""
+        missing = sorted({int(t) for t in times} - self._times.keys())
+        if not missing:
+            return
+        emb = rewrites.time_embeddings(self.unet, torch.tensor(missing, device=self.device))
+        rows = torch.cat([torch.cat(part.table.at_times(emb), dim=1) for part in self._parts], dim=1)
+        self._times.update(zip(missing, rows.split(1), strict=True))
+
+    def time_rows(self, times: Iterable[int]) -> Tensor:
+        """float32 [S, W]: for every time the multipliers and addends of trunk, eps-decoder and G-decoder in a row."""
+        times = [int(t) for t in times]
+        self.prepare(times)
+        return torch.cat([self._times[t] for t in times])
+
+    def _affines(self, row: Tensor) -> list[Affine]:
+        widths = [part.table.width for part in self._parts for _ in (0, 1)]
+        columns = row.split(widths, dim=1)
+        return list(zip(columns[::2], columns[1::2], strict=True))
+
+    @torch.inference_mode()
+    def conditioning(self, z: Tensor, weights: Tensor | None = None) -> Conditioning:
+        """All projections of z [B, D], or of z [K, B, D] to be mixed with weights [K, B]: once per image."""
+        z = z.to(self.device).float()
+        label = self.unet.label_emb
+        emb_z = F.linear(z.reshape(-1, z.shape[-1]), label.weight.float(), label.bias.float())
+        scale, shift = self.gradient.table.of_codes(emb_z)
+        if weights is None:
+            return Conditioning(scale, shift, None)
+        return Conditioning(scale, shift, weights.to(self.device).float()[:, :, None, None, None])
+
+    # -- the networks ----------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, x: Tensor, row: Tensor, codes: Conditioning | None, workload: Workload, kept: Kept
+    ) -> tuple[Tensor, Tensor | None]:
+        """(eps_hat, G) of x float32 [B, C, H, W] at the time whose table row [1, W] is given.
+
+        ``workload`` says what is computed and what is taken from ``kept``, where this evaluation leaves what later ones
+        may take over; G is None when it says "none". A G that is run needs ``codes``.
+        """
+        affines, run_gradient = self._affines(row), workload.gradient == "run"
+        skips = self._features(x, affines[0], workload, kept, self.options.shared_statistics and run_gradient)
+        if self._side is None or not run_gradient or len(x) * x.shape[2] * x.shape[3] > PARALLEL_PIXELS:
+            eps = self._decode_eps(skips, affines, workload, kept)
+            gradient = self._decode_gradient(skips, affines, codes, workload, kept) if run_gradient else None
+        else:
+            # The side stream waits for the trunk and is waited for: memory that either frees is not reused too early.
+            main = torch.cuda.current_stream(self.device)
+            self._side.wait_stream(main)
+            with torch.cuda.stream(self._side):
+                eps = self._decode_eps(skips, affines, workload, kept)
+            gradient = self._decode_gradient(skips, affines, codes, workload, kept)
+            main.wait_stream(self._side)
+        if run_gradient and self.reuse.gradient > 1:
+            kept.keep("gradient", gradient)
+        return eps, kept["gradient"] if workload.gradient == "kept" else gradient
+
+    def advance(
+        self,
+        x: Tensor,
+        row: Tensor,
+        codes: Conditioning | None,
+        workload: Workload,
+        kept: Kept,
+        coefficients: Tensor,
+        index: Tensor,
+        clamp: bool,
+    ) -> Tensor:
+        """x after the DDIM step ``index`` of the table ``coefficients``; the rest as :meth:`evaluate`."""
+        eps, gradient = self.evaluate(x, row, codes, workload, kept)
+        return kernels.ddim_update(x, eps, gradient, coefficients, index, clamp)
+
+    def _features(self, x: Tensor, affine: Affine, workload: Workload, kept: Kept, share: bool) -> list[Skip]:
+        """What the trunk leaves for the decoders, first to last: all maps, or the outer ones."""
+        if workload.features == "kept":
+            return [Skip(kept[f"skip {i}"]) for i in range(len(self.trunk.stages))]
+        h, skips = x.to(self.dtype).contiguous(memory_format=torch.channels_last), []
+        for i in range(len(self.trunk.stages) if workload.features == "all" else self.outer):
+            h = self.trunk.run(i, h, affine)
+            skips.append(make_skip(h, share, self._cache))
+            if self.reuse.trunk > 1:
+                kept.keep(f"skip {i}", h)
+        return skips
+
+    def _decode(
+        self,
+        decoder: FusedDecoder,
+        name: str,
+        skips: list[Skip],
+        repeats: int,
+        affine: Affine,
+        workload: Workload,
+        kept: Kept,
+    ) -> Tensor:
+        if self.reuse.deep == 1:
+            return decoder(repeat(skips, repeats), affine)
+        if workload.features == "all":
+            repeated = repeat(skips, repeats)
+            kept.keep(name, decoder.deep(repeated, affine, self.outer))
+            return decoder.outer(kept[name], repeated[: self.outer], affine)
+        return decoder.outer(kept[name], repeat(skips, repeats), affine)
+
+    def _decode_eps(self, skips: list[Skip], affines: list[Affine], workload: Workload, kept: Kept) -> Tensor:
+        eps = self._decode(self.eps, "deep eps", skips, 1, affines[1], workload, kept)
+        return eps[:, : self.unet.config.input_channel]
+
+    def _decode_gradient(
+        self, skips: list[Skip], affines: list[Affine], codes: Conditioning, workload: Workload, kept: Kept
+    ) -> Tensor:
+        multiplier, addend = affines[2]
+        K = 1 if codes.weights is None else len(codes.weights)
+        affine = (codes.scale * multiplier, codes.scale * addend + codes.shift)
+        gradient = self._decode(self.gradient, "deep gradient", skips, K, affine, workload, kept)
+        if codes.weights is None:
+            return gradient
+        return (codes.weights * gradient.float().unflatten(0, (K, -1))).sum(0)
+
+    def count(self, images: int, codes: Conditioning | None, workload: Workload) -> None:
+        """Enter one evaluation of ``images`` images into ``evaluations``; outer parts have counters of their own."""
+        prefix = "outer_" if workload.features == "outer" else ""
+        if workload.features != "kept":
+            self.evaluations[f"{prefix}trunk"] += images
+        self.evaluations[f"{prefix}eps"] += images
+        if workload.gradient == "run":
+            K = 1 if codes.weights is None else len(codes.weights)
+            self.evaluations[f"{prefix}gradient"] += images * K

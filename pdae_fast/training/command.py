@@ -1,0 +1,330 @@
+"""The command `python -m pdae_fast.train`: from its arguments to a task, its data and a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import cli
+from .. import config as configs
+from ..config import NORM_GROUPS, LatentConfig, PDAEConfig, presets
+from ..data import Labels, open_dataset, read_attributes
+from ..data.attributes import class_names, file_labels
+from ..data.latents import Latents, LatentSet, cache_path, encode_dataset, split, weights_fingerprint
+from ..engine import resolve_device
+from ..errors import UserError
+from ..files import make_folder
+from ..models import PDAE, Prior
+from ..processes import Group, processes
+from . import codes, target_codes, warm_start
+from .arguments import parse
+from .curves import plot_curves
+from .distributed import say_once
+from .previews import IMAGES, ImagePreview, SamplePreview, tensorboard
+from .settings import TrainSettings
+from .state import CHECKPOINT_NAME, load
+from .step import STEP_HELP, StepOptions
+from .target_codes import COMPONENTS
+from .tasks import TASKS
+from .trainer import Trainer
+
+SHOWN = 5  # broken images that are named one by one
+# Each group of a norm is then one channel, whose mean is taken away at the input, the output and between.
+NARROW = (
+    f"note: with base_channel {NORM_GROUPS} every channel is normalised alone, and the network can hardly tell or set "
+    f"an image's overall brightness and colour; {2 * NORM_GROUPS} can (see docs/training.md)"
+)
+
+
+def _architecture(args) -> PDAEConfig:
+    if args.architecture in presets:
+        return presets[args.architecture]
+    path = Path(args.architecture)
+    if not path.exists():
+        raise UserError(
+            f"--architecture {args.architecture}: neither an architecture ({', '.join(presets)}) nor a config.json"
+        )
+    config = configs.load(path)
+    if not isinstance(config, PDAEConfig):
+        raise UserError(f"{path}: describes a prior; expected the config.json of a PDAE")
+    return config
+
+
+def build_model(args) -> Prior | PDAE:
+    """The model to train: fresh, or around the prior of --init-from."""
+    torch.manual_seed(args.seed)
+    if args.task == "prior":
+        if args.init_from:
+            return Prior.from_pretrained(args.init_from, **cli.foreign_options(args))
+        return Prior(_architecture(args).prior)
+    if not args.init_from:
+        raise UserError(
+            f"train {args.task} needs a pre-trained prior: give --init-from NAME, DIR or FILE (or train prior first)"
+        )
+    prior = Prior.from_pretrained(args.init_from, **cli.foreign_options(args))
+    config = _architecture(args)
+    if args.task == "pdae" and args.freeze_encoder:
+        return warm_start.around(PDAE.from_pretrained(args.start_from), prior, args.start_from)
+    model = PDAE.from_prior(prior, latent_dim=config.latent_dim, encoder_channel=config.encoder_channel)
+    if args.task == "pdae" and args.start_from:
+        warm_start.take_trained_half(model, PDAE.from_pretrained(args.start_from), args.start_from)
+    return model
+
+
+def _check(args) -> None:
+    """What must be right before anything slow starts."""
+    for name in ("log_every", "save_every"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    out = Path(args.out)
+    if not args.resume and (out / CHECKPOINT_NAME).exists():
+        raise UserError(f"{out} already holds a run; add --resume to continue it, or choose another --out")
+    for name in ("init_from", "start_from", "target"):
+        source = getattr(args, name, None)
+        if source and out.is_dir() and Path(source).is_dir() and out.samefile(source):
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"--out {out} is {flag} itself, which the run would overwrite; choose another --out")
+    if args.resume and not (out / CHECKPOINT_NAME).is_file():
+        load(out / CHECKPOINT_NAME)  # says so
+    if not 0 <= getattr(args, "velocity", 0) < math.inf:
+        raise UserError(f"--velocity must be a number from 0 up, not {args.velocity}")
+    if getattr(args, "freeze_encoder", False) and not args.start_from:
+        raise UserError("--freeze-encoder trains G alone; --start-from must give the encoder that stays as it is")
+    if getattr(args, "start_from", None):
+        if args.task not in ("pdae", "encoder"):
+            raise UserError(f"--start-from gives pdae its encoder and G; train {args.task} starts from --init-from")
+        if args.task == "encoder" and args.target not in COMPONENTS:
+            raise UserError(
+                f"--target {args.target} brings its own G; --start-from goes with {' or '.join(COMPONENTS)}"
+            )
+
+    # What only the last part of a task would notice, after hours of encoding.
+    if args.task == "latent":
+        LatentConfig(1, args.hidden, args.layers)
+    elif args.task == "encoder":
+        split(2, args.holdout, args.seed)
+        if args.target_images < 1:
+            raise UserError(f"--target-images must be at least 1, not {args.target_images}")
+        if args.target in COMPONENTS:
+            target_codes.check_pca()
+    elif args.task == "classifier":
+        split(2, args.holdout, args.seed)
+        if args.attributes != "classes":
+            read_attributes(args.attributes, args.columns)
+
+
+def _image_task(args, device: torch.device):
+    """Task, data set and preview of train prior and train pdae."""
+    model = build_model(args)
+    channels, size, _ = model.image_shape
+    dataset = open_dataset(args.data, size, channels, split="train")
+    preview = None
+    if args.sample_every:
+        shown = torch.stack([dataset[i].image for i in range(min(IMAGES, len(dataset)))])
+        preview = ImagePreview(shown, device, args.seed)
+    options = {"freeze_encoder": args.freeze_encoder} if args.task == "pdae" else {}
+    return TASKS[args.task](model, args.velocity, **options), dataset, preview
+
+
+@contextmanager
+def _in_turn(group: Group) -> Iterator[None]:
+    """The first process does the block before the others, which find what it has written."""
+    if not group.first:
+        group.sync()
+    yield
+    if group.first:
+        group.sync()
+
+
+def _cache(args) -> Path:
+    make_folder(args.out)  # an --out that cannot be is better known before the encoding
+    return Path(args.latents) if args.latents else Path(args.out).absolute().parent / "latents"
+
+
+def _say(args, cache: Path, latents: Latents) -> None:
+    if not args.quiet:
+        print(f"{len(latents.z)} latents: {cache_path(cache, latents.encoder, latents.images)}")
+
+
+def _encoder_task(args, device: torch.device, group: Group):
+    """Task, training images and held-out images of train encoder, all with their codes."""
+    model = build_model(args)
+    channels, size, _ = model.image_shape
+    dataset = open_dataset(args.data, size, channels, split="train")
+    with _in_turn(group):
+        options = {"cache": _cache(args), "require": args.cached_only, "quiet": args.quiet}
+        encoding = options | {"batch_size": args.encode_batch_size, "device": device}
+        sources = g = None
+        if args.target in COMPONENTS:
+            start = _g_to_start_from(args, model)
+            find = target_codes.pca_codes
+            if args.target == target_codes.FEATURES:
+                find = partial(target_codes.feature_codes, model.decoder, device=device)
+            options |= {"count": args.target_images, "seed": args.seed}
+            latents = find(dataset, model.config.latent_dim, **options)
+            if start is not None:
+                sources, g = _g_for_codes(args, model, start, latents, encoding)
+        else:
+            start = PDAE.from_pretrained(args.target)
+            latents = target_codes.model_codes(model, start, args.target, args.data, **encoding)
+            reason = warm_start.take_g(model, start)
+            g = f"G is not taken from {args.target}: {reason}" if reason else f"G is that of {args.target}"
+        if g and not args.quiet:
+            print(g)
+        _say(args, options["cache"], latents)
+    return warm_start.encoder_task(model, dataset, latents, args.holdout, args.seed, sources)
+
+
+def _g_to_start_from(args, model: PDAE) -> PDAE | None:
+    """The PDAE of --start-from, if it is given and its G fits."""
+    if not args.start_from:
+        return None
+    start = PDAE.from_pretrained(args.start_from)
+    if reason := warm_start.g_misfit(model, start):
+        raise UserError(f"--start-from {args.start_from}: {reason}")
+    return start
+
+
+def _g_for_codes(args, model: PDAE, start: PDAE, latents: Latents, encoding: dict[str, Any]) -> tuple[str, str]:
+    """Give ``model`` the G of ``start`` for the codes ``latents``; a fingerprint of what decides it, and a line."""
+    flag = f"--start-from {args.start_from}"
+    known = target_codes.own_codes(model, start, flag, args.data, **encoding)
+    if known.names != latents.names:
+        raise UserError(f"{flag}: it has codes of other images than --target; expected the same of both")
+    sources = weights_fingerprint(model.decoder, [weights_fingerprint(start.decoder), known.encoder])
+    explained = warm_start.take_g_for_codes(model, start, latents.z, known.z)
+    return (
+        sources,
+        f"G is that of {args.start_from}, by a linear map that explains {explained:.1%} of the codes it knows",
+    )
+
+
+def _latents(args, device: torch.device, group: Group) -> tuple[PDAE, Latents]:
+    """The autoencoder of --init-from and the latents of --data by it, kept beside the run."""
+    model = PDAE.from_pretrained(args.init_from, **cli.foreign_options(args))
+    channels, size, _ = model.image_shape
+    dataset = open_dataset(args.data, size, channels, split="train")
+    cache = _cache(args)
+    latents = encode_dataset(
+        model,
+        dataset,
+        cache,
+        batch_size=args.encode_batch_size,
+        device=device,
+        on_error=args.on_error,
+        require=args.cached_only,
+        quiet=args.quiet,
+    )
+    for name, reason in latents.broken[:SHOWN] if group.first else ():
+        print(f"left out: {name}: {reason}", file=sys.stderr)
+    if len(latents.broken) > SHOWN and group.first:
+        print(f"left out: {len(latents.broken) - SHOWN} more broken images", file=sys.stderr)
+    _say(args, cache, latents)
+    return model, latents
+
+
+def _labels(args, latents: Latents) -> Labels:
+    if args.attributes == "classes":
+        if args.columns:
+            raise UserError("--columns chooses attributes of a file; --attributes classes takes every class")
+        known = [label for label in latents.labels if label is not None]
+        return codes.class_labels(latents, class_names([args.data], max(known, default=0) + 1))
+    labels = file_labels(latents.names, args.attributes, args.columns)
+    if labels.report() and not args.quiet:
+        print(f"{args.attributes}: {labels.report()}", file=sys.stderr)
+    return labels
+
+
+def _report(args, trainer: Trainer, judged: LatentSet | warm_start.ImagesWithCodes) -> str:
+    """Write metrics.json of the classifier or encoder that users get; returns its table."""
+    model = trainer.task.export(trainer.ema)
+    if args.task == "encoder":
+        report = warm_start.evaluate(trainer.ema, judged, trainer.device)
+        text = warm_start.summary(report)
+    else:
+        z, labels = judged.__getitems__(range(len(judged)))
+        logits = codes.logits_of(model.classifier, z)
+        report = codes.evaluate(logits, labels, list(model.config.attributes), args.attributes == "classes")
+        text = codes.summary(report)
+    part = "held out" if args.holdout else "the training images (--holdout 0)"
+    cli.write_json(trainer.out / "metrics.json", {"part": part, "step": trainer.step, **report})
+    return f"{text}\n{len(judged)} images, {part}; {trainer.out / 'metrics.json'}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    if args.task == "curves":
+        print(f"wrote {plot_curves(args.runs, args.out, args.smooth, args.log)}")
+        return
+    with processes("add --resume to continue from the last checkpoint") as group:
+        try:
+            _train(args, group)
+        except UserError:
+            if say_once():
+                raise
+            raise SystemExit(2) from None
+
+
+def _train(args, group: Group) -> None:
+    names = [field.name for field in dataclasses.fields(TrainSettings)]
+    settings = TrainSettings(**{name: getattr(args, name) for name in names})
+    _check(args)
+    out, device = Path(args.out), resolve_device(group.device(args.device))
+    options = StepOptions(**{name: getattr(args, name, False) for name in STEP_HELP})
+    options.check(args.task, device, group.size)
+    args.quiet = args.quiet or not group.first
+    judged = preview = None
+    if args.task in ("prior", "pdae"):
+        task, dataset, preview = _image_task(args, device)
+        if args.task == "prior" and not args.quiet and task.config.unet.base_channel == NORM_GROUPS:
+            print(NARROW)
+    elif args.task == "encoder":
+        task, dataset, judged = _encoder_task(args, device, group)
+    else:
+        with _in_turn(group):
+            model, latents = _latents(args, device, group)
+        if args.task == "latent":
+            task, dataset = codes.latent_task(model, latents, args.hidden, args.layers, args.seed)
+            preview = SamplePreview(device, args.seed) if args.sample_every else None
+        else:
+            labels = _labels(args, latents)
+            task, dataset, judged = codes.classifier_task(model, latents, labels, args.holdout, args.seed)
+    trainer = Trainer(
+        task,
+        dataset,
+        settings,
+        out,
+        device=device,
+        workers=args.workers,
+        log_every=args.log_every,
+        save_every=args.save_every,
+        sample_every=getattr(args, "sample_every", 0),
+        preview=preview,
+        scalars=tensorboard(out) if args.tensorboard and group.first else None,
+        notes={name: getattr(args, name) for name in ("init_from", "target") if hasattr(args, name)},
+        quiet=args.quiet,
+        options=options,
+        group=group,
+    )
+    if args.resume:
+        trainer.resume()
+    stopped = trainer.run()
+    if stopped:
+        if group.first:
+            print(f"{stopped}: saved step {trainer.step} to {out}; add --resume to continue", file=sys.stderr)
+        raise SystemExit(130 if stopped == "SIGINT" else 143)
+    if not group.first:
+        return
+    table = _report(args, trainer, judged) if judged else None
+    if not args.quiet:
+        if table:
+            print(table)
+        print(f"trained to step {trainer.step}; from_pretrained({str(out)!r}) loads the EMA weights")

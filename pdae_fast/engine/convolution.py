@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from .. import kernels
 
-# Maps that the engine gives to native code.
+# Maps that the engine gives to native code. Not bfloat16: with AMX oneDNN multiplies those directly, and without it
+# nothing was measured.
 NATIVE_CONVOLUTIONS = (torch.float32,)
 # Pixels of a map up to which weights, of which 2x2 tiles have 16/9 as many as the layer and 4x4 tiles four times as
 # many, take longer to read than to multiply.
@@ -23,6 +24,12 @@ def native_fits(layer: nn.Conv2d) -> bool:
     """Whether native code is to run ``layer``, where it can."""
     weight = layer.weight
     return len(weight) >= 16 and kernels.winograd_fits(weight, weight.dtype, layer.stride[0], layer.padding[0])
+
+
+def native_bytes(network: nn.Module, dtype: torch.dtype) -> int:
+    """What the transformed weights of ``network`` take at most: those of 4x4 tiles."""
+    layers = [m for m in network.modules() if isinstance(m, nn.Conv2d) and native_fits(m)]
+    return sum(kernels.winograd_bytes(*layer.weight.shape[:2], 4, dtype) for layer in layers)
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:

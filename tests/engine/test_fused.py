@@ -1,5 +1,6 @@
 """Every rewrite against the modules it replaces, and the whole plan against the eager one."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -283,3 +284,25 @@ def test_unknown_plan():
     with pytest.raises(UserError, match="needs --plan fused"):
         build_plan(tiny_prior(), CPU, torch.float32, "eager", attention="xformers")
     assert build_plan(tiny_prior(), CPU, torch.float32).name == "fused"
+
+
+@pytest.mark.skipif(not kernels.winograd_status()[0], reason=kernels.winograd_status()[1])
+def test_transformed_weights_are_awaited_once_and_copied():
+    model, x = network(NETWORKS["three-levels"]), noise(2, 1, 32, 32)
+    options = Rewrites(packed_weights=False, native_convolutions=True)  # what oneDNN packs cannot be copied
+    plan = FusedPlan(model, CPU, torch.float32, options)
+    before, copied = plan.awaited_bytes(), copy.deepcopy(plan)
+    assert before > 4 * sum(c.weight.nbytes for c in model.decoder.modules() if isinstance(c, torch.nn.Conv2d)) // 2
+    found = plan.field()(x, 17, False)[0]
+    assert plan.awaited_bytes() == plan.reusing(plan.reuse).awaited_bytes() == 0
+    assert copied.awaited_bytes() == before
+    for other in (copied, copy.deepcopy(plan)):
+        assert torch.equal(other.field()(x, 17, False)[0], found)
+
+
+@pytest.mark.skipif(not kernels.winograd_status()[0], reason=kernels.winograd_status()[1])
+def test_weights_that_would_fill_the_memory_are_not_transformed(monkeypatch):
+    monkeypatch.setattr(Plan, "free_bytes", lambda self: 2 << 20)
+    plan = FusedPlan(network(NETWORKS["three-levels"]), CPU, torch.float32, Rewrites(native_convolutions=True))
+    assert plan.options == Rewrites() and plan.awaited_bytes() == 0
+    assert plan.describe()["native_convolutions"].endswith("MiB, and 2 MiB are free")

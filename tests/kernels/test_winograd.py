@@ -1,6 +1,11 @@
 """The CPU's compiled 3x3 convolution: against float64, on any number of threads, and wherever it cannot be had."""
 
+import os
 import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -197,3 +202,73 @@ def test_nothing_fits_without_native_code(fresh, monkeypatch):
     monkeypatch.setenv("PDAE_FAST_NATIVE", "0")
     assert winograd_status() == (False, "switched off by PDAE_FAST_NATIVE")
     assert not winograd_fits(torch.zeros(8, 32, 3, 3), torch.float32)
+
+
+SMALL_TEAM = """
+import torch
+from pdae_fast.kernels import winograd, winograd_status, winograd_weights
+assert winograd_status()[0]
+x = torch.randn(1, 256, 8, 8).contiguous(memory_format=torch.channels_last)
+weight = torch.randn(160, 256, 3, 3)
+for tile in (2, 4):
+    u, found = winograd_weights(weight, tile, x.dtype), []
+    for threads in (1, 2, 3, 4):
+        torch.set_num_threads(threads)
+        found.append(winograd(x, u, None, 160, tile))
+    assert all(torch.equal(y, found[0]) for y in found)
+"""
+
+
+def test_a_team_smaller_than_asked_for(native):
+    """Threads divide output channels here, and each has memory for its share of them alone."""
+    environment = {**os.environ, "OMP_THREAD_LIMIT": "1", "MALLOC_PERTURB_": "85"}
+    done = subprocess.run([sys.executable, "-c", SMALL_TEAM], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_python_threads_at_once(native):
+    cases = [case(SHAPES["several-blocks"], seed=i) for i in range(2)]
+    expected = [run(c, 4) for c in cases]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            assert all(map(torch.equal, pool.map(lambda c: run(c, 4), cases), expected))
+
+
+def test_no_images(native):
+    c = case(SHAPES["one-tile"])
+    u = winograd_weights(c.weight, 4, torch.float32)
+    assert winograd(c.x[:0], u, c.bias, 64, 4).shape == (0, 64, 4, 4)
+
+
+SANITISED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["test_winograd.py", "test_group_norm_native.py"])
+def test_under_sanitisers(native, tmp_path, file):
+    """The tests of both native sources against builds that end the process at the first fault."""
+    libraries = [
+        subprocess.run([COMPILER, f"-print-file-name={name}.so"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan", "libubsan")
+    ]
+    if not all(map(os.path.isabs, libraries)):
+        pytest.skip("this compiler has no sanitisers")
+    environment = {
+        **os.environ, "LD_PRELOAD": ":".join(libraries), "CC": " ".join([COMPILER, *SANITISED]),
+        "XDG_CACHE_HOME": str(tmp_path), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2",
+    }  # fmt: skip
+    chosen = "test_winograd or model or threads or no_images" if "winograd" in file else "not compiler and not cache"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-m",
+        "not slow",
+        "-k",
+        chosen,
+        str(Path(__file__).parent / file),
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -2,7 +2,8 @@
 CUDA.
 
 Importing this package imports neither Triton nor anything of CUDA, and compiles nothing; `triton_status()` says
-whether kernels can run, `native_status()` whether the CPU's native code does, and why not.
+whether kernels can run, `native_status()` and `winograd_status()` whether the CPU's native norms and convolutions do,
+and why not.
 """
 
 from ._triton import triton_status
@@ -18,6 +19,7 @@ from .ddim_update import ddim_coefficients, ddim_update, ddim_update_reference
 from .group_norm import channel_stats, group_norm, group_norm_apply
 from .group_norm_native import NATIVE_DTYPES, group_norm_native, native_fits, native_status
 from .group_norm_torch import group_norm_reference
+from .winograd import winograd, winograd_bytes, winograd_fits, winograd_status, winograd_weights
 
 __all__ = [
     "NATIVE_DTYPES",
@@ -38,4 +40,9 @@ __all__ = [
     "triton_status",
     "upsample_add",
     "upsample_add_reference",
+    "winograd",
+    "winograd_bytes",
+    "winograd_fits",
+    "winograd_status",
+    "winograd_weights",
 ]

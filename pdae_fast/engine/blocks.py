@@ -13,7 +13,7 @@ from .. import kernels
 from ..models.layers import AttentionBlock, ResBlock, Stage
 from . import rewrites
 from .attention import Attend
-from .convolution import convolution
+from .convolution import convolution, native_fits
 from .norms import Affine, Join, Skip, materialise, normaliser
 from .options import Rewrites
 from .rewrites import AffineTable
@@ -31,9 +31,12 @@ class FusedResBlock:
         norm, _, conv = block.in_layers
         self.affine_in = _affine(norm)
         folded = options.folded_biases
-        build = functools.partial(convolution, packed=options.packed_weights, bias=not folded)
-        self.phases = None
-        if block.resample == "up" and options.phase_upsample:
+        native = options.native_convolutions
+        build = functools.partial(convolution, packed=options.packed_weights, native=native, bias=not folded)
+        self.phases, self.interpolate = None, block.resample == "up"
+        if block.resample == "up" and native and native_fits(conv):
+            self.conv_in, self.interpolate = build(conv, upsample=True), False
+        elif block.resample == "up" and options.phase_upsample:
             weights = rewrites.phase_weights(conv.weight.detach().float()).to(conv.weight.dtype)
             self.phases = [
                 [build(conv, weight=weights[py, px].contiguous(), padding=1) for px in (0, 1)] for py in (0, 1)
@@ -52,7 +55,7 @@ class FusedResBlock:
         h = self.norm(x, self.affine_in)
         if self.resample == "down":
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
-        elif self.resample == "up" and self.phases is None:
+        elif self.interpolate and self.phases is None:
             h = F.interpolate(h, scale_factor=2, mode="nearest")
         h = self.conv_in(h) if self.phases is None else rewrites.upsample_conv(h, self.phases)
         h = self.norm(h, affine, x_bias=self.bias_in, overwrite=True)
@@ -111,7 +114,7 @@ class FusedStages:
                 elif isinstance(layer, AttentionBlock):
                     layers.append((FusedAttention(layer, options, attend), None))
                 else:
-                    conv = convolution(layer, options.packed_weights)
+                    conv = convolution(layer, options.packed_weights, native=options.native_convolutions)
                     layers.append((lambda x, affine, conv=conv: conv(x), None))
             self.stages.append(layers)
 
@@ -131,7 +134,7 @@ class FusedDecoder(FusedStages):
         super().__init__([middle, *blocks], options, attend)
         self.split = options.split_skips
         self.norm = functools.partial(normaliser(options), affine=_affine(head[0]))
-        self.head = convolution(head[2], options.packed_weights)
+        self.head = convolution(head[2], options.packed_weights, native=options.native_convolutions)
 
     def __call__(self, skips: list[Skip], affine: Affine) -> Tensor:
         """Map [B, C, H, W] from what the trunk left, first to last."""

@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .. import kernels
+
+# Maps that the engine gives to native code. Not bfloat16: with AMX oneDNN multiplies those directly, and without it
+# nothing was measured.
+NATIVE_CONVOLUTIONS = (torch.float32,)
+# Pixels of a map up to which weights, of which 2x2 tiles have 16/9 as many as the layer and 4x4 tiles four times as
+# many, take longer to read than to multiply.
+SMALL_MAP = 64
+# Of all layers, so that a plan can be copied: locks cannot.
+TRANSFORMING = threading.Lock()
+
+
+def native_fits(layer: nn.Conv2d) -> bool:
+    """Whether native code is to run ``layer``, where it can."""
+    weight = layer.weight
+    return len(weight) >= 16 and kernels.winograd_fits(weight, weight.dtype, layer.stride[0], layer.padding[0])
+
+
+def native_bytes(network: nn.Module, dtype: torch.dtype) -> int:
+    """What the transformed weights of ``network`` take at most: those of 4x4 tiles."""
+    layers = [m for m in network.modules() if isinstance(m, nn.Conv2d) and native_fits(m)]
+    return sum(kernels.winograd_bytes(*layer.weight.shape[:2], 4, dtype) for layer in layers)
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -52,10 +77,51 @@ class PackedConvolution:
         return torch.ops.mkldnn._convolution_pointwise(x, residual, *arguments, "add", None, None, [], None)
 
 
+class WinogradConvolution:
+    """conv3x3(x) [+ residual], or conv3x3(nearest2x(x)), by native code with fewer multiplications.
+
+    The weights are transformed when the first map comes: for tiles of 2x2 pixels where maps have at most `SMALL_MAP`
+    pixels or are bfloat16, of 4x4 elsewhere. A layer's maps have one size, so a result depends neither on the batch
+    nor on the run.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, upsample: bool = False) -> None:
+        self.weight, self.bias = weight, None if bias is None else bias.float()
+        self.outputs, self.upsample, self.tile = len(weight), upsample, 0
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        if residual is not None:
+            residual = residual.contiguous(memory_format=torch.channels_last)
+        if not self.tile:
+            with TRANSFORMING:
+                if not self.tile:
+                    self._transform(x)
+        return kernels.winograd(x, self.weight, self.bias, self.outputs, self.tile, residual, upsample=self.upsample)
+
+    def _transform(self, x: Tensor) -> None:
+        pixels = x.shape[2] * x.shape[3] << 2 * self.upsample
+        tile = 2 if pixels <= SMALL_MAP or x.dtype is torch.bfloat16 else 4
+        self.weight = kernels.winograd_weights(self.weight, tile, x.dtype)
+        self.tile = tile
+
+
 def convolution(
-    layer: nn.Conv2d, packed: bool, *, weight: Tensor | None = None, padding: int | None = None, bias: bool = True
+    layer: nn.Conv2d,
+    packed: bool,
+    *,
+    native: bool = False,
+    weight: Tensor | None = None,
+    padding: int | None = None,
+    bias: bool = True,
+    upsample: bool = False,
 ):
-    """The callable for ``layer``, or for ``weight`` in its place; without its bias when that is added elsewhere."""
+    """The callable for ``layer``, or for ``weight`` in its place; without its bias when that is added elsewhere.
+
+    With ``native``, that of `WinogradConvolution` where it fits the layer, and only then with ``upsample``.
+    """
+    if native and weight is None and native_fits(layer):
+        return WinogradConvolution(layer.weight.detach(), layer.bias.detach() if bias else None, upsample)
     cls = PackedConvolution if packed else PlainConvolution
     return cls(
         layer.weight.detach() if weight is None else weight,

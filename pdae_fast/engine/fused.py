@@ -70,8 +70,7 @@ class FusedPlan(Networks):
         """As :meth:`Plan.describe`."""
         on = [name for name, value in vars(self.options).items() if value]
         report = {**super().describe(), "attention": self.attention, "rewrites": on}
-        if self.native is not None:
-            report["native_norms"] = self.native
+        report |= self.native
         if self.device.type == "cuda":
             report["graphs"] = self.capture_failure or sum(len(t.graphs) for t in self._trajectories.values())
         return report

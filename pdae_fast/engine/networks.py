@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from ..models.unet import PDAEDecoder
 from . import rewrites
 from .attention import resolve_attention
 from .blocks import FusedDecoder, FusedStages, make_skip, repeat
+from .convolution import native_bytes
 from .device import last_level_cache
 from .norms import Affine, Skip
 from .options import Rewrites
@@ -49,8 +51,17 @@ class Networks(Plan):
         super().__init__(model, device, dtype)
         wanted = options or Rewrites.for_device(device)
         self.options = options = wanted.usable_on(device, dtype)
-        self.native = wanted.native_note(device, dtype)
+        self.native = wanted.native_notes(device, dtype)
         unet = self.unet
+        # Shared by all that reuse these weights, and cleared when they have been laid out.
+        self._awaited: list[int] = []
+        if options.native_convolutions:
+            size, free = native_bytes(unet, dtype), self.free_bytes()
+            if size <= free / 2:
+                self._awaited.append(size)
+            else:
+                self.options = options = dataclasses.replace(options, native_convolutions=False)
+                self.native["native_convolutions"] = f"no: weights of {size >> 20} MiB, and {free >> 20} MiB are free"
         self.attention, attend = resolve_attention(attention, device, dtype, self._attention_shape())
         with torch.inference_mode():
             self.trunk = FusedStages(unet.input_blocks, options, attend)
@@ -77,6 +88,10 @@ class Networks(Plan):
         side = self.model.config.image_size // min([*rates, 2 ** (len(config.channel_multiplier) - 1)])
         block = max(blocks, key=lambda b: b.norm.num_channels)
         return 1, side * side, block.heads, block.norm.num_channels // block.heads
+
+    def awaited_bytes(self) -> int:
+        """As :meth:`Plan.awaited_bytes`."""
+        return sum(self._awaited)
 
     # -- tables ----------------------------------------------------------------------------------------------------
 
@@ -201,6 +216,7 @@ class Networks(Plan):
 
     def count(self, images: int, codes: Conditioning | None, workload: Workload) -> None:
         """Enter one evaluation of ``images`` images into ``evaluations``; outer parts have counters of their own."""
+        self._awaited.clear()
         prefix = "outer_" if workload.features == "outer" else ""
         if workload.features != "kept":
             self.evaluations[f"{prefix}trunk"] += images

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .. import kernels
-from .convolution import can_pack
+from .convolution import NATIVE_CONVOLUTIONS, can_pack
 
 
 class Needs(NamedTuple):
@@ -21,7 +21,8 @@ class Needs(NamedTuple):
 # Other switches, and what the device has; a switch stands below those that it names.
 NEEDS = {
     "packed_weights": Needs((("oneDNN",),)),
-    "native_norms": Needs((("native code",),)),
+    "native_norms": Needs((("native norms",),)),
+    "native_convolutions": Needs((("native convolutions",),)),
     "split_skips": Needs((("kernels", "native_norms"),)),
     # The native norms take no statistics: they read a map for less than the others save.
     "shared_statistics": Needs((("split_skips",),), without=("native_norms",)),
@@ -41,6 +42,8 @@ class Rewrites:
     phase_upsample: nearest-2x and the 3x3 convolution after it as four 2x2 convolutions.
     kernels: GroupNorm, affine and SiLU as one op of pdae_fast.kernels.
     native_norms: GroupNorm, affine and SiLU in native code, compiled when first used (CPU; before ``kernels``).
+    native_convolutions: 3x3 convolutions, and nearest-2x before them, in native code (CPU; before ``packed_weights``
+        and ``phase_upsample``).
     split_skips: decoder blocks read h and the skip from where they are; the 1x1 skip convolution is a sum of two
         products.
     shared_statistics: a skip's channel statistics are computed once for both decoders.
@@ -60,6 +63,7 @@ class Rewrites:
     parallel_decoders: bool = False
     graphs: bool = False
     native_norms: bool = False
+    native_convolutions: bool = False
 
     @classmethod
     def for_device(cls, device: torch.device) -> Rewrites:
@@ -70,7 +74,7 @@ class Rewrites:
         arithmetic of CelebA-64 but add a pass that interleaves their results, so they are off.
         """
         if device.type != "cuda":
-            return cls(native_norms=True)
+            return cls(native_norms=True, native_convolutions=True)
         usable = kernels.triton_status()[0]
         ops = dict.fromkeys(("kernels", "split_skips", "shared_statistics", "folded_biases"), usable)
         whole = dict.fromkeys(("fused_update", "parallel_decoders", "graphs"), True)
@@ -81,21 +85,25 @@ class Rewrites:
         there = {"a GPU"} if device.type == "cuda" else set()
         if can_pack(device, dtype):
             there.add("oneDNN")
-        if self.native_norms and _native_dtype(device, dtype) and kernels.native_status()[0]:
-            there.add("native code")
+        there |= {name.replace("_", " ") for name, (usable, _) in _native(device, dtype).items() if usable}
         on = dict(vars(self))
         for name, (needs, without) in NEEDS.items():
             given = there | {other for other, value in on.items() if value}
             on[name] &= all(given & set(one_of) for one_of in needs) and not given & set(without)
         return Rewrites(**on)
 
-    def native_note(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """How ``native_norms`` run on ``device``, or why they do not; None where they were not asked for."""
-        if not self.native_norms or device.type != "cpu":
-            return None
-        usable, reason = kernels.native_status() if _native_dtype(device, dtype) else (False, f"none for {dtype}")
-        return reason if usable else f"no: {reason}"
+    def native_notes(self, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+        """How the native ops that were asked for run on ``device``, or why they do not; empty elsewhere."""
+        if device.type != "cpu":
+            return {}
+        found = {name: status for name, status in _native(device, dtype).items() if getattr(self, name)}
+        return {name: reason if usable else f"no: {reason}" for name, (usable, reason) in found.items()}
 
 
-def _native_dtype(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cpu" and dtype in kernels.NATIVE_DTYPES
+def _native(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[bool, str]]:
+    """(usable, reason) of every native op on maps of ``dtype``."""
+    none, cpu = (False, f"none for {dtype}"), device.type == "cpu"
+    return {
+        "native_norms": kernels.native_status() if cpu and dtype in kernels.NATIVE_DTYPES else none,
+        "native_convolutions": kernels.winograd_status() if cpu and dtype in NATIVE_CONVOLUTIONS else none,
+    }

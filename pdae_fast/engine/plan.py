@@ -146,10 +146,18 @@ class Plan:
         """How many skips are of the outer part of the networks, where one is evaluated alone."""
         return self.reuse.outer or self.unet.config.num_residual_blocks_of_a_block + 1
 
+    def free_bytes(self) -> int:
+        """What is free on the device."""
+        return available_memory(self.device)
+
+    def awaited_bytes(self) -> int:
+        """What the first evaluation takes to stay: weights that are laid out then."""
+        return 0
+
     def check_memory(self, batch: int) -> None:
         """UserError when ``batch`` images cannot fit what is free on the device: a kernel would be killed for it."""
         per_image = activation_bytes(self.model.config.image_size, self.model.config.unet, self.dtype)
-        free = available_memory(self.device)
+        free = max(0, self.free_bytes() - self.awaited_bytes())
         if batch * per_image > free:
             raise UserError(
                 f"{batch} images at once need about {batch * per_image >> 20} MiB and {free >> 20} MiB are free on "
@@ -159,7 +167,7 @@ class Plan:
     def batch_size(self) -> int:
         """Images per batch that fit the device comfortably and keep it busy."""
         per_image = activation_bytes(self.model.config.image_size, self.model.config.unet, self.dtype)
-        fitting = int(available_memory(self.device) * 0.5 // per_image)
+        fitting = int((self.free_bytes() - self.awaited_bytes()) * 0.5 // per_image)
         if fitting < 1:
             raise UserError(
                 f"one {self.model.config.image_size}-pixel image needs about {per_image >> 20} MiB on "

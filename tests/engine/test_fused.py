@@ -1,5 +1,6 @@
 """Every rewrite against the modules it replaces, and the whole plan against the eager one."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -51,6 +52,8 @@ OPTIONS = {
     "no-phases": Rewrites(phase_upsample=False),
     "neither": Rewrites(packed_weights=False, phase_upsample=False),
     "native": Rewrites(native_norms=True),
+    "convolutions": Rewrites(native_norms=True, native_convolutions=True),
+    "convolutions-folded": Rewrites(packed_weights=False, kernels=True, folded_biases=True, native_convolutions=True),
     "native-split": Rewrites(native_norms=True, split_skips=True),
     "native-folded": Rewrites(
         packed_weights=False, kernels=True, split_skips=True, folded_biases=True, native_norms=True
@@ -71,6 +74,8 @@ OPTIONS = {
 def test_the_plan_computes_the_model(changes, options):
     if options.native_norms and not kernels.native_status()[0]:
         pytest.skip(kernels.native_status()[1])
+    if options.native_convolutions and not kernels.winograd_status()[0]:
+        pytest.skip(kernels.winograd_status()[1])
     model = network(changes)
     x, z = noise(3, *model.image_shape), noise(3, 8, seed=1)
     plan, eager = FusedPlan(model, CPU, torch.float32, options), Plan(model, CPU, torch.float32)
@@ -188,10 +193,13 @@ def test_the_default_on_the_cpu_is_native():
 
 
 def test_without_native_code_the_framework_runs(monkeypatch):
-    monkeypatch.setattr(kernels, "native_status", lambda: (False, "no C compiler: cc not found"))
+    for name in ("native_status", "winograd_status"):
+        monkeypatch.setattr(kernels, name, lambda: (False, "no C compiler: cc not found"))
     model, x, z = network(NETWORKS["attention"]), noise(2, 1, 32, 32), noise(2, 8, seed=1)
     plan = build_plan(model, CPU, torch.float32)
-    assert plan.options == Rewrites() and plan.describe()["native_norms"] == "no: no C compiler: cc not found"
+    assert plan.options == Rewrites()
+    for name in ("native_norms", "native_convolutions"):
+        assert plan.describe()[name] == "no: no C compiler: cc not found"
     found, expected = (p.field(z)(x, 17, True) for p in (plan, Plan(model, CPU, torch.float32)))
     assert all(relative(a, b) < 1e-5 for a, b in zip(found, expected, strict=True))
 
@@ -276,3 +284,25 @@ def test_unknown_plan():
     with pytest.raises(UserError, match="needs --plan fused"):
         build_plan(tiny_prior(), CPU, torch.float32, "eager", attention="xformers")
     assert build_plan(tiny_prior(), CPU, torch.float32).name == "fused"
+
+
+@pytest.mark.skipif(not kernels.winograd_status()[0], reason=kernels.winograd_status()[1])
+def test_transformed_weights_are_awaited_once_and_copied():
+    model, x = network(NETWORKS["three-levels"]), noise(2, 1, 32, 32)
+    options = Rewrites(packed_weights=False, native_convolutions=True)  # what oneDNN packs cannot be copied
+    plan = FusedPlan(model, CPU, torch.float32, options)
+    before, copied = plan.awaited_bytes(), copy.deepcopy(plan)
+    assert before > 4 * sum(c.weight.nbytes for c in model.decoder.modules() if isinstance(c, torch.nn.Conv2d)) // 2
+    found = plan.field()(x, 17, False)[0]
+    assert plan.awaited_bytes() == plan.reusing(plan.reuse).awaited_bytes() == 0
+    assert copied.awaited_bytes() == before
+    for other in (copied, copy.deepcopy(plan)):
+        assert torch.equal(other.field()(x, 17, False)[0], found)
+
+
+@pytest.mark.skipif(not kernels.winograd_status()[0], reason=kernels.winograd_status()[1])
+def test_weights_that_would_fill_the_memory_are_not_transformed(monkeypatch):
+    monkeypatch.setattr(Plan, "free_bytes", lambda self: 2 << 20)
+    plan = FusedPlan(network(NETWORKS["three-levels"]), CPU, torch.float32, Rewrites(native_convolutions=True))
+    assert plan.options == Rewrites() and plan.awaited_bytes() == 0
+    assert plan.describe()["native_convolutions"].endswith("MiB, and 2 MiB are free")

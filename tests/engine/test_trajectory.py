@@ -99,7 +99,10 @@ def test_what_cannot_run_is_switched_off_and_said():
 
 def test_the_table_of_needs_is_read_from_the_top():
     """A switch stands below every switch that it names, and all names are known: switches or what a device has."""
-    switches, device = {field.name for field in dataclasses.fields(Rewrites)}, {"oneDNN", "native code", "a GPU"}
+    switches, device = (
+        {field.name for field in dataclasses.fields(Rewrites)},
+        {"oneDNN", "a GPU", "native norms", "native convolutions"},
+    )
     for place, (name, (needs, without)) in enumerate(NEEDS.items()):
         named = {other for one_of in (*needs, without) for other in one_of}
         assert name in switches and named <= switches | device

@@ -1,0 +1,500 @@
+/* 3x3 convolution, stride 1, padding 1, of channels-last maps on the CPU, by Winograd's minimal filtering:
+
+       y = A^T [ (G w G^T) * (B^T x B) ] A + bias + residual
+
+   in tiles of m x m output pixels from (m + 2)^2 input pixels. m = 4 on the points 0, +-5/8, +-3/2 and infinity needs
+   a quarter of the multiplications, m = 2 on 0, +-1 and infinity 4/9 of them. The points are exact in binary, as are
+   all constants of B; whatever is divided by is divided by in the weights, in double precision, once.
+
+   A block of tiles is transformed, multiplied point by point and transformed back while it is in the second-level
+   cache. Products are sums over the channels in their order, each in one register: so a pixel's result depends neither
+   on the block that its tile is in, nor on the batch, nor on the number of threads.
+
+   With bfloat16 maps, products are those of bfloat16 numbers, summed in float32.
+
+   Threads are those of the OpenMP runtime that the caller's process runs already, as in group_norm.c. */
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+#endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#define LANES 16
+#define ROWS 14 /* of tiles in the micro-kernel: 28 of 32 registers are sums */
+#elif defined(__AVX2__) && defined(__FMA__)
+#define LANES 8
+#define ROWS 6 /* 12 of 16 registers */
+#else
+#define LANES 4 /* compiled, and reported as unsupported */
+#define ROWS 4
+#endif
+#define PANEL (2 * LANES)    /* output channels of the micro-kernel */
+#define BLOCK_BYTES 1572864  /* of transformed input and products, so that they stay in the second-level cache */
+#define LEAST 24             /* tiles in a block, where there are so many: fewer would read the weights too often */
+#define MOST 96
+#define LINE 64
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef float unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+
+/* As winograd.py packs it. */
+struct convolution {
+    const void *x;        /* [batch, height, width, channels], or [batch, height / 2, width / 2, channels] with `up` */
+    const void *weight;   /* as pdae_winograd_weights leaves them */
+    const float *bias;    /* [outputs] or NULL */
+    const void *residual; /* as y, or NULL */
+    void *y;              /* [batch, height, width, outputs] */
+    int64_t batch, height, width, channels, outputs;
+    int64_t tile;         /* m: 2 or 4 */
+    int64_t up;           /* reads pixel (y / 2, x / 2): nearest-2x before the convolution */
+    int64_t bfloat16, threads;
+};
+
+struct weights {
+    const float *weight; /* [outputs, channels, 3, 3], with these strides */
+    void *u;             /* [points, panels, channels, PANEL]; of bfloat16 [points, panels, channels / 2, PANEL, 2] */
+    int64_t stride[4];
+    int64_t outputs, channels, tile, bfloat16, threads;
+};
+
+typedef void (*parallel_function)(void (*)(void *), void *, unsigned, unsigned);
+static parallel_function run_parallel;
+static int (*thread_number)(void), (*team_size)(void);
+static void (*wait_for_team)(void);
+
+/* GOMP_parallel, omp_get_thread_num, omp_get_num_threads, GOMP_barrier. */
+void pdae_threads(parallel_function parallel, int (*number)(void), int (*size)(void), void (*barrier)(void)) {
+    thread_number = number, team_size = size, wait_for_team = barrier, run_parallel = parallel;
+}
+
+/* The output channels that weights are padded to a multiple of, negative where no vectors are worth it; and whether
+   the processor multiplies bfloat16. */
+void pdae_winograd_abilities(int64_t *panel, int64_t *bfloat16) {
+    *panel = LANES == 4 ? -PANEL : PANEL;
+#ifdef __AVX512BF16__
+    *bfloat16 = LANES == 16;
+#else
+    *bfloat16 = 0;
+#endif
+}
+
+/* -- numbers ------------------------------------------------------------------------------------------------------ */
+
+INLINE floats widen(halves h) {
+    return (floats)(__builtin_convertvector(h, words) << 16);
+}
+
+/* To bfloat16, to the nearest, ties to even; a NaN stays one. */
+INLINE halves narrow(floats v) {
+#ifdef __AVX512BF16__
+    return (halves)_mm512_cvtneps_pbh((__m512)v);
+#else
+    words bits = (words)v, nan = (words)(v != v);
+    words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), halves);
+#endif
+}
+
+/* The n first lanes; the others are zero. */
+INLINE floats load(const char *p, int bfloat16, int64_t n) {
+    if (bfloat16) {
+        halves h = {0};
+        memcpy(&h, p, n == LANES ? sizeof h : 2 * (size_t)n);
+        return widen(h);
+    }
+    if (n == LANES) return *(const unaligned *)p;
+    floats v = {0};
+    memcpy(&v, p, 4 * (size_t)n);
+    return v;
+}
+
+INLINE void store(char *p, int bfloat16, int64_t n, floats v) {
+    if (bfloat16) {
+        halves h = narrow(v);
+        memcpy(p, &h, n == LANES ? sizeof h : 2 * (size_t)n);
+    } else if (n == LANES) {
+        *(unaligned *)p = v;
+    } else {
+        memcpy(p, &v, 4 * (size_t)n);
+    }
+}
+
+/* -- transforms --------------------------------------------------------------------------------------------------- */
+
+#define P 0.625f
+#define Q 1.5f
+#define PP (P * P)
+#define QQ (Q * Q)
+
+/* B^T d: at every point the product of (x - other points), at infinity of all, its powers replaced by d. */
+INLINE void input_points(int m, const floats *d, floats *t) {
+    if (m == 2) {
+        t[0] = d[0] - d[2], t[1] = d[2] + d[1], t[2] = d[2] - d[1], t[3] = d[3] - d[1];
+        return;
+    }
+    floats even = d[4] - QQ * d[2], odd = d[3] - QQ * d[1];
+    t[0] = PP * QQ * d[0] - (PP + QQ) * d[2] + d[4];
+    t[1] = even + P * odd, t[2] = even - P * odd;
+    even = d[4] - PP * d[2], odd = d[3] - PP * d[1];
+    t[3] = even + Q * odd, t[4] = even - Q * odd;
+    t[5] = PP * QQ * d[1] - (PP + QQ) * d[3] + d[5];
+}
+
+/* A^T t: the powers of the points. */
+INLINE void output_pixels(int m, const floats *t, floats *y) {
+    if (m == 2) {
+        y[0] = t[0] + (t[1] + t[2]), y[1] = (t[1] - t[2]) + t[3];
+        return;
+    }
+    floats even = t[1] + t[2], odd = t[1] - t[2], even2 = t[3] + t[4], odd2 = t[3] - t[4];
+    y[0] = t[0] + even + even2;
+    y[1] = P * odd + Q * odd2;
+    y[2] = PP * even + QQ * even2;
+    y[3] = P * PP * odd + Q * QQ * odd2 + t[5];
+}
+
+/* G w. */
+INLINE void weight_points(int m, const double *w, int64_t step, double *g) {
+    const double a = w[0], b = w[step], c = w[2 * step];
+    if (m == 2) {
+        g[0] = a, g[1] = (a + b + c) / 2, g[2] = (a - b + c) / 2, g[3] = c;
+        return;
+    }
+    const double p = P, q = Q, pp = p * p, qq = q * q, at_p = 1 / (2 * pp * (pp - qq)), at_q = 1 / (2 * qq * (qq - pp));
+    g[0] = a / (pp * qq);
+    g[1] = (a + p * b + pp * c) * at_p, g[2] = (a - p * b + pp * c) * at_p;
+    g[3] = (a + q * b + qq * c) * at_q, g[4] = (a - q * b + qq * c) * at_q;
+    g[5] = c;
+}
+
+/* -- weights ------------------------------------------------------------------------------------------------------ */
+
+#define SLICE 16 /* channels of a panel that a thread transforms at a time */
+
+INLINE void weight_slice(const struct weights *w, int64_t panel, int64_t slice, int m) {
+    const int a = m + 2, bfloat16 = (int)w->bfloat16;
+    const int64_t panels = (w->outputs + PANEL - 1) / PANEL, left = w->outputs - panel * PANEL;
+    const int64_t last = (slice + 1) * SLICE < w->channels ? (slice + 1) * SLICE : w->channels;
+    for (int64_t c = slice * SLICE; c < last; c++) {
+        for (int64_t n = 0; n < PANEL; n++) {
+            double g[9] = {0}, columns[6 * 3], points[6];
+            const float *from = w->weight + (panel * PANEL + n) * w->stride[0] + c * w->stride[1];
+            if (n < left)
+                for (int i = 0; i < 9; i++) g[i] = from[i / 3 * w->stride[2] + i % 3 * w->stride[3]];
+            for (int x = 0; x < 3; x++) {
+                weight_points(m, g + x, 3, points);
+                for (int i = 0; i < a; i++) columns[3 * i + x] = points[i];
+            }
+            for (int i = 0; i < a; i++) {
+                weight_points(m, columns + 3 * i, 1, points);
+                for (int j = 0; j < a; j++) {
+                    const int64_t row = ((i * a + j) * panels + panel) * w->channels;
+                    const float value = (float)points[j];
+                    if (bfloat16) {
+                        const halves h = narrow((floats){value});
+                        ((uint16_t *)w->u)[(row + c / 2 * 2) * PANEL + 2 * n + c % 2] = h[0];
+                    } else {
+                        ((float *)w->u)[(row + c) * PANEL + n] = value;
+                    }
+                }
+            }
+        }
+    }
+}
+
+static void weight_share(void *argument) {
+    const struct weights *w = argument;
+    const int64_t team = w->threads > 1 ? team_size() : 1, number = team > 1 ? thread_number() : 0;
+    const int64_t panels = (w->outputs + PANEL - 1) / PANEL, slices = (w->channels + SLICE - 1) / SLICE;
+    const int64_t all = panels * slices;
+    for (int64_t i = all * number / team; i < all * (number + 1) / team; i++) {
+        if (w->tile == 4) weight_slice(w, i / slices, i % slices, 4);
+        else weight_slice(w, i / slices, i % slices, 2);
+    }
+}
+
+void pdae_winograd_weights(const struct weights *given) {
+    struct weights w = *given;
+    if (!run_parallel) w.threads = 1;
+#ifdef MADV_HUGEPAGE
+    /* Fewer page faults now, and fewer misses of the table of pages at every call; where it fails, all is as it was. */
+    const uintptr_t page = 1 << 21, panels = (w.outputs + PANEL - 1) / PANEL;
+    const uintptr_t bytes = (uintptr_t)((w.tile + 2) * (w.tile + 2) * w.channels * (w.bfloat16 ? 2 : 4)) * panels * PANEL;
+    const uintptr_t first = ((uintptr_t)w.u + page - 1) / page * page, last = ((uintptr_t)w.u + bytes) / page * page;
+    if (first < last) (void)!madvise((void *)first, last - first, MADV_HUGEPAGE);
+#endif
+    if (w.threads > 1) run_parallel(weight_share, &w, (unsigned)w.threads, 0);
+    else weight_share(&w);
+}
+
+/* -- the convolution ---------------------------------------------------------------------------------------------- */
+
+struct work {
+    const struct convolution *c;
+    int64_t across, down, tiles;     /* tiles of a row, of a column, of the batch */
+    int64_t block, blocks, panels;   /* tiles in a block */
+    int64_t v_row, v_point, v_bytes; /* bytes of a tile's channels at one point, and of all tiles' */
+    int64_t m_row, m_point, m_bytes; /* the same of the products */
+    int64_t by_outputs;              /* threads share every block and divide its output channels */
+    char *zeros, *space;
+};
+
+/* Channels [first, last) of a tile at all points, from pixels of the map or zeros beyond it. */
+INLINE void transform_tile(const struct work *w, int64_t tile, char *v, int64_t first, int64_t last, int m,
+                           int bfloat16) {
+    const struct convolution *c = w->c;
+    const int a = m + 2;
+    const int64_t size = bfloat16 ? 2 : 4, up = c->up, wide = c->width >> up, pixel = c->channels * size;
+    const int64_t y0 = tile / w->across % w->down * m - 1, x0 = tile % w->across * m - 1;
+    const char *image = (const char *)c->x + tile / (w->across * w->down) * (c->height >> up) * wide * pixel;
+    const char *from[36];
+    for (int i = 0; i < a; i++)
+        for (int j = 0; j < a; j++) {
+            const int64_t y = y0 + i, x = x0 + j;
+            const int inside = y >= 0 && y < c->height && x >= 0 && x < c->width;
+            from[i * a + j] = inside ? image + ((y >> up) * wide + (x >> up)) * pixel : w->zeros;
+        }
+    for (int64_t k = first; k < last; k += LANES) {
+        floats columns[6][6];
+        UNROLL for (int j = 0; j < a; j++) {
+            floats d[6], t[6];
+            UNROLL for (int i = 0; i < a; i++) d[i] = load(from[i * a + j] + k * size, bfloat16, LANES);
+            input_points(m, d, t);
+            UNROLL for (int i = 0; i < a; i++) columns[i][j] = t[i];
+        }
+        UNROLL for (int i = 0; i < a; i++) {
+            floats t[6];
+            input_points(m, columns[i], t);
+            UNROLL for (int j = 0; j < a; j++)
+                store(v + (i * a + j) * w->v_point + k * size, bfloat16, LANES, t[j]);
+        }
+    }
+}
+
+/* n <= LANES output channels of a tile's pixels. */
+INLINE void finish_lanes(const struct convolution *c, const char *m_tile, int64_t m_point, int64_t offset, int64_t y_row,
+                         int64_t high, int64_t wide, floats bias, int64_t n, int m, int bfloat16) {
+    const int a = m + 2;
+    const int64_t pixel = c->outputs * (bfloat16 ? 2 : 4);
+    floats rows[4][6];
+    UNROLL for (int j = 0; j < a; j++) {
+        floats t[6], y[4];
+        UNROLL for (int i = 0; i < a; i++) t[i] = *(const floats *)(m_tile + (i * a + j) * m_point);
+        output_pixels(m, t, y);
+        UNROLL for (int i = 0; i < m; i++) rows[i][j] = y[i];
+    }
+    UNROLL for (int i = 0; i < m; i++) {
+        if (i >= high) break;
+        floats y[4];
+        output_pixels(m, rows[i], y);
+        UNROLL for (int j = 0; j < m; j++) {
+            if (j >= wide) break;
+            const int64_t at = offset + i * y_row + j * pixel;
+            floats v = y[j] + bias;
+            if (c->residual) v += load((const char *)c->residual + at, bfloat16, n);
+            store((char *)c->y + at, bfloat16, n, v);
+        }
+    }
+}
+
+/* Output channels of the panels [first, last) of a tile, whose products begin with those of panel `first`. */
+INLINE void finish_tile(const struct work *w, int64_t tile, const char *m_tile, int64_t first, int64_t last, int m,
+                        int bfloat16) {
+    const struct convolution *c = w->c;
+    const int64_t size = bfloat16 ? 2 : 4, y_row = c->width * c->outputs * size;
+    const int64_t y0 = tile / w->across % w->down * m, x0 = tile % w->across * m;
+    const int64_t high = c->height - y0, wide = c->width - x0, image = tile / (w->across * w->down);
+    const int64_t offset = ((image * c->height + y0) * c->width + x0) * c->outputs * size;
+    int64_t n = first * PANEL, end = last * PANEL < c->outputs ? last * PANEL : c->outputs;
+    for (; n + LANES <= end; n += LANES, m_tile += 4 * LANES) {
+        const floats bias = c->bias ? load((const char *)(c->bias + n), 0, LANES) : (floats){0};
+        finish_lanes(c, m_tile, w->m_point, offset + n * size, y_row, high, wide, bias, LANES, m, bfloat16);
+    }
+    if (n < end) {
+        const floats bias = c->bias ? load((const char *)(c->bias + n), 0, end - n) : (floats){0};
+        finish_lanes(c, m_tile, w->m_point, offset + n * size, y_row, high, wide, bias, end - n, m, bfloat16);
+    }
+}
+
+/* `rows` tiles by one panel: m = v u, where v has 4 bytes a step and row, one float32 or two bfloat16, and u has as
+   many a step and column. The panel that follows is fetched meanwhile. */
+INLINE void product(const char *v, int64_t v_row, const char *u, int64_t steps, char *m, int64_t m_row, int rows,
+                    int bfloat16) {
+    floats sums[ROWS][2];
+    UNROLL for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = (floats){0};
+    (void)bfloat16;
+    for (int64_t k = 0; k < steps; k++, u += 4 * PANEL, v += 4) {
+        const floats u0 = *(const floats *)u, u1 = *(const floats *)(u + 4 * LANES);
+        __builtin_prefetch(u + 4 * PANEL * steps, 0, 2);
+        if (LANES == 16) __builtin_prefetch(u + 4 * PANEL * steps + 64, 0, 2);
+        UNROLL for (int r = 0; r < rows; r++) {
+            float given;
+            memcpy(&given, v + r * v_row, 4);
+            const floats each = given - (floats){0}; /* the same number, of zero too: a broadcast */
+#if LANES == 16 && defined(__AVX512BF16__)
+            if (bfloat16) {
+                int pair;
+                memcpy(&pair, v + r * v_row, 4);
+                const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+                sums[r][0] = (floats)_mm512_dpbf16_ps((__m512)sums[r][0], both, (__m512bh)u0);
+                sums[r][1] = (floats)_mm512_dpbf16_ps((__m512)sums[r][1], both, (__m512bh)u1);
+                continue;
+            }
+#endif
+            sums[r][0] += each * u0, sums[r][1] += each * u1;
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++) {
+        *(floats *)(m + r * m_row) = sums[r][0];
+        *(floats *)(m + r * m_row + 4 * LANES) = sums[r][1];
+    }
+}
+
+INLINE void product_of(int64_t rows, const char *v, int64_t v_row, const char *u, int64_t steps, char *m, int64_t m_row,
+                       int bfloat16) {
+    switch (rows) {
+#define CASE(n) case n: product(v, v_row, u, steps, m, m_row, n, bfloat16); break;
+        CASE(1) CASE(2) CASE(3) CASE(4)
+#if ROWS >= 6
+        CASE(5) CASE(6)
+#endif
+#if ROWS >= 14
+        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
+#endif
+#undef CASE
+    }
+}
+
+static __attribute__((noinline)) void
+product_float32(int64_t rows, const char *v, int64_t v_row, const char *u, int64_t steps, char *m, int64_t m_row) {
+    product_of(rows, v, v_row, u, steps, m, m_row, 0);
+}
+
+static __attribute__((noinline)) void
+product_bfloat16(int64_t rows, const char *v, int64_t v_row, const char *u, int64_t steps, char *m, int64_t m_row) {
+    product_of(rows, v, v_row, u, steps, m, m_row, 1);
+}
+
+static int64_t tiles_in(const struct work *w, int64_t block) {
+    const int64_t left = w->tiles - block * w->block;
+    return left < w->block ? left : w->block;
+}
+
+#define BY_KIND(call)                                     \
+    if (w->c->tile == 4) {                                \
+        if (w->c->bfloat16) call(4, 1); else call(4, 0);  \
+    } else {                                              \
+        if (w->c->bfloat16) call(2, 1); else call(2, 0);  \
+    }
+
+static void transform(const struct work *w, int64_t block, char *v, int64_t first, int64_t last) {
+    const int64_t tiles = tiles_in(w, block), start = block * w->block;
+#define TRANSFORM(m, bfloat16) \
+    for (int64_t i = 0; i < tiles; i++) transform_tile(w, start + i, v + i * w->v_row, first, last, m, bfloat16)
+    BY_KIND(TRANSFORM)
+#undef TRANSFORM
+}
+
+static void multiply(const struct work *w, int64_t block, const char *v, char *m, int64_t first, int64_t last) {
+    const struct convolution *c = w->c;
+    const int64_t tiles = tiles_in(w, block), points = (c->tile + 2) * (c->tile + 2);
+    const int64_t steps = c->bfloat16 ? c->channels / 2 : c->channels, panel_bytes = steps * PANEL * 4;
+    const int64_t parts = (tiles + ROWS - 1) / ROWS;
+    for (int64_t p = 0; p < points; p++)
+        for (int64_t n = first; n < last; n++) {
+            const char *u = (const char *)c->weight + (p * w->panels + n) * panel_bytes;
+            for (int64_t part = 0; part < parts; part++) {
+                const int64_t row = tiles * part / parts, rows = tiles * (part + 1) / parts - row;
+                const char *from = v + p * w->v_point + row * w->v_row;
+                char *to = m + p * w->m_point + row * w->m_row + (n - first) * PANEL * 4;
+                if (c->bfloat16) product_bfloat16(rows, from, w->v_row, u, steps, to, w->m_row);
+                else product_float32(rows, from, w->v_row, u, steps, to, w->m_row);
+            }
+        }
+}
+
+static void finish(const struct work *w, int64_t block, const char *m_block, int64_t first, int64_t last) {
+    const int64_t tiles = tiles_in(w, block), start = block * w->block;
+#define FINISH(m, bfloat16) \
+    for (int64_t i = 0; i < tiles; i++) finish_tile(w, start + i, m_block + i * w->m_row, first, last, m, bfloat16)
+    BY_KIND(FINISH)
+#undef FINISH
+}
+
+static void share(void *argument) {
+    const struct work *w = argument;
+    const struct convolution *c = w->c;
+    const int64_t team = c->threads > 1 ? team_size() : 1, number = team > 1 ? thread_number() : 0;
+    if (!w->by_outputs) {
+        char *v = w->space + number * (w->v_bytes + w->m_bytes), *m = v + w->v_bytes;
+        for (int64_t b = w->blocks * number / team; b < w->blocks * (number + 1) / team; b++) {
+            transform(w, b, v, 0, c->channels);
+            multiply(w, b, v, m, 0, w->panels);
+            finish(w, b, m, 0, w->panels);
+        }
+        return;
+    }
+    /* A team may be smaller than was asked for, and memory is for shares of this size: then a thread has several. */
+    const int64_t vectors = c->channels / LANES, shares = c->threads;
+    char *v = w->space, *m = v + w->v_bytes + number * w->m_bytes;
+    for (int64_t b = 0; b < w->blocks; b++) {
+        for (int64_t s = number; s < shares; s += team)
+            transform(w, b, v, vectors * s / shares * LANES, vectors * (s + 1) / shares * LANES);
+        if (team > 1) wait_for_team();
+        for (int64_t s = number; s < shares; s += team) {
+            const int64_t first = w->panels * s / shares, last = w->panels * (s + 1) / shares;
+            multiply(w, b, v, m, first, last);
+            finish(w, b, m, first, last);
+        }
+        if (team > 1) wait_for_team(); /* nobody reads the transformed input any more */
+    }
+}
+
+/* 0, or 1 where memory is short: nothing was written then. */
+int pdae_winograd(const struct convolution *given) {
+    struct convolution c = *given;
+    struct work w = {.c = &c};
+    const int64_t size = c.bfloat16 ? 2 : 4, points = (c.tile + 2) * (c.tile + 2);
+    w.across = (c.width + c.tile - 1) / c.tile, w.down = (c.height + c.tile - 1) / c.tile;
+    w.tiles = c.batch * w.across * w.down, w.panels = (c.outputs + PANEL - 1) / PANEL;
+    if (!run_parallel || c.threads < 1) c.threads = 1;
+    if (!w.tiles || !w.panels) return 0;
+
+    /* As many tiles as the cache takes, in blocks of equal size, as many of them as threads divide evenly. */
+    int64_t most = BLOCK_BYTES / (points * (c.channels * size + w.panels * PANEL * 4));
+    most = most < LEAST ? LEAST : most < MOST ? most : MOST;
+    w.blocks = (w.tiles + most - 1) / most;
+    if (w.blocks > 1 || c.threads > 1) {
+        const int64_t even = (w.blocks + c.threads - 1) / c.threads * c.threads;
+        if (w.tiles / even >= LEAST) w.blocks = even;
+        else w.by_outputs = c.threads > 1;
+    }
+    w.block = (w.tiles + w.blocks - 1) / w.blocks;
+    w.blocks = (w.tiles + w.block - 1) / w.block;
+
+    /* A line more than a power of two keeps what is read together out of the same ways of the cache. */
+    const int64_t own = w.by_outputs ? (w.panels + c.threads - 1) / c.threads : w.panels;
+    w.v_row = (c.channels * size + LINE - 1) / LINE * LINE + LINE, w.v_point = w.block * w.v_row + LINE;
+    w.m_row = (own * PANEL * 4 + LINE - 1) / LINE * LINE + LINE, w.m_point = w.block * w.m_row + LINE;
+    w.v_bytes = points * w.v_point, w.m_bytes = points * w.m_point;
+    const int64_t zero_bytes = (c.channels * size + LINE - 1) / LINE * LINE;
+    const int64_t bytes = (w.by_outputs ? 1 : c.threads) * w.v_bytes + c.threads * w.m_bytes;
+    char *memory = aligned_alloc(LINE, (size_t)(zero_bytes + bytes));
+    if (!memory) return 1;
+    w.zeros = memory, w.space = memory + zero_bytes;
+    memset(w.zeros, 0, (size_t)zero_bytes);
+    if (c.threads > 1) run_parallel(share, &w, (unsigned)c.threads, 0);
+    else share(&w);
+    free(memory);
+    return 0;
+}

@@ -1,0 +1,157 @@
+"""3x3 convolutions of channels-last maps on the CPU by native/winograd.c: a quarter (4x4 tiles) or 4/9 (2x2 tiles) of
+the multiplications, bias and residual added inside, nearest-2x upsampling read inside."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._native import Unavailable, load, openmp
+from .group_norm_native import OPENMP
+
+TILES = (2, 4)  # m: output pixels of a tile's side
+CHANNELS = 16  # what the input channels have to be a multiple of
+CONVOLUTION = struct.Struct("5P9q")  # struct convolution
+WEIGHTS = struct.Struct("2P9q")  # struct weights
+# RMS error of a result, relative to it, that the self-check allows.
+TOLERANCE = {(torch.float32, 2): 2e-6, (torch.float32, 4): 5e-6, (torch.bfloat16, 2): 1e-2, (torch.bfloat16, 4): 3e-2}
+
+
+@functools.cache
+def _library() -> tuple[ctypes.CDLL | None, str, int, tuple[torch.dtype, ...]]:
+    """(library or None, one line about it, output channels that weights are padded to a multiple of, dtypes)."""
+    try:
+        library = load("winograd")
+    except Unavailable as obstacle:
+        return None, str(obstacle), 0, ()
+    panel, bfloat16 = ctypes.c_int64(), ctypes.c_int64()
+    library.pdae_winograd_abilities(ctypes.byref(panel), ctypes.byref(bfloat16))
+    if panel.value < 0:
+        return None, "needs a processor with AVX-512 or AVX2", 0, ()
+    library.pdae_winograd.argtypes, library.pdae_winograd.restype = [ctypes.c_char_p], ctypes.c_int
+    library.pdae_winograd_weights.argtypes, library.pdae_winograd_weights.restype = [ctypes.c_char_p], None
+    threads = openmp(*OPENMP)
+    if threads is not None:
+        library.pdae_threads.argtypes, library.pdae_threads.restype = [ctypes.c_void_p] * 4, None
+        library.pdae_threads(*threads)
+    dtypes = (torch.float32, torch.bfloat16) if bfloat16.value else (torch.float32,)
+    obstacle = _check(library, panel.value, dtypes)
+    if obstacle:
+        return None, obstacle, 0, ()
+    reason = "compiled for this processor, " + ("one thread" if threads is None else "on torch's threads")
+    return library, reason, panel.value, dtypes
+
+
+def winograd_status() -> tuple[bool, str]:
+    """(usable, reason), as `native_status` says it of the group norm: do 3x3 convolutions run as native code here?"""
+    library, reason, *_ = _library()
+    return library is not None, reason
+
+
+def winograd_fits(weight: Tensor, dtype: torch.dtype, stride: int = 1, padding: int = 1) -> bool:
+    """Whether `winograd` computes a convolution with ``weight`` [N, C, kh, kw] on maps of ``dtype``, given that native
+    code runs here."""
+    return (
+        dtype in _library()[3]
+        and weight.device.type == "cpu"
+        and weight.shape[2:] == (3, 3)
+        and (stride, padding) == (1, 1)
+        and weight.shape[1] % CHANNELS == 0
+    )
+
+
+def winograd_bytes(outputs: int, channels: int, tile: int, dtype: torch.dtype) -> int:
+    """What the transformed weights take."""
+    return _bytes(_library()[2], outputs, channels, tile, dtype)
+
+
+def _bytes(panel: int, outputs: int, channels: int, tile: int, dtype: torch.dtype) -> int:
+    return (tile + 2) ** 2 * -(-outputs // panel) * panel * channels * dtype.itemsize
+
+
+def winograd_weights(weight: Tensor, tile: int, dtype: torch.dtype) -> Tensor:
+    """float32 [N, C, 3, 3] -> what `winograd` multiplies maps of ``dtype`` with, in tiles of ``tile`` (2 or 4).
+
+    Transformed in double precision and rounded once: give it float32 weights for bfloat16 maps too.
+    """
+    library, _, panel, _ = _library()
+    return _weights(library, panel, weight, tile, dtype)
+
+
+def _weights(library: ctypes.CDLL, panel: int, weight: Tensor, tile: int, dtype: torch.dtype) -> Tensor:
+    outputs, channels = weight.shape[:2]
+    u = torch.empty(_bytes(panel, outputs, channels, tile, dtype) // dtype.itemsize, dtype=dtype, device="cpu")
+    library.pdae_winograd_weights(
+        WEIGHTS.pack(
+            weight.data_ptr(), u.data_ptr(), *weight.stride(), outputs, channels, tile,
+            dtype is torch.bfloat16, torch.get_num_threads(),
+        )
+    )  # fmt: skip
+    return u
+
+
+def winograd(
+    x: Tensor,
+    u: Tensor,
+    bias: Tensor | None,
+    outputs: int,
+    tile: int,
+    residual: Tensor | None = None,
+    *,
+    upsample: bool = False,
+) -> Tensor:
+    """conv3x3(nearest2x?(x)) + bias + residual, stride 1, padding 1, rounded once to x's dtype.
+
+    x [B, C, H, W], channels-last, of the dtype that ``u`` was made for by `winograd_weights`; bias float32 [N] or
+    None; residual as the result. Returns [B, N, H, W], or [B, N, 2H, 2W] with ``upsample``, channels-last. The same
+    to the bit for any number of threads, and for an image in any batch.
+
+    Not differentiable, and arguments are not checked. Needs `winograd_status`; raises MemoryError.
+    """
+    return _call(_library()[0], x, u, bias, outputs, tile, residual, upsample)
+
+
+def _call(library, x, u, bias, outputs, tile, residual, upsample) -> Tensor:
+    batch, channels, height, width = x.shape
+    height, width = height << upsample, width << upsample
+    y = torch.empty((batch, outputs, height, width), dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
+    failed = library.pdae_winograd(
+        CONVOLUTION.pack(
+            x.data_ptr(), u.data_ptr(), 0 if bias is None else bias.data_ptr(),
+            0 if residual is None else residual.data_ptr(), y.data_ptr(), batch, height, width, channels, outputs,
+            tile, upsample, x.dtype is torch.bfloat16, torch.get_num_threads(),
+        )
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"convolution to {tuple(y.shape)}: no memory for the transformed map")
+    return y
+
+
+def _check(library: ctypes.CDLL, panel: int, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """What is wrong with the compiled functions on a case of every kind, or None."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cpu")
+
+    # Several rows of the micro-kernel, a panel's remainder, tiles cut by both edges.
+    batch, channels, outputs, height, width = 2, 48, panel + 5, 9, 7
+    with torch.inference_mode():
+        x, weight = draw(batch, channels, height, width) - 2.3, draw(outputs, channels, 3, 3) / (9 * channels) ** 0.5
+        bias, residual = draw(outputs), draw(batch, outputs, 2 * height, 2 * width)
+        for dtype in dtypes:
+            map_, added = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in (x, residual))
+            up = F.interpolate(map_.double(), scale_factor=2.0)
+            expected = F.conv2d(up, weight.double(), bias.double(), padding=1) + added.double()
+            for tile in TILES:
+                u = _weights(library, panel, weight, tile, dtype)
+                found = _call(library, map_, u, bias, outputs, tile, added, True)
+                error = float((found.double() - expected).norm() / expected.norm())
+                if not error <= TOLERANCE[dtype, tile]:
+                    return f"the compiled convolution is off by {error:.1e} in {dtype}, {tile}x{tile} tiles"
+    return None

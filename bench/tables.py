@@ -93,7 +93,7 @@ def text(rows: list[dict[str, Any]]) -> str:
     return cli.table(header, [[show(n, row.get(n)) for n in ordered] for row in rows], left=left)
 
 
-class Tables:
+class ResultTables:
     """The tables of one run."""
 
     def __init__(self) -> None:
@@ -112,7 +112,7 @@ class Tables:
         cli.write_json(path, {"machine": machine, "tables": self.tables})
 
 
-RUN = Tables()
+RUN = ResultTables()
 
 
 def default_path() -> Path:

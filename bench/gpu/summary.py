@@ -48,7 +48,7 @@ def write(out: Path, journal: CaseLog, phases: list[str], device: torch.device) 
     """Write results.json, rows.csv and report.txt; returns the report."""
     rows = journal.rows()
     found = collect(rows)
-    run = tables.Tables()
+    run = tables.ResultTables()
     run.tables = found
     run.save(out / "results.json", describe(device))
     with atomic_write(out / "rows.csv", "w") as file:

@@ -138,7 +138,7 @@ def test_a_table_with_other_columns_is_left_alone(results, tmp_path):
 
 
 def test_rows_become_text():
-    rows = tables.Tables()
+    rows = tables.ResultTables()
     rows.add("step", network="celeba64", median_s=0.01234, spread_s=[0.01, 0.02], ratio=2.5, images_per_s=81.0)
     rows.add("step", network="ffhq128", ratio=None, peak_fraction=0.5, memory_bytes=3 << 20, error=1.5e-7)
     ((title, text),) = rows.sections()
@@ -150,7 +150,7 @@ def test_rows_become_text():
 
 
 def test_a_run_is_saved_with_its_machine(tmp_path):
-    rows = tables.Tables()
+    rows = tables.ResultTables()
     rows.add("deploy", backend="onnx", total_s=float("nan"))
     rows.save(tmp_path / "new" / "run.json", {"device": "A Chip"})
     assert tables.load(tmp_path / "new" / "run.json") == (

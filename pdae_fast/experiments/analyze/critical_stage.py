@@ -137,7 +137,7 @@ def evaluations(parts: Sequence[Trajectory]) -> int:
 # -- results -------------------------------------------------------------------------------------------------------
 
 
-class Guided(NamedTuple):
+class GuidedStage(NamedTuple):
     """Guidance for low <= t < high (nowhere, where they are the same): the share of samples that are of the class
     asked for, and its standard error."""
 
@@ -147,7 +147,7 @@ class Guided(NamedTuple):
     standard_error: float
 
 
-def shortest(stages: Sequence[Guided], accuracy: float) -> Guided | None:
+def shortest(stages: Sequence[GuidedStage], accuracy: float) -> GuidedStage | None:
     """The shortest stage that reaches ``accuracy``, and more than no guidance does; the most accurate of equally short
     ones; None when none does."""
     nothing = max(stage.accuracy for stage in stages if stage.high == stage.low)
@@ -155,7 +155,7 @@ def shortest(stages: Sequence[Guided], accuracy: float) -> Guided | None:
     return min(reaching, key=lambda stage: (stage.high - stage.low, -stage.accuracy), default=None)
 
 
-def heat_map(path: Path, stages: Sequence[Guided], T: int, count: int, best: Guided | None) -> None:
+def heat_map(path: Path, stages: Sequence[GuidedStage], T: int, count: int, best: GuidedStage | None) -> None:
     """Accuracy over where guidance begins and ends; the shortest stage is framed."""
     cells = np.full((count, count), np.nan)
     for stage in stages:
@@ -226,7 +226,8 @@ def command(args: argparse.Namespace) -> None:
     wanted = torch.arange(args.count) % len(data.names)
     right, shown, cost = _sample(run, parts, guide, judge, wanted)
     stages = [
-        Guided(low * T // args.stages, high * T // args.stages, *_share(hits)) for (low, high), hits in right.items()
+        GuidedStage(low * T // args.stages, high * T // args.stages, *_share(hits))
+        for (low, high), hits in right.items()
     ]
     nothing, throughout = stages[0], next(s for s in stages if s.low == 0 and s.high == T)
     target = args.accuracy
@@ -258,7 +259,7 @@ def command(args: argparse.Namespace) -> None:
 
 
 def _summary(report: dict[str, Any], T: int) -> list[str]:
-    stages, best = [Guided(**values) for values in report["stages"]], report["shortest"]
+    stages, best = [GuidedStage(**values) for values in report["stages"]], report["shortest"]
     ordered = sorted(stages, key=lambda s: (s.high - s.low, s.low))
     lines = [[_stage_name(s, T), f"{s.accuracy:.3f}", f"{s.standard_error:.3f}"] for s in ordered]
     found = f"guidance at {best['low']} <= t < {best['high']}" if best else "none"
@@ -298,7 +299,7 @@ def _sample(
     return {stage: torch.cat(right) for stage, right in hits.items()}, shown, cost
 
 
-def _stage_name(stage: Guided, T: int) -> str:
+def _stage_name(stage: GuidedStage, T: int) -> str:
     if stage.low == stage.high:
         return "not guided"
     return "guided throughout" if (stage.low, stage.high) == (0, T) else f"guided {stage.high} to {stage.low}"

@@ -85,7 +85,7 @@ class Rewrites:
         there = {"a GPU"} if device.type == "cuda" else set()
         if can_pack(device, dtype):
             there.add("oneDNN")
-        there |= {name.replace("_", " ") for name, (usable, _) in _native(device, dtype).items() if usable}
+        there |= {name.replace("_", " ") for name, (usable, _) in self._native(device, dtype).items() if usable}
         on = dict(vars(self))
         for name, (needs, without) in NEEDS.items():
             given = there | {other for other, value in on.items() if value}
@@ -96,14 +96,18 @@ class Rewrites:
         """How the native ops that were asked for run on ``device``, or why they do not; empty elsewhere."""
         if device.type != "cpu":
             return {}
-        found = {name: status for name, status in _native(device, dtype).items() if getattr(self, name)}
-        return {name: reason if usable else f"no: {reason}" for name, (usable, reason) in found.items()}
+        found = self._native(device, dtype).items()
+        return {name: reason if usable else f"no: {reason}" for name, (usable, reason) in found}
 
-
-def _native(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[bool, str]]:
-    """(usable, reason) of every native op on maps of ``dtype``."""
-    none, cpu = (False, f"none for {dtype}"), device.type == "cpu"
-    return {
-        "native_norms": kernels.native_status() if cpu and dtype in kernels.NATIVE_DTYPES else none,
-        "native_convolutions": kernels.winograd_status() if cpu and dtype in NATIVE_CONVOLUTIONS else none,
-    }
+    def _native(self, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[bool, str]]:
+        """(usable, reason) of the native ops that are switched on, on maps of ``dtype``; to ask is to compile them."""
+        ops = {
+            "native_norms": (kernels.NATIVE_DTYPES, lambda: kernels.native_status()),
+            "native_convolutions": (NATIVE_CONVOLUTIONS, lambda: kernels.winograd_status()),
+        }
+        none, cpu = (False, f"none for {dtype}"), device.type == "cpu"
+        return {
+            name: status() if cpu and dtype in dtypes else none
+            for name, (dtypes, status) in ops.items()
+            if getattr(self, name)
+        }

@@ -306,3 +306,13 @@ def test_weights_that_would_fill_the_memory_are_not_transformed(monkeypatch):
     plan = FusedPlan(network(NETWORKS["three-levels"]), CPU, torch.float32, Rewrites(native_convolutions=True))
     assert plan.options == Rewrites() and plan.awaited_bytes() == 0
     assert plan.describe()["native_convolutions"].endswith("MiB, and 2 MiB are free")
+
+
+def test_a_native_op_that_is_switched_off_is_not_compiled(monkeypatch):
+    def compiled():
+        raise AssertionError("asked for its status, which compiles it")
+
+    monkeypatch.setattr(kernels, "winograd_status", compiled)
+    options = Rewrites(native_norms=True).usable_on(torch.device("cpu"), torch.float32)
+    assert not options.native_convolutions
+    assert options.native_notes(torch.device("cpu"), torch.float32).keys() == {"native_norms"}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import PDAEConfig, PriorConfig
 from ..models import PDAE, Prior
-from ..models.layers import AttentionBlock, timestep_embedding
+from ..models.layers import AttentionBlock, time_features
 from ..models.unet import PDAEDecoder, UNet
 
 
@@ -55,7 +55,7 @@ def network_costs(config: PDAEConfig | PriorConfig) -> Costs:
             unet = UNet(config.unet)
     count = _Count(unet)
     size, channels = config.image_size, config.unet.input_channel
-    emb = unet.time_embed(timestep_embedding(torch.zeros(1, device="meta"), config.unet.base_channel))
+    emb = unet.time_embed(time_features(config.unet, torch.zeros(1, device="meta")))
     count.take()
     h, skips, trunk = torch.empty(1, channels, size, size, device="meta"), [], []
     for stage in unet.input_blocks:

@@ -114,6 +114,8 @@ class Plan:
                 features.h.repeat(K, 1, 1, 1),
                 tuple(skip.repeat(K, 1, 1, 1) for skip in features.skips),
                 features.emb.repeat(K, 1),
+                features.x,
+                features.t,
             )
             gradients = self.unet.decode_gradient(repeated, z.flatten(0, 1)).float()
             return eps, (weights * gradients.unflatten(0, (K, B))).sum(0)

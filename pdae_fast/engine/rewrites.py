@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..config import NORM_GROUPS
 from ..kernels.group_norm_torch import scalar_in_half
-from ..models.layers import AttentionBlock, ResBlock, timestep_embedding
+from ..models.layers import AttentionBlock, ResBlock, time_features
 from ..models.unet import UNet
 from .attention import sdpa
 
@@ -62,7 +62,7 @@ class AffineTable:
 def time_embeddings(unet: UNet, times: Tensor) -> Tensor:
     """float32 [S, time_width] for int64 times [S]."""
     first, _, second = unet.time_embed
-    h = F.linear(timestep_embedding(times, unet.config.base_channel), first.weight.float(), first.bias.float())
+    h = F.linear(time_features(unet.config, times), first.weight.float(), first.bias.float())
     return F.linear(F.silu(h), second.weight.float(), second.bias.float())
 
 

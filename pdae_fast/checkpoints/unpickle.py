@@ -33,7 +33,7 @@ class Inert(dict):
         super().__init__()
 
     def __call__(self, *arguments: Any, **named: Any) -> Inert:
-        return Inert()
+        return type(self)()
 
     def __setstate__(self, state: Any) -> None:
         for part in state if isinstance(state, tuple) else (state,):
@@ -75,7 +75,7 @@ def describe(value: Any) -> str:
     cls = value if isinstance(value, type) else type(value)
     if issubclass(cls, Inert):
         return f"a {cls.__module__}.{cls.__name__} (not read: only tensors and plain values are)"
-    return f"a {cls.__name__}"
+    return "a dict" if cls is _StateDict else f"a {cls.__name__}"
 
 
 def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *rest: Any) -> Tensor:

@@ -125,7 +125,7 @@ BAD = {
     "folder": (lambda s, d: d, ("no config.json in it",)),
     "code": (
         lambda s, d: fabricate.save(d / "a.pt", fabricate.autoencoder(s) | {"ema_decoder": Payload(d / "ran")}),
-        ("ema_decoder is a builtins.getattr (not read", "expected a state_dict"),
+        ("ema_decoder is a __builtin__.getattr (not read", "expected a state_dict"),
     ),
     "whole-module": (
         lambda s, d: fabricate.save(d / "a.pt", s.encoder),

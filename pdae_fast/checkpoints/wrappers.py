@@ -131,9 +131,8 @@ def _is_diffae(contents: Mapping[str, Any]) -> bool:
     networks = ("model.time_embed.", "model.encoder.", "model.latent_net.", "model.ema_latent_net.")
     networks += tuple(f"ema_{name}" for name in networks) + ("classifier.", "ema_classifier.")
     # This project's own PDAE has an encoder too, and a decoder.
-    return any(_begins(n, *networks) for n in state) and not any(
-        _begins(n, "decoder.", "model.decoder.") for n in state
-    )
+    others = ("decoder.", "model.decoder.", "online_model.")
+    return any(_begins(name, *networks) for name in state) and not any(_begins(name, *others) for name in state)
 
 
 def _begins(name: Any, *prefixes: str) -> bool:

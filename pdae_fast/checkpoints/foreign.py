@@ -146,6 +146,8 @@ def build(file: ForeignFile, settings: Settings, encoder: ForeignFile | None = N
 def _prior(file: ForeignFile, settings: Settings, notes: list[str]) -> tuple[PriorConfig, dict[str, Tensor]]:
     state = _adm_names(file, settings)
     fields = infer.unet_fields(state, file.where)
+    if file.kind is Kind.DDIM and fields["downsample"] == "conv":
+        fields["downsample"] = "conv_asymmetric"
     if file.kind in (Kind.DIFFAE, Kind.DDIM, Kind.UNET):
         _resolve_feature_sizes(settings, fields, _drawn_size(file, fields), file)
     size = settings.get("image_size") or _drawn_size(file, fields)

@@ -236,7 +236,6 @@ DDIM_NETWORK = _said(
     norm_eps=1e-6,
     flip_sin_to_cos=False,
     freq_shift=1,
-    downsample="conv_asymmetric",
 )
 
 
@@ -322,7 +321,7 @@ def _checked(name: str, value: Any, place: str) -> Any:
         if not isinstance(value, int) or isinstance(value, bool):
             raise UserError(f"{place}: {name} is {value!r}; expected an integer")
     elif name in _LISTS:
-        if isinstance(value, str) and "," in value or name == "feature_sizes":
+        if name != "attention_resolutions":
             value = _numbers(value)  # a flag: "1,2,4"
         kinds = (int, float) if name == "channel_multiplier" else (int,)
         if not isinstance(value, list | tuple) or not all(type(v) in kinds for v in value):

@@ -18,6 +18,7 @@ from pdae_fast.convert import main
 DDIM = fabricate.unet(
     **{name: given.value for name, given in DDIM_NETWORK.items()},
     use_scale_shift_norm=False,
+    downsample="conv_asymmetric",
     upsample="conv",
     dropout=0.0,
 )

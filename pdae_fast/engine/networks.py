@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ class Networks(Plan):
     ) -> None:
         super().__init__(model, device, dtype)
         wanted = options or Rewrites.for_device(device)
+        self._choices = {"options": wanted, "attention": attention}
         self.options = options = wanted.usable_on(device, dtype)
         self.native = wanted.native_notes(device, dtype)
         unet = self.unet
@@ -89,6 +90,10 @@ class Networks(Plan):
         block = max(blocks, key=lambda b: b.norm.num_channels)
         return 1, side * side, block.heads, block.norm.num_channels // block.heads
 
+    def choices(self) -> dict[str, Any]:
+        """As :meth:`Plan.choices`."""
+        return self._choices
+
     def awaited_bytes(self) -> int:
         """As :meth:`Plan.awaited_bytes`."""
         return sum(self._awaited)
@@ -98,7 +103,7 @@ class Networks(Plan):
     @torch.inference_mode()
     def prepare(self, times: Iterable[int]) -> None:
         """Compute the time tables of a schedule, one GEMM for each part; other times are added when they occur."""
-        missing = sorted({int(t) for t in times} - self._times.keys())
+        missing = sorted({int(t) for t in times if int(t) not in self._times})
         if not missing:
             return
         emb = rewrites.time_embeddings(self.unet, torch.tensor(missing, device=self.device))
@@ -217,10 +222,10 @@ class Networks(Plan):
     def count(self, images: int, codes: Conditioning | None, workload: Workload) -> None:
         """Enter one evaluation of ``images`` images into ``evaluations``; outer parts have counters of their own."""
         self._awaited.clear()
-        prefix = "outer_" if workload.features == "outer" else ""
+        prefix, counts = "outer_" if workload.features == "outer" else "", {"eps": images}
         if workload.features != "kept":
-            self.evaluations[f"{prefix}trunk"] += images
-        self.evaluations[f"{prefix}eps"] += images
+            counts["trunk"] = images
         if workload.gradient == "run":
             K = 1 if codes.weights is None else len(codes.weights)
-            self.evaluations[f"{prefix}gradient"] += images * K
+            counts["gradient"] = images * K
+        self.count_evaluations(**{prefix + name: n for name, n in counts.items()})

@@ -264,7 +264,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, help="images per network evaluation (default: chosen for the device)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--dtype", default="auto", help="of the networks: auto, float32, bfloat16, float16")
-    add("--seed", type=int, default=0, help="seed of everything random")
+    add("--seed", type=seed_option, default=0, help="seed of everything random")
     add("--on-error", choices=("skip", "fail"), default="skip", help="what a broken image does")
     add("--background", default="255,255,255", help="R,G,B that shows behind transparent images")
     add("--quiet", action="store_true", help="no progress bar, no table")

@@ -68,15 +68,16 @@ def as_indices(name: str, values: Any) -> Sequence[int]:
         raise UserError(f"{name} must be whole numbers, not {brief(values)}") from None
 
 
-def as_images(x: Any, shape: tuple[int, int, int], what: str) -> np.ndarray:
-    """Images of NumPy as float32 [B, C, H, W] in [-1, 1], C-contiguous; ``shape`` is the model's [C, H, W].
+def as_images(x: Any, shape: tuple[int, int, int], what: str, batch: str = "B") -> np.ndarray:
+    """Images of NumPy as float32 [B, C, H, W] in [-1, 1], C-contiguous; ``shape`` is the model's [C, H, W], ``batch`` what messages
+    call B.
 
     Floating point arrays are taken as they are, 8-bit ones as 0 to 255, both also with the channels last and 8-bit ones
     also as one image [H, W, C], [C, H, W] or, with one channel, [H, W]. UserError for all others.
     """
     channels, height, width = shape
     if not isinstance(x, np.ndarray):
-        raise UserError(wrong_shape(x, shape, what))
+        raise UserError(wrong_shape(x, shape, what, batch))
     eight = x.dtype == np.uint8
     if eight and x.shape in ((height, width, channels), shape):
         x = x[None]
@@ -85,7 +86,7 @@ def as_images(x: Any, shape: tuple[int, int, int], what: str) -> np.ndarray:
     if x.shape[1:] == (height, width, channels) and x.shape[1:] != shape:
         x = x.transpose(0, 3, 1, 2)
     if x.ndim != 4 or x.shape[1:] != shape:
-        raise UserError(wrong_shape(x, shape, what))
+        raise UserError(wrong_shape(x, shape, what, batch))
     if x.dtype.kind != "f" and not eight:
         raise UserError(f"{what} has dtype {x.dtype}; expected floating point values in [-1, 1], or uint8")
     x = np.ascontiguousarray(x, np.float32)
@@ -103,8 +104,8 @@ def check_range(low: float, high: float, what: str) -> None:
         warnings.warn(found, ImageRangeWarning, stacklevel=4)
 
 
-def wrong_shape(x: Any, shape: Sequence[int], what: str) -> str:
-    expected = f"[B, {', '.join(map(str, shape))}]"
+def wrong_shape(x: Any, shape: Sequence[int], what: str, batch: str = "B") -> str:
+    expected = f"[{batch}, {', '.join(map(str, shape))}]"
     if isinstance(x, (list, tuple)):
         return f"{what} is a {type(x).__name__}; expected one tensor or array {expected}: stack the images"
     found = list(x.shape) if hasattr(x, "shape") else type(x).__name__

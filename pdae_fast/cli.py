@@ -108,6 +108,9 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
         with warnings.catch_warnings():
             # Commands read their images from files, and know their range.
             warnings.simplefilter("ignore", ImageRangeWarning)
+            # A broken image is counted and named; what libraries think of the others, a user can do nothing about.
+            for library in ("PIL", r"torch\.distributed", r"torch\.nn\.parallel", r"torch\.autograd\.graph"):
+                warnings.filterwarnings("ignore", module=library)
             main(argv)
         sys.stdout.flush()
     except BrokenPipeError:

@@ -7,6 +7,7 @@ import os
 import sys
 
 from pdae_fast import cli
+from pdae_fast.arguments import seed_option
 from pdae_fast.data.avatars import make_avatars
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .. import __version__, cli
+from ..arguments import seed_option
 from ..engine import resolve_device, resolve_dtype
 from ..engine.device import describe_device
 from ..errors import UserError
@@ -75,7 +76,7 @@ def run(
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", *argv], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     seconds = time.perf_counter() - start
-    if done.returncode == 130:
+    if done.returncode in (130, 143):
         raise KeyboardInterrupt
     if done.returncode:
         lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or ["no reason given"]

@@ -84,8 +84,8 @@ class Session:
             depend on it beyond rounding.
         check_files: compare every file with the hash in the manifest before it is used.
 
-    Images are floating point [N, C, H, W] in [-1, 1], or 8-bit ones (arguments.as_images). Raises UserError for
-    anything a user can get wrong. Several threads may use one session; a copied or pickled one is opened anew.
+    Images are floating point [N, C, H, W] in [-1, 1]. Raises UserError for anything a user can get wrong. Several
+    threads may use one session; a copied or pickled one is opened anew.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Session:
 
     def _images(self, x: Any, what: str, picture: bool = True) -> np.ndarray:
         """x [N, C, H, W] checked, as float32; ``picture``: whether its values have to be in [-1, 1]."""
-        x = as_images(x, self.image_shape, what, "N")
+        x = as_images(x, self.image_shape, what, "N", take_8_bit=False)
         if picture and len(x):
             check_range(float(x.min()), float(x.max()), what)
         return x

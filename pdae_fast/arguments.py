@@ -68,17 +68,17 @@ def as_indices(name: str, values: Any) -> Sequence[int]:
         raise UserError(f"{name} must be whole numbers, not {brief(values)}") from None
 
 
-def as_images(x: Any, shape: tuple[int, int, int], what: str, batch: str = "B") -> np.ndarray:
-    """Images of NumPy as float32 [B, C, H, W] in [-1, 1], C-contiguous; ``shape`` is the model's [C, H, W], ``batch`` what messages
-    call B.
+def as_images(x: Any, shape: tuple[int, int, int], what: str, batch: str = "B", take_8_bit: bool = True) -> np.ndarray:
+    """Images of NumPy as float32 [B, C, H, W] in [-1, 1], C-contiguous; ``shape`` is the model's [C, H, W].
 
     Floating point arrays are taken as they are, 8-bit ones as 0 to 255, both also with the channels last and 8-bit ones
-    also as one image [H, W, C], [C, H, W] or, with one channel, [H, W]. UserError for all others.
+    also as one image [H, W, C], [C, H, W] or, with one channel, [H, W]. UserError for all others, in which ``batch``
+    stands for B.
     """
     channels, height, width = shape
     if not isinstance(x, np.ndarray):
         raise UserError(wrong_shape(x, shape, what, batch))
-    eight = x.dtype == np.uint8
+    given, eight = x, x.dtype == np.uint8
     if eight and x.shape in ((height, width, channels), shape):
         x = x[None]
     elif eight and channels == 1 and x.shape == (height, width):
@@ -86,9 +86,9 @@ def as_images(x: Any, shape: tuple[int, int, int], what: str, batch: str = "B") 
     if x.shape[1:] == (height, width, channels) and x.shape[1:] != shape:
         x = x.transpose(0, 3, 1, 2)
     if x.ndim != 4 or x.shape[1:] != shape:
-        raise UserError(wrong_shape(x, shape, what, batch))
-    if x.dtype.kind != "f" and not eight:
-        raise UserError(f"{what} has dtype {x.dtype}; expected floating point values in [-1, 1], or uint8")
+        raise UserError(wrong_shape(given, shape, what, batch))
+    if x.dtype.kind != "f" and not (eight and take_8_bit):
+        raise UserError(f"{what} has dtype {x.dtype}; expected floating point values in [-1, 1]: {CONVERT}")
     x = np.ascontiguousarray(x, np.float32)
     if not np.isfinite(x).all():
         raise UserError(f"{what} holds NaN or infinite values")
@@ -107,7 +107,7 @@ def check_range(low: float, high: float, what: str) -> None:
 def wrong_shape(x: Any, shape: Sequence[int], what: str, batch: str = "B") -> str:
     expected = f"[{batch}, {', '.join(map(str, shape))}]"
     if isinstance(x, (list, tuple)):
-        return f"{what} is a {type(x).__name__}; expected one tensor or array {expected}: stack the images"
+        return f"{what} has shape {type(x).__name__}; expected one tensor or array {expected}: stack the images"
     found = list(x.shape) if hasattr(x, "shape") else type(x).__name__
     return f"{what} has shape {found}; this model expects {expected}"
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .arguments import as_int, as_number
 from .config import ScheduleConfig
 from .errors import UserError
 
@@ -120,8 +121,7 @@ class Schedule:
         t only, so the last three are rounded to the nearest, and points that fall together are one: at many steps
         there are then fewer of them than asked for, and as many evaluations fewer.
         """
-        if not 1 <= steps <= self.last + 1:
-            raise UserError(f"steps must be between 1 and {self.last + 1}, not {steps}")
+        steps = as_int("steps", steps, 1, self.last + 1)
         share = np.linspace(0, 1, steps + 1)
         if spacing == "uniform":
             return np.unique(np.linspace(0, self.last, steps + 1).astype(np.int64))
@@ -178,9 +178,7 @@ class Schedule:
 
 def _stop(stop_percent: float, steps: int) -> int:
     """The least remaining step index at which G is still used."""
-    if not 0 <= stop_percent <= 1:
-        raise UserError(f"stop_percent must be between 0 and 1, not {stop_percent}")
-    return int(stop_percent * steps)
+    return int(as_number("stop_percent", stop_percent, 0, 1) * steps)
 
 
 @functools.lru_cache(maxsize=8)

@@ -20,6 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .. import __version__, cli
+from ..arguments import seed_option
 from ..engine import resolve_device, resolve_dtype
 from ..engine.device import describe_device
 from ..errors import UserError
@@ -75,7 +76,7 @@ def run(
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", *argv], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     seconds = time.perf_counter() - start
-    if done.returncode == 130:
+    if done.returncode in (130, 143):
         raise KeyboardInterrupt
     if done.returncode:
         lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or ["no reason given"]
@@ -264,7 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, help="images per network evaluation (default: chosen for the device)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--dtype", default="auto", help="of the networks: auto, float32, bfloat16, float16")
-    add("--seed", type=int, default=0, help="seed of everything random")
+    add("--seed", type=seed_option, default=0, help="seed of everything random")
     add("--on-error", choices=("skip", "fail"), default="skip", help="what a broken image does")
     add("--background", default="255,255,255", help="R,G,B that shows behind transparent images")
     add("--quiet", action="store_true", help="no progress bar, no table")

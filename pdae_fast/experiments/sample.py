@@ -161,7 +161,7 @@ def check_drawing(pipe: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
     """The values of `add_drawing_options` for a report; UserError where they, or the model, cannot be used."""
     pipe.sample_latents(1, 1)  # without a latent DPM this says so
     pipe.recipe.down(pipe.schedule, args.stop_percent)
-    latent_steps = args.latent_steps or pipe.recipe.steps
+    latent_steps = pipe.recipe.steps if args.latent_steps is None else args.latent_steps
     pipe.schedule.timesteps(latent_steps)
     return {
         "stop_percent": args.stop_percent,

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 
 from .. import cli
+from ..arguments import seed_option
 from ..config import LatentConfig, presets
 from .settings import DEFAULTS, TrainSettings
 from .step import STEP_HELP, UNET_ONLY
@@ -93,7 +94,8 @@ def _options(p: argparse.ArgumentParser, task: str) -> None:
         if isinstance(field.default, bool):
             p.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=HELP[field.name])
         else:
-            p.add_argument(flag, type=type(field.default), default=default, help=HELP[field.name])
+            kind = seed_option if field.name == "seed" else type(field.default)
+            p.add_argument(flag, type=kind, default=default, help=HELP[field.name])
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     p.add_argument("--workers", type=int, default=0, help="processes that load images")

@@ -278,7 +278,9 @@ def _keys_of(node: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, str]:
     if flags & set(node) and "ch" not in node:
         keys = {key: name for key, name in keys.items() if key != "attention_resolutions"} | _FLAGS
     if path[-1:] == ("schedule",):
-        keys["kind"] = "schedule"
+        keys |= {"kind": "schedule"} | {name: name for name in ("beta_start", "beta_end", "betas", "zero_terminal_snr")}
+    if not path:
+        keys |= {"prediction": "prediction", "crop": "crop"}
     if not path or path[-1] == "diffusion_config":  # this project's own words; elsewhere it may mean anything
         keys["noise"] = "noise"
     return keys
@@ -340,6 +342,8 @@ def _checked(name: str, value: Any, place: str) -> Any:
         value = _SCHEDULES.get(value, value)
     elif name == "prediction" and isinstance(value, bool):
         value = "sample" if value else "epsilon"  # predict_xstart
+    elif name == "betas" and isinstance(value, list):
+        value = tuple(value)
     elif name == "attributes":
         if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
             raise UserError(f"{place}: attributes are {value!r}; expected a list of names")

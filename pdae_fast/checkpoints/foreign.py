@@ -245,6 +245,10 @@ def _unet_config(fields: dict[str, Any], settings: Settings, where: str, notes: 
         if name == "time_channel":
             value = value or 4 * fields["base_channel"]
         settings.check(name, value, where)
+    if len(fields["channel_multiplier"]) > 1:
+        settings.check("resamp_with_conv", fields["downsample"] != "pool", where)
+        settings.check("resblock_updown", fields["downsample"] == "residual", where)
+    settings.check("class_cond", fields["num_classes"] is not None, where)
     free = {f.name for f in dataclasses.fields(UNetConfig)} - fields.keys()
     with located(where):
         unet = UNetConfig(**fields, **{name: settings.get(name) for name in free if name in settings})

@@ -163,6 +163,7 @@ def test_options_may_only_repeat(pipeline, capsys):
     assert "says schedule cosine but" in one_line(pipeline, capsys, "--schedule", "cosine")
     assert "says image_size 64 but" in one_line(pipeline, capsys, "--image-size", 64)
     assert checkpoints.load(pipeline, num_heads=1, image_size=32, schedule="linear").config == SOURCE.config
+    assert checkpoints.load(pipeline, dropout=0.3).config.unet.dropout == 0.3
 
 
 def test_paths_inside(pipeline):

@@ -129,6 +129,12 @@ def test_other_tensors_are_named(kind, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_torchs_own_unpickler_cannot_be_forced(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+    with pytest.raises(UserError, match="TORCH_FORCE_WEIGHTS_ONLY_LOAD is set"):
+        read_file(fabricate.save(tmp_path / "a.pt", {"a": torch.zeros(1)}))
+
+
 def test_views_and_shared_storages_are_read(tmp_path):
     whole = torch.randn(6, 4)
     contents = {"whole": whole, "part": whole[1:3], "turned": whole.T, "parameter": torch.nn.Parameter(whole)}

@@ -76,7 +76,9 @@ def check_finite(state: Mapping[str, Tensor], where: str) -> None:
 def load_directory(directory: Path) -> Loaded:
     """Read a directory written by :func:`save_directory`."""
     if not (directory / CONFIG_NAME).is_file():
-        raise UserError(f"{directory}: no {CONFIG_NAME} in it; expected a directory written by save_pretrained")
+        raise UserError(
+            f"{directory}: no {CONFIG_NAME} in it; expected what save_pretrained wrote, or a diffusers model"
+        )
     config = configs.load(directory / CONFIG_NAME)
     state = read_safetensors(directory / WEIGHTS_NAME)
     check_finite(state, str(directory / WEIGHTS_NAME))

@@ -162,9 +162,7 @@ def _prior(file: ForeignFile, settings: Settings, notes: list[str]) -> tuple[Pri
         if schedule.timesteps != 1000 and "rescale_timesteps" not in settings:
             notes.append("it is given t as it is (the weights do not say: --rescale-timesteps, then t * 1000 / T)")
     with located(file.where):
-        config = PriorConfig(
-            size, unet, schedule, settings.get("noise", "normal"), settings.get("prediction", "epsilon")
-        )
+        config = PriorConfig(size, unet, schedule, **_process(settings))
     return config, {f"unet.{name}": tensor for name, tensor in state.items()}
 
 
@@ -228,8 +226,7 @@ def _pdae(
             encoder_channel=shape.encoder_channel,
             unet=unet,
             schedule=_schedule(settings, notes),
-            noise=settings.get("noise", "normal"),
-            prediction=settings.get("prediction", "epsilon"),
+            **_process(settings),
         )
     state = {f"encoder.{name}": tensor for name, tensor in encoder.items()}
     return config, state | {f"decoder.{name}": tensor for name, tensor in decoder.items()}
@@ -248,6 +245,10 @@ def _unet_config(fields: dict[str, Any], settings: Settings, where: str, notes: 
         if name == "time_channel":
             value = value or 4 * fields["base_channel"]
         settings.check(name, value, where)
+    if len(fields["channel_multiplier"]) > 1:
+        settings.check("resamp_with_conv", fields["downsample"] != "pool", where)
+        settings.check("resblock_updown", fields["downsample"] == "residual", where)
+    settings.check("class_cond", fields["num_classes"] is not None, where)
     free = {f.name for f in dataclasses.fields(UNetConfig)} - fields.keys()
     with located(where):
         unet = UNetConfig(**fields, **{name: settings.get(name) for name in free if name in settings})
@@ -269,6 +270,10 @@ def _schedule(settings: Settings, notes: list[str]) -> ScheduleConfig:
     if "schedule" not in settings:
         notes.append(f"a {config.kind} noise schedule of {config.timesteps} steps (--schedule, --timesteps, --config)")
     return config
+
+
+def _process(settings: Settings) -> dict[str, Any]:
+    return {name: settings.get(name) for name in ("noise", "prediction", "crop") if name in settings}
 
 
 def _drawn_size(file: ForeignFile, fields: dict[str, Any]) -> int | None:

@@ -119,7 +119,7 @@ _TABLE: tuple[tuple[Kind, _Test], ...] = (
     (Kind.UNET, _and(_UNET, _prefix("output_blocks."))),
     (Kind.UNET_CLASSIFIER, _and(_UNET, _not(_prefix("output_blocks.")))),
     (Kind.ENCODER, _all("encoder.0.weight")),
-    (Kind.LATENT_DIFFUSION, _prefix("model.diffusion_model.", "first_stage_model.")),
+    (Kind.LATENT_DIFFUSION, _prefix("model.diffusion_model.", "diffusion_model.", "first_stage_model.")),
     (Kind.DIFFUSERS_OTHER, _names("transformer_blocks.", "encoder.down_blocks.", "encoder_hid", "add_embedding.")),
     (Kind.DIFFUSERS, _and(_prefix("down_blocks.0."), _prefix("conv_in."), _prefix("up_blocks."))),
     (Kind.DIFFUSERS_OTHER, _prefix("down_blocks.", "controlnet_")),

@@ -138,6 +138,23 @@ BAD = {
         lambda s, d: fabricate.save(d / "a.pt", {"fc.weight": torch.zeros(3, 3)}),
         ("not a checkpoint known here", "fc.weight"),
     ),
+    "lucidrains": (
+        lambda s, d: fabricate.save(
+            d / "model-3.pt",
+            {"step": 1, "model": {"model.init_conv.weight": torch.zeros(3), "model.downs.0.0": torch.zeros(3)}},
+        ),
+        ("a denoising-diffusion-pytorch (lucidrains) model",),
+    ),
+    "text-conditional": (
+        lambda s, d: fabricate.save(
+            d / "u.bin", {"down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q.weight": torch.zeros(3, 3)}
+        ),
+        ("a diffusers model that is no UNet2DModel",),
+    ),
+    "module-in-an-entry": (
+        lambda s, d: fabricate.save(d / "m.pt", {"model": s.encoder, "epoch": 3}),
+        ("not a checkpoint known here", "model is a pdae_fast.models.encoder.Encoder (not read"),
+    ),
     "optimiser": (
         lambda s, d: fabricate.save(d / "opt1.pt", torch.optim.Adam(s.parameters()).state_dict()),
         ("an optimiser's state", "expected model weights"),

@@ -15,6 +15,8 @@ from .unet import HalfUNet, UNet
 class DiffAE(Autoencoder):
     """Encoder and eps(x_t, t, z), and what may sit on top of z (latent DPM, classifier, statistics)."""
 
+    CONFIG = DiffAEConfig
+
     def __init__(self, config: DiffAEConfig) -> None:
         super().__init__()
         self.config = config

@@ -46,7 +46,7 @@ class _Pretrained(nn.Module):
     def from_state(cls: type[_Model], config: Any, state: dict[str, Tensor], where: str) -> _Model:
         """Build the model and fill it with ``state`` (names of this module); UserError unless they fit exactly."""
         with torch.device("meta"):
-            model = cls(config)
+            model = cls._class_of(config)(config)
         expected = model.state_dict()
         missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
         if missing or unexpected:
@@ -64,6 +64,10 @@ class _Pretrained(nn.Module):
                 )
         model.load_state_dict({k: v.float().clone() for k, v in state.items()}, assign=True)
         return model.eval()
+
+    @classmethod
+    def _class_of(cls: type[_Model], config: Any) -> type[_Model]:
+        return cls
 
     @classmethod
     def _adopt(cls, loaded: checkpoints.Loaded) -> Any:
@@ -108,9 +112,13 @@ class Prior(_Pretrained):
 
 
 class Autoencoder(_Pretrained):
-    """A model with an encoder, and what may sit on top of its z: latent DPM, classifier, statistics."""
+    """A model with an encoder, and what may sit on top of its z: latent DPM, classifier, statistics.
+
+    ``Autoencoder.from_pretrained`` loads whichever of the classes derived from it the source is.
+    """
 
     encoder: nn.Module
+    CONFIG: type | None = None  # of a derived class
 
     def _add_tops(self, config: PDAEConfig | DiffAEConfig) -> None:
         self.latent_denoiser = LatentMLP(config.latent) if config.latent else None
@@ -124,6 +132,10 @@ class Autoencoder(_Pretrained):
         return self.encoder(x0)
 
     @classmethod
+    def _class_of(cls: type[_Model], config: Any) -> type[_Model]:
+        return next(kind for kind in (cls, *cls.__subclasses__()) if kind.CONFIG is type(config))
+
+    @classmethod
     def _adopt(cls, loaded: checkpoints.Loaded) -> PDAEConfig | DiffAEConfig:
         if isinstance(loaded.config, PriorConfig):
             raise UserError(
@@ -135,6 +147,8 @@ class Autoencoder(_Pretrained):
 
 class PDAE(Autoencoder):
     """E_phi, the frozen eps_theta, G_psi, and what may sit on top of z (latent DPM, classifier, statistics)."""
+
+    CONFIG = PDAEConfig
 
     def __init__(self, config: PDAEConfig) -> None:
         super().__init__()

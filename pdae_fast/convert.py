@@ -17,10 +17,10 @@ from . import checkpoints, cli, config
 from .checkpoints import Loaded
 from .checkpoints.directory import CONFIG_NAME
 from .checkpoints.official import limits, official_paths, save_official
-from .config import PDAEConfig
+from .config import DiffAEConfig, PriorConfig
 from .errors import UserError
 from .files import make_folder
-from .models import PDAE, Prior
+from .models import Autoencoder, Prior
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 # Options of this command, beside the shared ones, that go to checkpoints.load as they are.
@@ -51,9 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     def add(name: str, **settings: object) -> None:
         group.add_argument(name, default=argparse.SUPPRESS, **settings)
 
-    add("--latent", metavar="FILE", help="latent DPM to make part of the PDAE")
-    add("--classifier", metavar="FILE", help="attribute classifier to make part of the PDAE")
-    add("--statistics", metavar="FILE", help="mean and std of the latents, to make part of the PDAE")
+    add("--latent", metavar="FILE", help="latent DPM to make part of the autoencoder")
+    add("--classifier", metavar="FILE", help="attribute classifier to make part of the autoencoder")
+    add("--statistics", metavar="FILE", help="mean and std of the latents, to make part of the autoencoder")
     add("--attributes", metavar="FILE|NAMES", help="names of the classifier's rows: a file, or a,b,c")
     add("--image-size", type=int, help="side of a prior's images (else from --config, else deduced)")
     add("--dropout", type=float, help="dropout for further training (else from --config, else 0.1)")
@@ -83,9 +83,9 @@ def _convert(argv: list[str] | None) -> None:
         print(_summary(args, loaded, model, written))
 
 
-def _build(loaded: Loaded) -> PDAE | Prior:
+def _build(loaded: Loaded) -> Autoencoder | Prior:
     """The model itself, so that every tensor has met the shape which the configuration expects."""
-    cls = PDAE if isinstance(loaded.config, PDAEConfig) else Prior
+    cls = Prior if isinstance(loaded.config, PriorConfig) else Autoencoder
     return cls.from_state(loaded.config, loaded.state, loaded.origin)
 
 
@@ -103,6 +103,8 @@ def _check_directory(out: Path, overwrite: bool) -> None:
 
 
 def _check_files(out: Path, args: argparse.Namespace, loaded: Loaded) -> None:
+    if isinstance(loaded.config, DiffAEConfig):
+        raise UserError(f"{args.source}: a Diff-AE, which PDAE's layout has no place for; expected a PDAE or a prior")
     if out.suffix not in (".pt", ".pth", ".ckpt"):
         raise UserError(f"{out}: expected the name of a .pt file to write with --to official")
     source = Path(args.source).expanduser()
@@ -113,7 +115,7 @@ def _check_files(out: Path, args: argparse.Namespace, loaded: Loaded) -> None:
             raise UserError(f"{path}: exists; expected a new file (or --overwrite)")
 
 
-def _summary(args: argparse.Namespace, loaded: Loaded, model: PDAE | Prior, written: list[Path]) -> str:
+def _summary(args: argparse.Namespace, loaded: Loaded, model: Autoencoder | Prior, written: list[Path]) -> str:
     unet, size = loaded.config.unet, loaded.config.image_size
     heads = (
         f"{unet.num_heads} head{'s' * (unet.num_heads > 1)}"
@@ -131,7 +133,7 @@ def _summary(args: argparse.Namespace, loaded: Loaded, model: PDAE | Prior, writ
         f"{'new' if unet.use_new_attention_order else 'legacy'} layout",
         f"  schedule    {loaded.config.schedule.kind}, {loaded.config.schedule.timesteps} steps",
     ]
-    if isinstance(loaded.config, PDAEConfig):
+    if not isinstance(loaded.config, PriorConfig):
         c = loaded.config
         parts = [
             f"latent DPM of {c.latent.layers} layers, {c.latent.hidden} wide" if c.latent else "",

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import PDAEConfig
+from ..config import PriorConfig
 from ..errors import UserError
 from .directory import BUNDLED, Loaded, available, load_directory
-from .extras import attach_classifier, attach_latent, attach_statistics
-from .foreign import ForeignFile, build
-from .kinds import Kind
+from .extras import attach_classifier, attach_latent, attach_statistics, has_statistics
+from .foreign import DIFFAE, ForeignFile, build
 from .settings import Settings, from_config, from_diffae, from_options
 
 _SAID = ("num_heads", "head_channel", "use_new_attention_order", "dropout", "image_size", "schedule", "timesteps")
@@ -28,7 +27,7 @@ class Options:
         contradict are an error.
     encoder: a second file whose encoder goes with the decoder in the first.
     latent, classifier, statistics: files of a latent DPM, an attribute classifier and latent statistics to make part
-        of the PDAE; these three may be added to a saved directory too.
+        of the autoencoder; these three may be added to a saved directory too.
     attributes: names of the classifier's rows: a list, a comma-separated string, or a file with one a line.
     weights: "ema" (used where the file has them) or "raw".
     """
@@ -52,7 +51,7 @@ class Options:
 def load(source: str | Path, **options: Any) -> Loaded:
     """Read a model from a bundled name, a saved directory or a foreign file; ``options`` are those of Options.
 
-    Files known: PDAE autoencoder, prior, latent DPM, classifier; Diff-AE DDPM ``.ckpt``; guided-diffusion ``.pt``;
+    Files known: PDAE autoencoder, prior, latent DPM, classifier; Diff-AE autoencoder, DDPM; guided-diffusion ``.pt``;
     each also as .safetensors. The result's tensors are on the CPU; those of a foreign file are float32 and finite.
 
     Raises UserError with one line that says what the source is and what was expected; TypeError for an option that
@@ -74,7 +73,7 @@ def load(source: str | Path, **options: Any) -> Loaded:
         _check_directory(loaded, settings)
     else:
         file = ForeignFile.open(source, given.weights)
-        if file.kind is Kind.DIFFAE:
+        if file.kind in DIFFAE:
             settings.add(from_diffae(file.contents.get("hyper_parameters")))
         encoder = ForeignFile.open(given.encoder, given.weights) if given.encoder is not None else None
         loaded = build(file, settings, encoder)
@@ -101,8 +100,9 @@ def _attach(loaded: Loaded, given: Options, settings: Settings, file: ForeignFil
         """The file that the option names, or else the main one when it holds the same thing."""
         if option is not None:
             return ForeignFile.open(option, given.weights)
-        return file if file is not None and isinstance(loaded.config, PDAEConfig) and file.has(entry) else None
+        return file if coded and file is not None and file.has(entry) else None
 
+    coded = not isinstance(loaded.config, PriorConfig)
     if latent := opened(given.latent, "latent_denoise_fn"):
         attach_latent(loaded, latent, settings)
     if classifier := opened(given.classifier, "classifier"):
@@ -111,6 +111,9 @@ def _attach(loaded: Loaded, given: Options, settings: Settings, file: ForeignFil
         raise UserError(f"{loaded.origin}: attributes name the rows of a classifier and there is none; add classifier=")
     if given.statistics is not None:
         attach_statistics(loaded, ForeignFile.open(given.statistics))
+    elif coded:
+        for part in filter(has_statistics, (file, latent, classifier)):
+            attach_statistics(loaded, part)
     if file is not None:
         loaded.weights = file.describe_weights()
 

@@ -51,6 +51,7 @@ _DIFFAE_KEYS = {
     "dropout": "dropout",
     "T": "timesteps",
     "beta_scheduler": "schedule",
+    "style_ch": "latent_dim",
 }
 _LINEAR_BETAS = {"linear_beta_start": 1e-4, "linear_beta_end": 0.02}
 

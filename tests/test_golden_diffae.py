@@ -1,4 +1,4 @@
-"""Diff-AE's own way of sampling, by either plan, against its code: steps to 1e-5, loops to a few times their rounding."""
+"""Diff-AE's own way of sampling, by either plan, against its code: steps to 1e-5, loops to some times their rounding."""
 
 import dataclasses
 

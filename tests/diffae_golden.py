@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from foreign_golden import numbers, weights
 from torch import Tensor
 
+from foreign_golden import numbers, weights
 from pdae_fast import DiffAE
 
 NAMES = ("diffae-autoenc", "diffae-latent")

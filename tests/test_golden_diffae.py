@@ -1,13 +1,13 @@
-"""Diff-AE's own way of sampling, by either plan, against its code: steps to 1e-5, loops to some times their rounding."""
+"""Diff-AE's own way of sampling, by either plan, against its code: steps to 1e-5, loops by their rounding."""
 
 import dataclasses
 
 import pytest
 import torch
 from diffae_golden import NAMES, model
-from foreign_golden import about, numbers
 from models.test_diffae import TINY
 
+from foreign_golden import about, numbers
 from golden_rule import fill
 from pdae_fast import DiffAE, Pipeline, UserError
 from pdae_fast.checkpoints.attributes import CELEBA

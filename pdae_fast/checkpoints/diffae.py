@@ -9,12 +9,14 @@ from torch import Tensor
 
 # The networks of its model besides the U-Net, by the prefix of their tensors.
 _PARTS = {"encoder.": "encoder", "latent_net.": "latent_denoise_fn"}
+_NETWORKS = ("encoder", "latent_denoise_fn", "classifier")
 # Of the two copies of the model in a file of its trainer, and of its classifier.
 _COPIES = {"model": "", "ema_model": "ema_"}
 
 
 def entries(contents: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """The networks in a file of its trainer, or in a state dict of the model: network -> (name in the file, tensors).
+    """The networks in a file of its trainer, or in a state dict of the model, its own or this project's: network ->
+    (name in the file, tensors).
 
     The U-Net is called "unet"; an entry that begins with "ema_" holds averaged weights.
     """
@@ -32,17 +34,16 @@ def entries(contents: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, Any]]
 
 def _split(state: Mapping[str, Any], label: str, which: str) -> dict[str, tuple[str, dict[str, Any]]]:
     parts = {name: _under(state, prefix) for prefix, name in _PARTS.items()}
-    # A .safetensors file has its encoder unfolded already.
-    if isinstance(state.get("encoder"), Mapping):
-        parts["encoder"] = dict(state["encoder"])
-    parts["unet"] = {
+    # A flat state dict comes with what looks like PDAE's networks taken together.
+    parts |= {name: dict(state[name]) for name in _NETWORKS if isinstance(state.get(name), Mapping)}
+    parts["unet"] = _under(state, "unet.") or {
         name: value
         for name, value in state.items()
         if isinstance(name, str) and not name.startswith(tuple(_PARTS)) and isinstance(value, Tensor)
     }
     label = f"{label}." if label else ""
-    names = {"unet": label.removesuffix("."), "encoder": f"{label}encoder", "latent_denoise_fn": f"{label}latent_net"}
-    return {f"{which}{name}": (names[name], part) for name, part in parts.items() if part}
+    names = {"unet": label.removesuffix("."), "latent_denoise_fn": f"{label}latent_net"}
+    return {f"{which}{name}": (names.get(name, f"{label}{name}"), part) for name, part in parts.items() if part}
 
 
 def _under(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:

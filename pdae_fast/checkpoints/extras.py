@@ -74,13 +74,15 @@ def has_statistics(file: ForeignFile | None) -> bool:
 
 
 def _statistics(file: ForeignFile) -> dict[str, Any]:
-    """What a file of statistics, or Diff-AE's trainer in its buffers, has as mean and std."""
+    """What a file of statistics, this project's state dict, or Diff-AE's trainer in its buffers has as mean and std."""
     inner = file.contents.get("state_dict")
     places = (file.contents, inner if isinstance(inner, Mapping) else {})
-    return {
-        name: next((place[key] for place in places for key in (name, f"conds_{name}") if key in place), None)
-        for name in ("mean", "std")
-    }
+
+    def find(name: str) -> Any:
+        keys = (name, f"latent_{name}", f"conds_{name}")
+        return next((place[key] for place in places for key in keys if key in place), None)
+
+    return {name: find(name) for name in ("mean", "std")}
 
 
 def _latent(file: ForeignFile) -> tuple[LatentConfig, dict[str, Tensor]]:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from checkpoints import fabricate
 from diffae_golden import NAMES, averaged, model, trained
-from foreign_golden import about, numbers, shapes
 from safetensors.torch import save_file
 
+from foreign_golden import about, numbers, shapes
 from pdae_fast import PDAE, DiffAE, Prior, UserError, checkpoints
 from pdae_fast.checkpoints import diffae, foreign, kinds
 from pdae_fast.checkpoints.attributes import CELEBA
@@ -54,7 +54,7 @@ def test_its_settings_are_read_and_compared(tmp_path):
             checkpoints.load(path)
 
 
-@pytest.mark.parametrize("form", ["state-dict", "safetensors", "parts", "without-ema"])
+@pytest.mark.parametrize("form", ["state-dict", "safetensors", "parts", "without-ema", "own"])
 def test_other_forms(form, tmp_path):
     name = "diffae-latent"
     state, g = averaged(name), numbers(name)
@@ -74,9 +74,11 @@ def test_other_forms(form, tmp_path):
             parts[prefix][key.removeprefix(prefix)] = value
         path, *rest = (fabricate.save(tmp_path / f"{p}pt", parts[p]) for p in ("", "encoder.", "latent_net."))
         options = dict(zip(("encoder", "latent"), rest, strict=True))
+    elif form == "own":
+        path = fabricate.save(tmp_path / "a.pt", model(name).state_dict())
     else:
         path = fabricate.save(tmp_path / "a.pt", state)
-    if form != "without-ema":
+    if form not in ("without-ema", "own"):
         statistics = {
             "conds": torch.zeros(5, 48),
             **{n: g[f"file.conds_{n[6:]}"][0] for n in ("conds_mean", "conds_std")},
@@ -130,7 +132,7 @@ def test_the_command_writes_a_directory_that_is_read(tmp_path, capsys):
     assert found.config == dataclasses.replace(model(name).config, attributes=CELEBA)
     assert type(Autoencoder.from_pretrained(tmp_path / "out")) is DiffAE
     assert main([str(tmp_path / "out"), "--to", "official", "--out", str(tmp_path / "back.pt")]) == 2
-    assert "PDAE's layout has no place for" in capsys.readouterr().err
+    assert "which the published PDAE layout has no place for" in capsys.readouterr().err
     assert not (tmp_path / "back.pt").exists()
 
 

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 from diffae_golden import NAMES, model
-from foreign_golden import numbers
 
+from foreign_golden import numbers
 from pdae_fast import DiffAE, DiffAEConfig, UNetConfig, UserError
 from pdae_fast.config import from_dict, to_dict
 from pdae_fast.models.layers import ResBlock

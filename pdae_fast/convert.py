@@ -29,10 +29,10 @@ from .checkpoints.exports import (
 )
 from .checkpoints.foreign import located
 from .checkpoints.official import limits, official_paths, refuse, save_official
-from .config import PDAEConfig
+from .config import PriorConfig
 from .errors import UserError
 from .files import make_folder
-from .models import PDAE, Prior
+from .models import Autoencoder, Prior
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 # Options of this command, beside the shared ones, that go to checkpoints.load as they are.
@@ -63,9 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     def add(name: str, **settings: object) -> None:
         group.add_argument(name, default=argparse.SUPPRESS, **settings)
 
-    add("--latent", metavar="FILE", help="latent DPM to make part of the PDAE")
-    add("--classifier", metavar="FILE", help="attribute classifier to make part of the PDAE")
-    add("--statistics", metavar="FILE", help="mean and std of the latents, to make part of the PDAE")
+    add("--latent", metavar="FILE", help="latent DPM to make part of the autoencoder")
+    add("--classifier", metavar="FILE", help="attribute classifier to make part of the autoencoder")
+    add("--statistics", metavar="FILE", help="mean and std of the latents, to make part of the autoencoder")
     add("--attributes", metavar="FILE|NAMES", help="names of the classifier's rows: a file, or a,b,c")
     add("--image-size", type=int, help="side of a prior's images (else from --config, else deduced)")
     add("--dropout", type=float, help="dropout for further training (else from --config, else 0.1)")
@@ -91,7 +91,9 @@ def _convert(argv: list[str] | None) -> None:
         print(_summary(args, loaded, model, written))
 
 
-def _export(out: Path, args: argparse.Namespace, loaded: Loaded, model: PDAE | Prior, dtype: torch.dtype) -> list[Path]:
+def _export(
+    out: Path, args: argparse.Namespace, loaded: Loaded, model: Autoencoder | Prior, dtype: torch.dtype
+) -> list[Path]:
     """Write ``model`` in another project's layout; UserError before anything is written where that cannot be."""
     config, state = model.config, model.state_dict()
     with located(args.source):
@@ -112,9 +114,9 @@ def _export(out: Path, args: argparse.Namespace, loaded: Loaded, model: PDAE | P
     return [out]
 
 
-def _build(loaded: Loaded) -> PDAE | Prior:
+def _build(loaded: Loaded) -> Autoencoder | Prior:
     """The model itself, so that every tensor has met the shape which the configuration expects."""
-    cls = PDAE if isinstance(loaded.config, PDAEConfig) else Prior
+    cls = Prior if isinstance(loaded.config, PriorConfig) else Autoencoder
     return cls.from_state(loaded.config, loaded.state, loaded.origin)
 
 
@@ -140,7 +142,7 @@ def _check_files(paths: Iterable[Path], args: argparse.Namespace) -> None:
             raise UserError(f"{path}: exists; expected a new file (or --overwrite)")
 
 
-def _summary(args: argparse.Namespace, loaded: Loaded, model: PDAE | Prior, written: list[Path]) -> str:
+def _summary(args: argparse.Namespace, loaded: Loaded, model: Autoencoder | Prior, written: list[Path]) -> str:
     unet, size = loaded.config.unet, loaded.config.image_size
     heads = (
         f"{unet.num_heads} head{'s' * (unet.num_heads > 1)}"
@@ -161,7 +163,7 @@ def _summary(args: argparse.Namespace, loaded: Loaded, model: PDAE | Prior, writ
         f"  schedule    {loaded.config.schedule.kind}, {loaded.config.schedule.timesteps} steps"
         + predicted[loaded.config.prediction],
     ]
-    if isinstance(loaded.config, PDAEConfig):
+    if not isinstance(loaded.config, PriorConfig):
         c = loaded.config
         parts = [
             f"latent DPM of {c.latent.layers} layers, {c.latent.hidden} wide" if c.latent else "",

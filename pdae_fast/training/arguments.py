@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 
 from .. import cli
-from ..config import LatentConfig, presets
+from ..config import PREDICTIONS, SCHEDULES, LatentConfig, presets
 from .settings import DEFAULTS, TrainSettings
 from .step import STEP_HELP, UNET_ONLY
 from .target_codes import PCA
@@ -31,6 +31,14 @@ HELP = {
     "amp": "off, or bfloat16 for the networks",
     "seed": "of initial weights, data order and noise",
 }
+# Of a new prior: the field of UNetConfig, ScheduleConfig or PriorConfig, and what it is.
+NEW_PRIOR = {
+    "norm_groups": (int, None, "groups of every norm; 8 where a level has 32 channels, so that it can see colour"),
+    "num_classes": (int, None, "classes of a class-conditional network, whose images need labels"),
+    "kind": (str, [kind for kind in SCHEDULES if kind != "stored"], "of the noise schedule"),
+    "prediction": (str, PREDICTIONS, "what the network predicts"),
+}
+FLAGS = {"num_classes": "--classes", "kind": "--schedule"}
 ENCODING = ("encoder", "latent", "classifier")  # tasks that know a code of every image, of images as they are
 
 
@@ -55,12 +63,20 @@ def _options(p: argparse.ArgumentParser, task: str) -> None:
     if codes:
         _code_options(p, task)
     else:
+        usual = "fashion32" if task == "prior" else "that of the prior, or the paper's encoder"
         p.add_argument(
             "--architecture",
-            default="fashion32",
             metavar="NAME|JSON",
-            help=f"of the networks: {', '.join(presets)}, or a config.json",
+            help=f"of the networks: {', '.join(presets)}, or a config.json (default: {usual})",
         )
+        if task == "prior":
+            for name, (kind, choices, text) in NEW_PRIOR.items():
+                flag = FLAGS.get(name, f"--{name.replace('_', '-')}")
+                p.add_argument(flag, dest=name, type=kind, choices=choices, help=f"{text} (without --init-from)")
+        else:
+            p.add_argument("--latent-dim", type=int, help="dimensions of z (default: those of --architecture)")
+            p.add_argument("--encoder-channel", type=int, help="width of the encoder (default: that of --architecture)")
+        _label_options(p, task)
     if task == "encoder":
         _encoder_options(p)
     elif not codes:
@@ -108,6 +124,16 @@ def _options(p: argparse.ArgumentParser, task: str) -> None:
         if not (task in ENCODING and name in UNET_ONLY):
             speed.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
     cli.add_foreign_options(p)
+
+
+def _label_options(p: argparse.ArgumentParser, task: str) -> None:
+    """How a class-conditional prior is told the classes of the images."""
+    p.add_argument("--label", type=int, metavar="K", help="class-conditional prior: the class of all images")
+    if task != "encoder":
+        p.add_argument(
+            "--attributes", metavar="FILE", help="class-conditional prior: an attribute file, one column for each class"
+        )
+        p.add_argument("--columns", nargs="+", metavar="NAME", help="its columns, in the order of the classes")
 
 
 def _encoding_options(p: argparse.ArgumentParser) -> None:

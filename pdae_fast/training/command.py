@@ -15,7 +15,7 @@ import torch
 
 from .. import cli
 from .. import config as configs
-from ..config import NORM_GROUPS, LatentConfig, PDAEConfig, presets
+from ..config import LatentConfig, PDAEConfig, PriorConfig, ScheduleConfig, presets
 from ..data import Labels, open_dataset, read_attributes
 from ..data.attributes import class_names, file_labels
 from ..data.latents import Latents, LatentSet, cache_path, encode_dataset, split, weights_fingerprint
@@ -25,55 +25,100 @@ from ..files import make_folder
 from ..models import PDAE, Prior
 from ..processes import Group, processes
 from . import codes, target_codes, warm_start
-from .arguments import parse
+from .arguments import FLAGS, NEW_PRIOR, parse
 from .curves import plot_curves
 from .distributed import say_once
+from .labels import ClassLabels, class_labels
 from .previews import IMAGES, ImagePreview, SamplePreview, tensorboard
 from .settings import TrainSettings
 from .state import CHECKPOINT_NAME, load
 from .step import STEP_HELP, StepOptions
 from .target_codes import COMPONENTS
-from .tasks import TASKS
+from .tasks import TASKS, ImagesWithRows
 from .trainer import Trainer
 
 SHOWN = 5  # broken images that are named one by one
 # Each group of a norm is then one channel, whose mean is taken away at the input, the output and between.
 NARROW = (
-    f"note: with base_channel {NORM_GROUPS} every channel is normalised alone, and the network can hardly tell or set "
-    f"an image's overall brightness and colour; {2 * NORM_GROUPS} can (see docs/training.md)"
+    "note: with {width} channels in {groups} groups every channel is normalised alone, and the network can hardly tell "
+    "or set an image's overall brightness and colour; --norm-groups 8 or twice the width can (see docs/training.md)"
+)
+LEARNED_SIGMA = (
+    "note: the learned variance of this prior is not trained further; its rows of the last convolution stay as they are"
 )
 
 
-def _architecture(args) -> PDAEConfig:
-    if args.architecture in presets:
-        return presets[args.architecture]
-    path = Path(args.architecture)
+def _architecture(name: str) -> PDAEConfig | PriorConfig:
+    if name in presets:
+        return presets[name]
+    path = Path(name)
     if not path.exists():
+        raise UserError(f"--architecture {name}: neither an architecture ({', '.join(presets)}) nor a config.json")
+    return configs.load(path)
+
+
+def _new_prior(args) -> Prior:
+    """A fresh prior of --architecture, changed by what other options say."""
+    config = _architecture(args.architecture or "fashion32")
+    config = config if isinstance(config, PriorConfig) else config.prior
+    given = {name: getattr(args, name) for name in NEW_PRIOR if getattr(args, name) is not None}
+    parts = {"unet": config.unet, "schedule": config.schedule}
+    for part, whole in parts.items():
+        own = {name: given.pop(name) for name in list(given) if hasattr(whole, name)}
+        if "kind" in own:  # what else it says belongs to the kind that it had
+            whole = ScheduleConfig(timesteps=whole.timesteps)
+        parts[part] = dataclasses.replace(whole, **own)
+    return Prior(dataclasses.replace(config, **parts, **given))
+
+
+def _trained_prior(args) -> Prior:
+    """The prior of --init-from; UserError where --architecture, or an option for a new prior, says otherwise."""
+    if not args.init_from:
         raise UserError(
-            f"--architecture {args.architecture}: neither an architecture ({', '.join(presets)}) nor a config.json"
+            f"train {args.task} needs a pre-trained prior: give --init-from NAME, DIR or FILE (or train prior first)"
         )
-    config = configs.load(path)
-    if not isinstance(config, PDAEConfig):
-        raise UserError(f"{path}: describes a prior; expected the config.json of a PDAE")
-    return config
+    for name in NEW_PRIOR:
+        if getattr(args, name, None) is not None:
+            flag = FLAGS.get(name, f"--{name.replace('_', '-')}")
+            raise UserError(f"{flag} is for a new prior; that of --init-from {args.init_from} is trained as it is")
+    named = _architecture(args.architecture) if args.architecture else None
+    prior = Prior.from_pretrained(args.init_from, **cli.foreign_options(args))
+    if named is not None:
+        found = warm_start.misfit(named if isinstance(named, PriorConfig) else named.prior, prior.config)
+        if found:
+            raise UserError(
+                f"--architecture {args.architecture}: its {found[0]} is {found[1]}, that of the prior of --init-from "
+                f"{found[2]}; the networks are those of --init-from: leave --architecture out"
+            )
+    return prior
+
+
+def _autoencoder(args, prior: Prior) -> dict[str, int]:
+    """latent_dim and encoder_channel: as given, else of --architecture, a preset around this prior, or the paper."""
+    named = _architecture(args.architecture) if args.architecture else None
+    if not isinstance(named, PDAEConfig):
+        alike = (config for config in presets.values() if warm_start.misfit(config.prior, prior.config) is None)
+        named = next(alike, PDAEConfig())
+    given = {name: getattr(args, name) for name in ("latent_dim", "encoder_channel")}
+    return {name: getattr(named, name) if value is None else value for name, value in given.items()}
 
 
 def build_model(args) -> Prior | PDAE:
     """The model to train: fresh, or around the prior of --init-from."""
     torch.manual_seed(args.seed)
     if args.task == "prior":
-        if args.init_from:
-            return Prior.from_pretrained(args.init_from, **cli.foreign_options(args))
-        return Prior(_architecture(args).prior)
-    if not args.init_from:
-        raise UserError(
-            f"train {args.task} needs a pre-trained prior: give --init-from NAME, DIR or FILE (or train prior first)"
-        )
-    prior = Prior.from_pretrained(args.init_from, **cli.foreign_options(args))
-    config = _architecture(args)
+        return _trained_prior(args) if args.init_from else _new_prior(args)
+    prior = _trained_prior(args)
+    settings = _autoencoder(args, prior)
     if args.task == "pdae" and args.freeze_encoder:
-        return warm_start.around(PDAE.from_pretrained(args.start_from), prior, args.start_from)
-    model = PDAE.from_prior(prior, latent_dim=config.latent_dim, encoder_channel=config.encoder_channel)
+        start = PDAE.from_pretrained(args.start_from)
+        for name, value in settings.items():
+            own = getattr(start.config, name)
+            if own != value and (args.architecture or getattr(args, name) is not None):
+                raise UserError(f"--start-from {args.start_from}: its {name} is {own}, not {value}")
+        return warm_start.around(start, prior, args.start_from)
+    model = PDAE.from_prior(prior, **settings)
+    model.notes = prior.notes
     if args.task == "pdae" and args.start_from:
         warm_start.take_trained_half(model, PDAE.from_pretrained(args.start_from), args.start_from)
     return model
@@ -126,12 +171,44 @@ def _image_task(args, device: torch.device):
     model = build_model(args)
     channels, size, _ = model.image_shape
     dataset = open_dataset(args.data, size, channels, split="train")
+    labels = _class_labels(args, model, dataset)
     preview = None
     if args.sample_every:
         shown = torch.stack([dataset[i].image for i in range(min(IMAGES, len(dataset)))])
         preview = ImagePreview(shown, device, args.seed)
     options = {"freeze_encoder": args.freeze_encoder} if args.task == "pdae" else {}
-    return TASKS[args.task](model, args.velocity, **options), dataset, preview
+    task = TASKS[args.task](model, args.velocity, **options)
+    if labels:
+        task.record |= labels.record
+        dataset = ImagesWithRows(dataset, labels.values, range(len(dataset)))
+    _say_notes(args, model, [f"labels: {labels.source}"] if labels else [])
+    return task, dataset, preview
+
+
+def _class_labels(args, model: Prior | PDAE, dataset: Any) -> ClassLabels | None:
+    """The labels of ``dataset`` that a class-conditional prior needs, else None."""
+    classes = model.config.unet.num_classes
+    if classes is None:
+        for name in ("label", "attributes", "columns"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name} gives a class-conditional prior its labels; this prior has no classes")
+        return None
+    if args.sample_every:
+        raise UserError("--sample-every draws no pictures of a class-conditional prior; leave it out")
+    return class_labels(dataset, classes, args.label, args.attributes, args.columns)
+
+
+def _say_notes(args, model: Prior | PDAE, notes: list[str]) -> None:
+    """What a user should know of the model to train."""
+    if args.quiet:
+        return
+    for line in [*(f"assumed about the model: {note}" for note in model.notes), *notes]:
+        print(line)
+    unet = model.config.unet
+    if args.task == "prior" and not args.init_from and min(unet.widths) <= unet.norm_groups:
+        print(NARROW.format(width=min(unet.widths), groups=unet.norm_groups))
+    if args.task == "prior" and unet.learn_sigma:
+        print(LEARNED_SIGMA)
 
 
 @contextmanager
@@ -159,6 +236,8 @@ def _encoder_task(args, device: torch.device, group: Group):
     model = build_model(args)
     channels, size, _ = model.image_shape
     dataset = open_dataset(args.data, size, channels, split="train")
+    _check_feature_label(args, model.config.unet.num_classes)
+    _say_notes(args, model, [])
     with _in_turn(group):
         options = {"cache": _cache(args), "require": args.cached_only, "quiet": args.quiet}
         encoding = options | {"batch_size": args.encode_batch_size, "device": device}
@@ -167,7 +246,8 @@ def _encoder_task(args, device: torch.device, group: Group):
             start = _g_to_start_from(args, model)
             find = target_codes.pca_codes
             if args.target == target_codes.FEATURES:
-                find = partial(target_codes.feature_codes, model.decoder, device=device)
+                T = model.config.schedule.timesteps
+                find = partial(target_codes.feature_codes, model.decoder, device=device, T=T, label=args.label)
             options |= {"count": args.target_images, "seed": args.seed}
             latents = find(dataset, model.config.latent_dim, **options)
             if start is not None:
@@ -181,6 +261,17 @@ def _encoder_task(args, device: torch.device, group: Group):
             print(g)
         _say(args, options["cache"], latents)
     return warm_start.encoder_task(model, dataset, latents, args.holdout, args.seed, sources)
+
+
+def _check_feature_label(args, classes: int | None) -> None:
+    """A class-conditional trunk reads all images under one label."""
+    needed = classes is not None and args.target == target_codes.FEATURES
+    if needed and (args.label is None or not 0 <= args.label < classes):
+        raise UserError(
+            f"--target features of a class-conditional prior needs --label K from 0 to {classes - 1}, not {args.label}"
+        )
+    if args.label is not None and not needed:
+        raise UserError("--label is for --target features of a class-conditional prior")
 
 
 def _g_to_start_from(args, model: PDAE) -> PDAE | None:
@@ -243,7 +334,7 @@ def _labels(args, latents: Latents) -> Labels:
     return labels
 
 
-def _report(args, trainer: Trainer, judged: LatentSet | warm_start.ImagesWithCodes) -> str:
+def _report(args, trainer: Trainer, judged: LatentSet | ImagesWithRows) -> str:
     """Write metrics.json of the classifier or encoder that users get; returns its table."""
     model = trainer.task.export(trainer.ema)
     if args.task == "encoder":
@@ -284,8 +375,6 @@ def _train(args, group: Group) -> None:
     judged = preview = None
     if args.task in ("prior", "pdae"):
         task, dataset, preview = _image_task(args, device)
-        if args.task == "prior" and not args.quiet and task.config.unet.base_channel == NORM_GROUPS:
-            print(NARROW)
     elif args.task == "encoder":
         task, dataset, judged = _encoder_task(args, device, group)
     else:

@@ -7,10 +7,12 @@ the rest and knows none of them.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from ..config import PDAEConfig, PriorConfig
 from ..models import PDAE, Prior
@@ -22,13 +24,27 @@ def _images(samples: list[Any]) -> Tensor:
     return torch.stack([sample.image for sample in samples])
 
 
-def _images_with_codes(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    images, codes = zip(*pairs, strict=True)
-    return torch.stack(images), torch.stack(codes)
+def _images_with_rows(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    images, rows = zip(*pairs, strict=True)
+    return torch.stack(images), torch.stack(rows)
 
 
 def _as_they_are(batch: Any) -> Any:
     return batch
+
+
+class ImagesWithRows(Dataset):
+    """The images ``indices`` of ``dataset`` with their rows of ``table``, codes [N, D] or class labels [N]."""
+
+    def __init__(self, dataset: Any, table: Tensor, indices: Sequence[int]) -> None:
+        self.dataset, self.table, self.indices = dataset, table, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
+        index = int(self.indices[place])
+        return self.dataset[index].image, self.table[index]
 
 
 class Task(nn.Module):
@@ -68,33 +84,39 @@ class Task(nn.Module):
 
 
 class _ImageTask(Task):
-    """Noise prediction on images that may be mirrored; ``velocity`` as in `objective`."""
+    """Noise prediction on images that may be mirrored, which come with their labels (`ImagesWithRows`) where the prior
+    is class-conditional; ``velocity`` as in `objective`."""
 
     def __init__(self, model: Prior | PDAE, velocity: float = 0.0, record: dict[str, Any] | None = None) -> None:
         # What is off is not recorded: runs from before it existed can be resumed.
         super().__init__(model, (record or {}) | ({"--velocity": velocity} if velocity else {}))
         self.velocity = velocity
         self.schedule = build_schedule(model.config.schedule)
-        self.tables = Tables(self.schedule)
+        self.tables = Tables(self.schedule, model.config.prediction)
+        self.times = self.schedule.T
+        if model.config.unet.num_classes is not None:
+            self.collate = _images_with_rows
 
-    def draw(self, images: Tensor, generator: torch.Generator, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """images [B, C, H, W] -> (images, t [B], noise [B, C, H, W])."""
+    def draw(self, batch: Any, generator: torch.Generator, flip: bool) -> tuple[Tensor, ...]:
+        """images [B, C, H, W] -> (images, t [B], noise [B, C, H, W]); (images, labels [B]) -> these and the labels."""
+        images, *labels = (batch,) if isinstance(batch, Tensor) else batch
         B = len(images)
-        t = torch.randint(0, self.schedule.T, (B,), generator=generator)
+        t = torch.randint(0, self.times, (B,), generator=generator)
         noise = torch.randn(images.shape, generator=generator)
         if flip:
             flipped = torch.rand(B, generator=generator) < 0.5
             images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
-        return images, t, noise
+        return images, t, noise, *labels
 
 
 class PriorTask(_ImageTask):
-    """The pre-trained diffusion model itself: all of a Prior."""
+    """The pre-trained diffusion model itself: all of a Prior but a learned variance. Nothing here reads that, and no
+    gradient reaches its rows of the last convolution: they stay as they are."""
 
     name = "prior"
 
-    def forward(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        return prior_loss(self.model, self.tables, x0, t, noise, self.velocity)
+    def forward(self, x0: Tensor, t: Tensor, noise: Tensor, y: Tensor | None = None) -> Tensor:
+        return prior_loss(self.model, self.tables, x0, t, noise, self.velocity, y)
 
 
 class PDAETask(_ImageTask):
@@ -105,6 +127,7 @@ class PDAETask(_ImageTask):
 
     def __init__(self, model: PDAE, velocity: float = 0.0, freeze_encoder: bool = False) -> None:
         super().__init__(model, velocity, {"--freeze-encoder": True} if freeze_encoder else None)
+        self.times = self.schedule.last + 1  # beyond it x_t is noise alone, and no G says anything of x0
         model.requires_grad_(False)
         model.encoder.requires_grad_(not freeze_encoder)
         model.decoder.freeze_prior()
@@ -119,8 +142,8 @@ class PDAETask(_ImageTask):
         self.model.encoder.train(mode)
         return self
 
-    def forward(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        return pdae_loss(self.model, self.tables, x0, t, noise, self.frozen, self.velocity)
+    def forward(self, x0: Tensor, t: Tensor, noise: Tensor, y: Tensor | None = None) -> Tensor:
+        return pdae_loss(self.model, self.tables, x0, t, noise, self.frozen, self.velocity, y)
 
 
 class _PartTask(Task):
@@ -149,7 +172,7 @@ class EncoderTask(_PartTask):
 
     name = "encoder"
     part = "encoder"
-    collate = staticmethod(_images_with_codes)
+    collate = staticmethod(_images_with_rows)
 
     def draw(self, batch: tuple[Tensor, Tensor], generator: torch.Generator, flip: bool) -> tuple[Tensor, Tensor]:
         """(images [B, C, H, W], codes [B, latent_dim]); nothing is random."""

@@ -14,7 +14,8 @@ from pdae_fast.training.step import StepOptions
 from pdae_fast.training.tasks import TASKS, ImagesWithRows
 
 ZERO_SNR = ScheduleConfig("scaled_linear", 200, 1e-3, 0.02, zero_terminal_snr=True)
-# (U-Net, the rest): one channel a group would take away what is added to it. Google's and the default diffusers networks, improved-diffusion's, OpenAI's at 512 px, and others.
+# (U-Net, the rest): google's and the default diffusers networks, improved-diffusion's, OpenAI's at 512 px, and others.
+# Where time is added before a norm, that norm must not see one channel alone: it would take all of it away.
 FLAVOURS = {
     "google": (
         {

@@ -110,7 +110,7 @@ class UNet(nn.Module):
 
     def __init__(self, config: UNetConfig, to_eps: np.ndarray | None = None, z_width: int | None = None) -> None:
         super().__init__()
-        self.config, self.to_eps = config, to_eps
+        self.config, self.to_eps, self.z_width = config, to_eps, z_width
         self.time_embed = nn.Sequential(
             nn.Linear(config.base_channel, config.time_width),
             nn.SiLU(),
@@ -129,15 +129,19 @@ class UNet(nn.Module):
 
     def embed(self, t: Tensor, y: Tensor | None = None) -> Tensor:
         """t int64 [B], and of a class-conditional network labels y int64 [B] -> [B, time_width]."""
+        self.check_labels(y)
         emb = self.time_embed(time_features(self.config, t).to(self.dtype))
-        if (self.class_emb is None) != (y is None):
-            classes = self.config.num_classes
-            raise UserError(
-                "y: this network is not class-conditional; expected none"
-                if classes is None
-                else f"y is missing: this network is class-conditional; expected labels from 0 to {classes - 1}"
-            )
         return emb if y is None else emb + self.class_emb(y)
+
+    def check_labels(self, y: Tensor | None) -> None:
+        """UserError unless there are labels exactly where this network is class-conditional."""
+        if (self.class_emb is None) != (y is None):
+            raise UserError(
+                "y: this network is not class-conditional; expected no labels"
+                if self.class_emb is None
+                else f"y is missing: this network is class-conditional; expected labels from 0 to "
+                f"{self.config.num_classes - 1}"
+            )
 
     def trunk(self, x: Tensor, t: Tensor, y: Tensor | None = None, z: Tensor | None = None) -> Features:
         """The shared encoder half; x [B, C, H, W], t and y int64 [B] (values may differ within the batch), and z

@@ -65,8 +65,8 @@ def _new_prior(args) -> Prior:
     parts = {"unet": config.unet, "schedule": config.schedule}
     for part, whole in parts.items():
         own = {name: given.pop(name) for name in list(given) if hasattr(whole, name)}
-        if "kind" in own:  # what else it says belongs to the kind that it had
-            whole = ScheduleConfig(timesteps=whole.timesteps)
+        if "kind" in own:  # its numbers are those of the kind that it had
+            whole = ScheduleConfig(timesteps=whole.timesteps, zero_terminal_snr=whole.zero_terminal_snr)
         parts[part] = dataclasses.replace(whole, **own)
     return Prior(dataclasses.replace(config, **parts, **given))
 

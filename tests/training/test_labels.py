@@ -10,7 +10,7 @@ import torch
 import idx_files
 from golden_rule import fill
 from helpers import TINY, image_folder, needs_sklearn
-from pdae_fast import PDAE, Prior, PriorConfig, UserError, cli, train
+from pdae_fast import PDAE, Prior, PriorConfig, ScheduleConfig, UserError, cli, config, train
 from pdae_fast.data import open_dataset
 from pdae_fast.training.arguments import parse
 from pdae_fast.training.command import build_model
@@ -152,14 +152,15 @@ def test_mistakes_print_one_line_and_exit_2(places, capsys, task, arguments, wor
 
 
 def test_options_of_a_new_prior(places):
-    (places / "tiny.json").write_text((places / "plain" / "config.json").read_text())
+    schedule = ScheduleConfig("linear", 500, 1e-3, 0.03)
+    (places / "tiny.json").write_text(config.dumps(dataclasses.replace(TINY.prior, schedule=schedule)))
     more = ("--norm-groups", 4, "--classes", 3, "--schedule", "cosine", "--prediction", "v_prediction", "--quiet")
     base = ("prior", "--data", places / "classes", "--architecture", places / "tiny.json", *SMALL)
     assert run(*base, *more, "--out", places / "out") == 0
     expected = dataclasses.replace(
         PRIOR,
         unet=dataclasses.replace(PRIOR.unet, norm_groups=4),
-        schedule=dataclasses.replace(PRIOR.schedule, kind="cosine"),
+        schedule=ScheduleConfig("cosine", 500),
         prediction="v_prediction",
     )
     assert Prior.from_pretrained(places / "out").config == expected

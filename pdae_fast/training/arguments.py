@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 
 from .. import cli
-from ..config import PREDICTIONS, SCHEDULES, LatentConfig, presets
+from ..config import PREDICTIONS, LatentConfig, presets
 from .settings import DEFAULTS, TrainSettings
 from .step import STEP_HELP, UNET_ONLY
 from .target_codes import PCA
@@ -31,14 +31,13 @@ HELP = {
     "amp": "off, or bfloat16 for the networks",
     "seed": "of initial weights, data order and noise",
 }
-# Of a new prior: the field of UNetConfig, ScheduleConfig or PriorConfig, and what it is.
+# Of a new prior: the field of UNetConfig or PriorConfig, and what it is.
 NEW_PRIOR = {
     "norm_groups": (int, None, "groups of every norm; 8 where a level has 32 channels, so that it can see colour"),
     "num_classes": (int, None, "classes of a class-conditional network, whose images need labels"),
-    "kind": (str, [kind for kind in SCHEDULES if kind != "stored"], "of the noise schedule"),
     "prediction": (str, PREDICTIONS, "what the network predicts"),
 }
-FLAGS = {"num_classes": "--classes", "kind": "--schedule"}
+FLAGS = {"num_classes": "--classes"}
 ENCODING = ("encoder", "latent", "classifier")  # tasks that know a code of every image, of images as they are
 
 

@@ -61,14 +61,19 @@ def _new_prior(args) -> Prior:
     """A fresh prior of --architecture, changed by what other options say."""
     config = _architecture(args.architecture or "fashion32")
     config = config if isinstance(config, PriorConfig) else config.prior
+    foreign = cli.foreign_options(args)
+    kind, timesteps = foreign.pop("schedule", None), foreign.pop("timesteps", None)
+    for name in foreign:
+        raise UserError(f"--{name.replace('_', '-')} is for the checkpoint of --init-from; a new prior has none")
+    schedule = config.schedule
+    if kind or timesteps:  # its numbers are those of the process that it was
+        timesteps = timesteps or schedule.timesteps
+        schedule = ScheduleConfig(kind or schedule.kind, timesteps, zero_terminal_snr=schedule.zero_terminal_snr)
     given = {name: getattr(args, name) for name in NEW_PRIOR if getattr(args, name) is not None}
-    parts = {"unet": config.unet, "schedule": config.schedule}
-    for part, whole in parts.items():
-        own = {name: given.pop(name) for name in list(given) if hasattr(whole, name)}
-        if "kind" in own:  # its numbers are those of the kind that it had
-            whole = ScheduleConfig(timesteps=whole.timesteps, zero_terminal_snr=whole.zero_terminal_snr)
-        parts[part] = dataclasses.replace(whole, **own)
-    return Prior(dataclasses.replace(config, **parts, **given))
+    unet = dataclasses.replace(
+        config.unet, **{name: given.pop(name) for name in list(given) if name in vars(config.unet)}
+    )
+    return Prior(dataclasses.replace(config, unet=unet, schedule=schedule, **given))
 
 
 def _trained_prior(args) -> Prior:

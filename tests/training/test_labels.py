@@ -177,7 +177,7 @@ def test_options_of_a_new_prior(places):
         ("pdae", ["--architecture", "fashion32"], "its channel_multiplier is (1, 2, 3), that of the prior"),
         ("prior", ["--norm-groups", 8], "--norm-groups is for a new prior"),
         ("prior", ["--classes", 8], "--classes is for a new prior"),
-        ("prior", ["--schedule", "cosine"], "--schedule is for a new prior"),
+        ("prior", ["--init-from", "", "--num-heads", 2], "--num-heads is for the checkpoint of --init-from"),
         ("pdae", ["--latent-dim", 0], "latent_dim must be a positive integer"),
         (
             "pdae",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .engine import build_plan, out_of_memory, resolve_device, resolve_dtype
 from .errors import UserError
-from .models import PDAE, Prior
+from .models import PDAE, Autoencoder, DiffAE, Prior
 from .samplers import ddim
 from .samplers.ddim import Field
 from .samplers.noise import ImageNoise, lerp, random_noise, slerp
@@ -19,6 +19,7 @@ from .samplers.recipe import Recipe
 from .schedule import Trajectory, build_schedule
 
 INTERPOLATIONS = ("latent", "trajectory")
+DIFFAE_LATENT_STEPS = 200
 # Streams of random numbers of one seed: those of an image's x_T, of its z_T and of the noise in its steps are apart.
 LATENT_STREAM, STEP_STREAM = 2**32, 2**33
 
@@ -27,10 +28,11 @@ class Pipeline:
     """Runs a model: ``encode``, ``invert``, ``decode``, ``reconstruct``, ``interpolate``, ``manipulate``, ``sample``.
 
     Args:
-        model: a PDAE, or a Prior (then there is no z, and only ``invert``, ``decode`` and ``sample`` make sense).
+        model: a PDAE or a DiffAE, or a Prior (then there is no z, and only ``invert``, ``decode`` and ``sample`` make
+            sense).
         recipe: how x_T is inferred and decoded: a Recipe, or the name of one ("published", "fast", "balanced", "exact",
-            "reversible"); None: the default Recipe. Its fields (steps, encode_steps, spacing, iterations, solver, eta,
-            reuse, noise; see Recipe) may be given as keywords, in place of those of ``recipe``.
+            "reversible", "diffae"); None: the default Recipe. Its fields (steps, encode_steps, spacing, iterations,
+            solver, eta, reuse, noise; see Recipe) may be given as keywords, in place of those of ``recipe``.
         device: "auto" (CUDA when there is one), "cpu", "cuda", "cuda:1" ...
         dtype: of the networks: "auto" (bfloat16 for networks from 16 M parameters on devices that multiply it
             natively, else float32), "float32", "bfloat16" or "float16". State and updates are always float32.
@@ -47,7 +49,7 @@ class Pipeline:
 
     def __init__(
         self,
-        model: PDAE | Prior,
+        model: PDAE | DiffAE | Prior,
         recipe: Recipe | str | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
@@ -57,8 +59,8 @@ class Pipeline:
         attention: str = "auto",
         **fields: Any,
     ) -> None:
-        if not isinstance(model, (PDAE, Prior)):
-            raise UserError(f"Pipeline needs a PDAE or a Prior, not {type(model).__name__}")
+        if not isinstance(model, (Autoencoder, Prior)):
+            raise UserError(f"Pipeline needs a PDAE, a DiffAE or a Prior, not {type(model).__name__}")
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch size must be at least 1, not {batch_size}")
         self.model, self.progress = model, progress
@@ -110,13 +112,22 @@ class Pipeline:
             raise UserError(f"{what} holds NaN or infinite values")
         return x.detach().float()
 
-    def _pdae(self, what: str) -> PDAE:
-        if not isinstance(self.model, PDAE):
-            raise UserError(f"{what} needs a PDAE autoencoder; this pipeline holds a prior alone")
+    def _pdae(self, what: str) -> Autoencoder:
+        if not isinstance(self.model, Autoencoder):
+            raise UserError(f"{what} needs an autoencoder (PDAE or DiffAE); this pipeline holds a prior alone")
         return self.model
+
+    def _mixes(self, what: str) -> PDAE:
+        """The model, where codes can be mixed in G."""
+        model = self._pdae(what)
+        if not isinstance(model, PDAE):
+            raise UserError(f"{what} mixes G of several z, and a Diff-AE has no G; expected a PDAE")
+        return model
 
     def _codes(self, z: Tensor | None, count: int | None = None) -> Tensor | None:
         if z is None:
+            if isinstance(self.model, DiffAE):
+                raise UserError("z is missing: every block of a Diff-AE reads it; give z, of encode or sample_latents")
             return None
         D = self._pdae("z").config.latent_dim
         if not isinstance(z, Tensor) or z.ndim != 2 or z.shape[1] != D or (count is not None and len(z) != count):
@@ -274,10 +285,10 @@ class Pipeline:
         """Images [n, C, H, W] between two images [1, C, H, W] (or [C, H, W]) at ``weights`` (0 is x_a, 1 is x_b).
 
         "latent": decode lerp(z_a, z_b). "trajectory": at every step mix lerp(G(x, z_a), G(x, z_b)); the trunk and
-        eps_hat serve both. Either starts from slerp of the two inferred x_T.
+        eps_hat serve both (a Diff-AE has no G and knows "latent" only). Either starts from slerp of the two inferred
+        x_T.
         """
-        if kind not in INTERPOLATIONS:
-            raise UserError(f"interpolation kind {kind!r} is not known; expected {' or '.join(INTERPOLATIONS)}")
+        self._check_interpolation(kind)
         x_a, x_b = (x[None] if x.ndim == 3 else x for x in (x_a, x_b))
         if len(x_a) != 1 or len(x_b) != 1:
             raise UserError(f"interpolate takes two single images, not {len(x_a)} and {len(x_b)}")
@@ -286,14 +297,19 @@ class Pipeline:
         x_T = self.invert(x0, z)
         return self.blend(z[:, None], x_T[:, None], weights, kind)[0]
 
+    def _check_interpolation(self, kind: str) -> None:
+        if kind not in INTERPOLATIONS:
+            raise UserError(f"interpolation kind {kind!r} is not known; expected {' or '.join(INTERPOLATIONS)}")
+        if kind == "trajectory":
+            self._mixes("interpolation kind 'trajectory'")
+
     def blend(self, z: Tensor, x_T: Tensor, weights: Sequence[float] | Tensor, kind: str = "latent") -> Tensor:
         """`interpolate` for P pairs that are encoded already, all of their frames in one batched run.
 
         z [2, P, latent_dim] and x_T [2, P, C, H, W] (or pairs of states, as invert gave them): the first ends, then
         the second. weights: n numbers, the same for every pair. Returns [P, n, C, H, W].
         """
-        if kind not in INTERPOLATIONS:
-            raise UserError(f"interpolation kind {kind!r} is not known; expected {' or '.join(INTERPOLATIONS)}")
+        self._check_interpolation(kind)
         if z.ndim != 3 or len(z) != 2 or x_T.shape[:2] != z.shape[:2]:
             raise UserError(
                 f"z has shape {list(z.shape)} and x_T {list(x_T.shape)}; expected [2, P, latent_dim], [2, P, C, H, W]"
@@ -310,7 +326,7 @@ class Pipeline:
 
     def decode_mixture(self, z: Tensor, weights: Tensor, x_T: Tensor, stop_percent: float = 0.0) -> Tensor:
         """Decode x_T (as in decode) with G = sum_k weights[k] G(x, z[k]); z [K, B, latent_dim], weights [K, B]."""
-        x_T, D = self._latent(x_T), self._pdae("decode_mixture").config.latent_dim
+        x_T, D = self._latent(x_T), self._mixes("decode_mixture").config.latent_dim
         if z.ndim != 3 or tuple(z.shape[1:]) != (len(x_T), D) or weights.shape != z.shape[:2]:
             raise UserError(
                 f"z has shape {list(z.shape)} and weights {list(weights.shape)}; "
@@ -373,13 +389,13 @@ class Pipeline:
         *,
         stop_percent: float = 0.3,
         latent_steps: int | None = None,
-        latent_clamp: bool = True,
+        latent_clamp: bool | None = None,
         seed: int = 0,
         first: int = 0,
     ) -> Tensor:
         """``count`` new images [count, C, H, W]: z from the latent DPM, then decoded from random x_T.
 
-        ``latent_clamp`` clamps z_T and every estimate of z_0 to +-1 as the released code does. A prior samples alone.
+        ``latent_steps`` and ``latent_clamp`` are those of `sample_latents`. A prior samples alone.
         They are images ``first``, ``first + 1`` ... of ``seed``: the same however a caller splits them.
         """
         if count < 1:
@@ -390,24 +406,34 @@ class Pipeline:
         return self.decode(z, None, stop_percent, seed=seed, indices=range(first, first + count))
 
     def sample_latents(
-        self, count: int, steps: int | None = None, clamp: bool = True, seed: int = 0, first: int = 0
+        self, count: int, steps: int | None = None, clamp: bool | None = None, seed: int = 0, first: int = 0
     ) -> Tensor:
-        """z [count, latent_dim] from the latent DPM, de-normalised; numbers ``first``, ``first`` + 1 ... of seed."""
+        """z [count, latent_dim] from the latent DPM, de-normalised; numbers ``first``, ``first`` + 1 ... of seed.
+
+        As the model's own code does. PDAE: as many DDIM steps as the recipe has, z_T and every estimate of z_0 clamped
+        to +-1. Diff-AE: 200 "strided" steps, nothing clamped. ``steps`` and ``clamp`` in place of these.
+        """
+        trajectory, clamp = self.latent_settings(steps, clamp)
+        mean, std = self._statistics("sample")
+        D = self.model.config.latent_dim
+        z_T = ImageNoise(seed + LATENT_STREAM, range(first, first + count), (D,), self.device)()
+        z_T, bound = (z_T.clamp(-1, 1), 1.0) if clamp else (z_T, None)
+        z = ddim.integrate(self.plan.latent_field(), z_T, trajectory, clamp=bound)
+        return z.cpu() * std + mean
+
+    def latent_settings(self, steps: int | None = None, clamp: bool | None = None) -> tuple[Trajectory, bool]:
+        """What `sample_latents` runs with these arguments; UserError where the model has no latent DPM, or the latent
+        DPM no such steps."""
         model = self._pdae("sample")
         if model.latent_denoiser is None:
             raise UserError(
                 "sample needs a latent DPM; this model has none: make one with `python -m pdae_fast.train latent`, or "
                 "give `python -m pdae_fast.convert` the one that there is"
             )
-        mean, std = self._statistics("sample")
-        D = model.config.latent_dim
-        z_T = ImageNoise(seed + LATENT_STREAM, range(first, first + count), (D,), self.device)()
+        self._statistics("sample")
+        diffae = isinstance(model, DiffAE)
+        if steps is None:
+            steps = DIFFAE_LATENT_STEPS if diffae else self.recipe.steps
         schedule = build_schedule(model.config.latent.schedule)
-        z = ddim.ddim(
-            self.plan.latent_field(),
-            z_T.clamp(-1, 1) if clamp else z_T,
-            schedule,
-            self.recipe.steps if steps is None else steps,
-            clamp=1.0 if clamp else None,
-        )
-        return z.cpu() * std + mean
+        trajectory = schedule.decoding(steps, spacing="strided" if diffae else "uniform")
+        return trajectory, not diffae if clamp is None else clamp

@@ -24,7 +24,7 @@ from ..data.bundled import bundled_for
 from ..engine.cost import equivalents
 from ..engine.device import describe_device
 from ..errors import UserError
-from ..models import PDAE
+from ..models import PDAE, Autoencoder
 from ..pipeline import Pipeline
 from ..samplers import Recipe
 
@@ -33,6 +33,7 @@ MODES = {
     "random": "random x_T",
     "prior": "random x_T without G",
 }
+NEED_G = ("prior", "trajectory")  # of the modes, and of the kinds of interpolation
 Broken = Sequence[tuple[str, str]]  # names of images that could not be read, with the reasons
 
 # -- options -------------------------------------------------------------------------------------------------------
@@ -58,7 +59,7 @@ class Run:
     """What a command works with. ``spec`` is the data as it was named."""
 
     args: argparse.Namespace
-    model: PDAE
+    model: Autoencoder
     pipe: Pipeline
     dataset: Any
     spec: list[str]
@@ -84,7 +85,7 @@ def open_run(
     which not every recipe can. Nothing is written. Raises UserError for everything a user can get wrong.
     """
     recipe = Recipe.from_args(args) if recipe is None else recipe
-    model = PDAE.from_pretrained(args.model, **cli.foreign_options(args))
+    model = Autoencoder.from_pretrained(args.model, **cli.foreign_options(args))
     pipe = Pipeline(model, recipe, args.device, args.dtype, args.batch_size, plan=args.plan, attention=args.attention)
     if infers:
         recipe.up(pipe.schedule)
@@ -98,15 +99,33 @@ def open_run(
     return Run(args, model, pipe, limited(dataset, limit), spec)
 
 
-def data_spec(args: argparse.Namespace, model: PDAE, default: Sequence[str | os.PathLike] | None = None) -> list[str]:
+def data_spec(
+    args: argparse.Namespace, model: Autoencoder, default: Sequence[str | os.PathLike] | None = None
+) -> list[str]:
     chosen = args.input or default or [bundled_for(str(args.model), model.image_shape[0])]
     return [os.fspath(path) for path in chosen]
 
 
-def open_data(args: argparse.Namespace, model: PDAE, spec: Sequence[str], split: str) -> Any:
+def open_data(args: argparse.Namespace, model: Autoencoder, spec: Sequence[str], split: str) -> Any:
     """The images of ``spec`` in the shape that ``model`` takes, unlimited."""
     channels, size, _ = model.image_shape
     return open_dataset(spec, size, channels, split=split, background=_colour(args.background))
+
+
+def check_g(model: Autoencoder, what: str) -> None:
+    """UserError where ``what`` needs a prior and its G, and ``model`` has none."""
+    if not isinstance(model, PDAE):
+        raise UserError(f"{what} needs a prior and its G; expected a PDAE, not a Diff-AE, whose every block reads z")
+
+
+def possible(model: Autoencoder, option: str, given: Sequence[str] | None, default: Sequence[str]) -> list[str]:
+    """The different values of ``option`` that were given, or those of ``default`` that ``model`` can do."""
+    if given is None:
+        return [name for name in default if isinstance(model, PDAE) or name not in NEED_G]
+    for name in given:
+        if name in NEED_G:
+            check_g(model, f"{option} {name}")
+    return list(dict.fromkeys(given))
 
 
 def limited(dataset: Any, limit: int | None) -> Any:
@@ -252,7 +271,7 @@ def progress(pipe: Pipeline, total: float, name: str, quiet: bool) -> Iterator[C
             pipe.progress = previous
 
 
-def fingerprint(model: PDAE) -> str:
+def fingerprint(model: Autoencoder) -> str:
     """16 hexadecimal digits of the configuration and every weight."""
     digest = hashlib.sha256(configs.dumps(model.config).encode())
     for name, tensor in sorted(model.state_dict().items()):

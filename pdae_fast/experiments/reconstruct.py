@@ -74,10 +74,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
-    modes = list(dict.fromkeys(args.modes))
+    modes = args.modes
     with processes() as group:
         args.device = group.device(args.device)
         run = common.open_run(args, default_input=[SAMPLES], infers="inferred" in modes)
+        modes = common.possible(run.model, "--modes", modes, ())
         settings = common.job_settings(run, modes=modes)
         journal = Journal(run.out, settings, len(run.dataset), run.pipe.batch_size, group)
         total = journal.left() * sum(common.evaluations(run.pipe, mode) for mode in modes)

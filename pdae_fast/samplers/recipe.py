@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import NOISES, check_noise
 from ..errors import UserError
-from ..schedule import SPACINGS, Schedule, Trajectory
+from ..schedule import SPACINGS, WHOLE, Schedule, Trajectory
 from .reuse import Reuse
 from .solvers import SOLVERS, Solver, find_solver
 
@@ -22,7 +22,8 @@ class Recipe:
     Args:
         steps: of a decoding.
         encode_steps: DDIM steps upward that infer x_T, where ``iterations`` is 0; None: as many as ``steps``.
-        spacing: of the time points: "uniform" as published, "quadratic", "logsnr" or "karras" (Schedule.timesteps).
+        spacing: of the time points: "uniform" as published, "quadratic", "logsnr" or "karras"; "strided" or "respaced",
+            which go all the way to alpha_bar 1 and 0 as guided-diffusion and Diff-AE do (Schedule.timesteps).
         iterations: how x_T is inferred. 0: DDIM steps upward, as published. From 1 on: each of the steps that decode is
             solved for its start by so many evaluations (inversion.invert_implicit); these are DDIM steps. None: 1
             where that is possible, and 0 with ``encode_steps``, another solver, noise in the steps or kept work.
@@ -57,6 +58,10 @@ class Recipe:
         if self.spacing not in SPACINGS:
             raise UserError(
                 f"spacing {self.spacing!r} is not known; expected {', '.join(SPACINGS[:-1])} or {SPACINGS[-1]}"
+            )
+        if self.spacing in WHOLE and not (solver.solved or solver.draws):
+            raise UserError(
+                f"the spacing {self.spacing} ends at alpha_bar 1, where {self.solver} cannot go; expected ddim"
             )
         if self.noise is not None:
             check_noise(self.noise)
@@ -125,8 +130,8 @@ class Recipe:
         add("--encode-steps", type=int, help="DDIM steps upward that infer x_T (with --iterations 0; default: --steps)")
         add(
             "--spacing",
-            help="time points: uniform as published; quadratic, karras or logsnr have more of them at low noise "
-            "(default: uniform)",
+            help="time points: uniform as published; quadratic, karras or logsnr have more of them at low noise; "
+            "strided (Diff-AE's) or respaced end at the clean image and at pure noise (default: uniform)",
         )
         add(
             "--solver",
@@ -252,4 +257,5 @@ RECIPES: dict[str, Recipe] = {
     "balanced": Recipe(steps=13, spacing="quadratic", iterations=2),
     "exact": Recipe(steps=30, spacing="quadratic", iterations=5),
     "reversible": Recipe(steps=19, solver="belm"),
+    "diffae": Recipe(steps=20, encode_steps=250, spacing="strided"),  # as Diff-AE does
 }

@@ -212,6 +212,7 @@ def command(args: argparse.Namespace) -> None:
     if args.count < 1 or (args.epochs is not None and args.epochs < 1) or not 1 <= args.stages <= 100:
         raise UserError("--count and --epochs must be at least 1, --stages from 1 to 100")
     run = common.open_run(args, infers=False)
+    common.check_g(run.model, "analyze critical-stage")
     pipe, out = run.pipe, run.out
     T = pipe.schedule.T
     trajectory = pipe.schedule.decoding(pipe.recipe.steps, spacing=pipe.recipe.spacing)

@@ -153,6 +153,7 @@ class _OverTime:
 
     def __init__(self, args: argparse.Namespace, name: str, function: Measure, shown: bool = False) -> None:
         self.run = run = common.open_run(args, default_limit=DEFAULT_IMAGES, infers=False)
+        common.check_g(run.model, f"analyze {name}")
         T = run.pipe.schedule.T
         self.times = list(range(T)) if args.all_times else time_grid(T, args.times)
         self.shown = _shown_times(args, T) if shown else []

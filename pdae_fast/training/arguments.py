@@ -15,8 +15,9 @@ ABOUT = {
     "prior": "train a diffusion model, the prior that PDAE starts from",
     "encoder": "train the encoder alone by regression onto known codes, a warm start for pdae",
     "pdae": "train encoder and G on a frozen prior",
-    "latent": "train a latent DPM on the latents of a PDAE, so that it can sample",
-    "classifier": "train a linear attribute classifier on the latents of a PDAE, so that it can manipulate",
+    "diffae": "train a Diff-AE, encoder and conditional U-Net together",
+    "latent": "train a latent DPM on the latents of an autoencoder, so that it can sample",
+    "classifier": "train a linear attribute classifier on the latents of an autoencoder, so that it can manipulate",
 }
 
 HELP = {
@@ -44,7 +45,11 @@ ENCODING = ("encoder", "latent", "classifier")  # tasks that know a code of ever
 def _options(p: argparse.ArgumentParser, task: str) -> None:
     """The options of one task."""
     codes = task in ("latent", "classifier")
-    what = "autoencoder whose latents to train on" if codes else "prior to start from"
+    what = (
+        "autoencoder whose latents to train on"
+        if codes
+        else f"{'Diff-AE' if task == 'diffae' else 'prior'} to start from"
+    )
     p.add_argument(
         "--data",
         required=True,
@@ -62,7 +67,7 @@ def _options(p: argparse.ArgumentParser, task: str) -> None:
     if codes:
         _code_options(p, task)
     else:
-        usual = "fashion32" if task == "prior" else "that of the prior, or the paper's encoder"
+        usual = "that of the prior, or the paper's encoder" if task in ("pdae", "encoder") else "fashion32"
         p.add_argument(
             "--architecture",
             metavar="NAME|JSON",
@@ -74,8 +79,10 @@ def _options(p: argparse.ArgumentParser, task: str) -> None:
                 p.add_argument(flag, dest=name, type=kind, choices=choices, help=f"{text} (without --init-from)")
         else:
             p.add_argument("--latent-dim", type=int, help="dimensions of z (default: those of --architecture)")
-            p.add_argument("--encoder-channel", type=int, help="width of the encoder (default: that of --architecture)")
-        _label_options(p, task)
+            if task != "diffae":
+                p.add_argument("--encoder-channel", type=int, help="width of the encoder (default: of --architecture)")
+        if task != "diffae":
+            _label_options(p, task)
     if task == "encoder":
         _encoder_options(p)
     elif not codes:

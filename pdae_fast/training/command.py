@@ -14,23 +14,23 @@ from typing import Any
 import torch
 
 from .. import cli
-from .. import config as configs
-from ..config import LatentConfig, PDAEConfig, PriorConfig, ScheduleConfig, presets
+from ..config import LatentConfig
 from ..data import Labels, open_dataset, read_attributes
 from ..data.attributes import class_names, file_labels
 from ..data.latents import Latents, LatentSet, cache_path, encode_dataset, split, weights_fingerprint
 from ..engine import resolve_device
 from ..errors import UserError
 from ..files import make_folder
-from ..models import PDAE, Prior
+from ..models import PDAE, Autoencoder, Prior
 from ..processes import Group, processes
 from . import codes, target_codes, warm_start
-from .arguments import FLAGS, NEW_PRIOR, parse
+from .arguments import parse
+from .build import build_model
 from .curves import plot_curves
 from .distributed import say_once
-from .labels import ClassLabels, class_labels
+from .labels import ImageLabels, image_labels
 from .previews import IMAGES, ImagePreview, SamplePreview, tensorboard
-from .settings import TrainSettings
+from .settings import ON_IMAGES, TrainSettings
 from .state import CHECKPOINT_NAME, load
 from .step import STEP_HELP, StepOptions
 from .target_codes import COMPONENTS
@@ -46,87 +46,6 @@ NARROW = (
 LEARNED_SIGMA = (
     "note: the learned variance of this prior is not trained further; its rows of the last convolution stay as they are"
 )
-
-
-def _architecture(name: str) -> PDAEConfig | PriorConfig:
-    if name in presets:
-        return presets[name]
-    path = Path(name)
-    if not path.exists():
-        raise UserError(f"--architecture {name}: neither an architecture ({', '.join(presets)}) nor a config.json")
-    return configs.load(path)
-
-
-def _new_prior(args) -> Prior:
-    """A fresh prior of --architecture, changed by what other options say."""
-    config = _architecture(args.architecture or "fashion32")
-    config = config if isinstance(config, PriorConfig) else config.prior
-    foreign = cli.foreign_options(args)
-    kind, timesteps = foreign.pop("schedule", None), foreign.pop("timesteps", None)
-    for name in foreign:
-        raise UserError(f"--{name.replace('_', '-')} is for the checkpoint of --init-from; a new prior has none")
-    schedule = config.schedule
-    if kind or timesteps:  # its numbers are those of the process that it was
-        timesteps = timesteps or schedule.timesteps
-        schedule = ScheduleConfig(kind or schedule.kind, timesteps, zero_terminal_snr=schedule.zero_terminal_snr)
-    given = {name: getattr(args, name) for name in NEW_PRIOR if getattr(args, name) is not None}
-    unet = dataclasses.replace(
-        config.unet, **{name: given.pop(name) for name in list(given) if name in vars(config.unet)}
-    )
-    return Prior(dataclasses.replace(config, unet=unet, schedule=schedule, **given))
-
-
-def _trained_prior(args) -> Prior:
-    """The prior of --init-from; UserError where --architecture, or an option for a new prior, says otherwise."""
-    if not args.init_from:
-        raise UserError(
-            f"train {args.task} needs a pre-trained prior: give --init-from NAME, DIR or FILE (or train prior first)"
-        )
-    for name in NEW_PRIOR:
-        if getattr(args, name, None) is not None:
-            flag = FLAGS.get(name, f"--{name.replace('_', '-')}")
-            raise UserError(f"{flag} is for a new prior; that of --init-from {args.init_from} is trained as it is")
-    named = _architecture(args.architecture) if args.architecture else None
-    prior = Prior.from_pretrained(args.init_from, **cli.foreign_options(args))
-    if named is not None:
-        found = warm_start.misfit(named if isinstance(named, PriorConfig) else named.prior, prior.config)
-        if found:
-            raise UserError(
-                f"--architecture {args.architecture}: its {found[0]} is {found[1]}, that of the prior of --init-from "
-                f"{found[2]}; the networks are those of --init-from: leave --architecture out"
-            )
-    return prior
-
-
-def _autoencoder(args, prior: Prior) -> dict[str, int]:
-    """latent_dim and encoder_channel: as given, else of --architecture, a preset around this prior, or the paper."""
-    named = _architecture(args.architecture) if args.architecture else None
-    if not isinstance(named, PDAEConfig):
-        alike = (config for config in presets.values() if warm_start.misfit(config.prior, prior.config) is None)
-        named = next(alike, PDAEConfig())
-    given = {name: getattr(args, name) for name in ("latent_dim", "encoder_channel")}
-    return {name: getattr(named, name) if value is None else value for name, value in given.items()}
-
-
-def build_model(args) -> Prior | PDAE:
-    """The model to train: fresh, or around the prior of --init-from."""
-    torch.manual_seed(args.seed)
-    if args.task == "prior":
-        return _trained_prior(args) if args.init_from else _new_prior(args)
-    prior = _trained_prior(args)
-    settings = _autoencoder(args, prior)
-    if args.task == "pdae" and args.freeze_encoder:
-        start = PDAE.from_pretrained(args.start_from)
-        for name, value in settings.items():
-            own = getattr(start.config, name)
-            if own != value and (args.architecture or getattr(args, name) is not None):
-                raise UserError(f"--start-from {args.start_from}: its {name} is {own}, not {value}")
-        return warm_start.around(start, prior, args.start_from)
-    model = PDAE.from_prior(prior, **settings)
-    model.notes = prior.notes
-    if args.task == "pdae" and args.start_from:
-        warm_start.take_trained_half(model, PDAE.from_pretrained(args.start_from), args.start_from)
-    return model
 
 
 def _check(args) -> None:
@@ -172,11 +91,11 @@ def _check(args) -> None:
 
 
 def _image_task(args, device: torch.device):
-    """Task, data set and preview of train prior and train pdae."""
+    """Task, data set and preview of train prior, train pdae and train diffae."""
     model = build_model(args)
     channels, size, _ = model.image_shape
     dataset = open_dataset(args.data, size, channels, split="train")
-    labels = _class_labels(args, model, dataset)
+    labels = _image_labels(args, model, dataset)
     preview = None
     if args.sample_every:
         shown = torch.stack([dataset[i].image for i in range(min(IMAGES, len(dataset)))])
@@ -190,29 +109,29 @@ def _image_task(args, device: torch.device):
     return task, dataset, preview
 
 
-def _class_labels(args, model: Prior | PDAE, dataset: Any) -> ClassLabels | None:
+def _image_labels(args, model: Prior | Autoencoder, dataset: Any) -> ImageLabels | None:
     """The labels of ``dataset`` that a class-conditional prior needs, else None."""
     classes = model.config.unet.num_classes
     if classes is None:
         for name in ("label", "attributes", "columns"):
-            if getattr(args, name) is not None:
+            if getattr(args, name, None) is not None:
                 raise UserError(f"--{name} gives a class-conditional prior its labels; this prior has no classes")
         return None
     if args.sample_every:
         raise UserError("--sample-every draws no pictures of a class-conditional prior; leave it out")
-    return class_labels(dataset, classes, args.label, args.attributes, args.columns)
+    return image_labels(dataset, classes, args.label, args.attributes, args.columns)
 
 
-def _say_notes(args, model: Prior | PDAE, notes: list[str]) -> None:
+def _say_notes(args, model: Prior | Autoencoder, notes: list[str]) -> None:
     """What a user should know of the model to train."""
     if args.quiet:
         return
     for line in [*(f"assumed about the model: {note}" for note in model.notes), *notes]:
         print(line)
     unet = model.config.unet
-    if args.task == "prior" and not args.init_from and min(unet.widths) <= unet.norm_groups:
+    if args.task != "pdae" and not args.init_from and min(unet.widths) <= unet.norm_groups:
         print(NARROW.format(width=min(unet.widths), groups=unet.norm_groups))
-    if args.task == "prior" and unet.learn_sigma:
+    if args.task in ("prior", "diffae") and unet.learn_sigma:
         print(LEARNED_SIGMA)
 
 
@@ -303,9 +222,9 @@ def _g_for_codes(args, model: PDAE, start: PDAE, latents: Latents, encoding: dic
     )
 
 
-def _latents(args, device: torch.device, group: Group) -> tuple[PDAE, Latents]:
+def _latents(args, device: torch.device, group: Group) -> tuple[Autoencoder, Latents]:
     """The autoencoder of --init-from and the latents of --data by it, kept beside the run."""
-    model = PDAE.from_pretrained(args.init_from, **cli.foreign_options(args))
+    model = Autoencoder.from_pretrained(args.init_from, **cli.foreign_options(args))
     channels, size, _ = model.image_shape
     dataset = open_dataset(args.data, size, channels, split="train")
     cache = _cache(args)
@@ -378,7 +297,7 @@ def _train(args, group: Group) -> None:
     options.check(args.task, device, group.size)
     args.quiet = args.quiet or not group.first
     judged = preview = None
-    if args.task in ("prior", "pdae"):
+    if args.task in ON_IMAGES:
         task, dataset, preview = _image_task(args, device)
     elif args.task == "encoder":
         task, dataset, judged = _encoder_task(args, device, group)

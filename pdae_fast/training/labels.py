@@ -18,7 +18,7 @@ WAYS = (
 )
 
 
-class ClassLabels(NamedTuple):
+class ImageLabels(NamedTuple):
     """values: int64 [N], of every image of a data set. source: in words where they come from."""
 
     values: Tensor
@@ -30,13 +30,13 @@ class ClassLabels(NamedTuple):
         return {"class labels": hashlib.sha256(self.values.numpy()).hexdigest()[:40]}
 
 
-def class_labels(
+def image_labels(
     dataset: Any,
     classes: int,
     label: int | None = None,
     attributes: str | None = None,
     columns: Sequence[str] | None = None,
-) -> ClassLabels:
+) -> ImageLabels:
     """Labels from 0 to ``classes`` - 1: ``label`` for all images; or the places of the ``columns`` that are positive in
     the file ``attributes``; or those that the data set has; or its first subfolders.
 
@@ -54,7 +54,7 @@ def class_labels(
     for name, value in zip(dataset.names, values, strict=True):
         if not 0 <= value < classes:
             raise UserError(f"{name} has label {value}; this prior knows classes 0 to {classes - 1}")
-    return ClassLabels(torch.tensor(values, dtype=torch.int64), source)
+    return ImageLabels(torch.tensor(values, dtype=torch.int64), source)
 
 
 def _of_file(names: Sequence[str], classes: int, path: str, columns: Sequence[str] | None) -> tuple[list[int], str]:

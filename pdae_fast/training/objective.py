@@ -1,5 +1,5 @@
-"""What is minimised: the simple loss for the prior, the weighted shift loss of Algorithm 1 for PDAE, the losses of the
-two networks on z, and that of an encoder which is told its codes.
+"""What is minimised: the simple loss for the prior and for Diff-AE, the weighted shift loss of Algorithm 1 for PDAE,
+the losses of the two networks on z, and that of an encoder which is told its codes.
 
 ``velocity`` adds, to the first two, that many times the squared error of v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar)
 x0 (Salimans and Ho 2022, arXiv 2202.00512), which is 1 / alpha_bar_t times that of eps. The factor is held at
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..models import PDAE, Prior
+from ..models import PDAE, DiffAE, Prior
 from ..models.latent import LatentMLP
 from ..models.unet import Features, PDAEDecoder
 from ..schedule import Schedule, Tables, as_tables, column, q_sample
@@ -37,8 +37,8 @@ def _weighted(
     return (square if weight is None else column(weight, t) * square).mean()
 
 
-def prior_loss(
-    model: Prior,
+def simple_loss(
+    model: Prior | DiffAE,
     schedule: Schedule | Tables,
     x0: Tensor,
     t: Tensor,
@@ -47,9 +47,11 @@ def prior_loss(
     y: Tensor | None = None,
 ) -> Tensor:
     """Mean squared error of what the network predicts: eps (DDPM's L_simple), v or x0; and of v where ``velocity`` asks
-    for it; a scalar. y int64 [B]: labels, for a class-conditional prior."""
+    for it; a scalar. y int64 [B]: labels, for a class-conditional prior. A Diff-AE is given z = encoder(x0), and
+    gradients reach all of it (arXiv 2111.15640, eq. 6)."""
     tables, prediction = as_tables(schedule, x0.device), model.config.prediction
-    out = model.unet.decode(model.unet.trunk(q_sample(tables, x0, t, noise), t, y)).float()
+    z = model.encode(x0) if isinstance(model, DiffAE) else None
+    out = model.unet.decode(model.unet.trunk(q_sample(tables, x0, t, noise), t, y, z)).float()
     if prediction == "v_prediction":
         target = column(tables.signal, t) * noise - column(tables.spread, t) * x0
     else:
@@ -81,7 +83,7 @@ def pdae_loss(
     y: Tensor | None = None,
 ) -> Tensor:
     """lambda_t (eps - (eps_hat + c_t G))^2, mean over batch and pixels (Algorithm 1), and the same error of v where
-    ``velocity`` asks for it; a scalar. Tables must be those of the model's prediction; y as in `prior_loss`.
+    ``velocity`` asks for it; a scalar. Tables must be those of the model's prediction; y as in `simple_loss`.
 
     The trunk and the eps-decoder are frozen: they run without a graph, and only G and the encoder get gradients.
     ``frozen``: another way to compute both, (x_t, t, y) -> (features, the network's output).

@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..kernels import group_norm
 from ..models.layers import ResBlock, Stage
 from ..models.unet import Features, PDAEDecoder, UNet
+from .settings import ON_IMAGES
 from .tasks import PDAETask, Task
 
 STEP_HELP = {
@@ -50,7 +51,7 @@ class StepOptions:
             raise UserError(f"--{name.replace('_', '-')} {reason}")
 
         for name in UNET_ONLY:
-            if getattr(self, name) and task not in ("prior", "pdae"):
+            if getattr(self, name) and task not in ON_IMAGES:
                 refuse(name, f"is for the U-Net, which train {task} does not train")
         if self.frozen_bfloat16 and task != "pdae":
             refuse("frozen_bfloat16", f"needs a frozen half, which train {task} does not have")

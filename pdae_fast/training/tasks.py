@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..config import PDAEConfig, PriorConfig
-from ..models import PDAE, Prior
+from ..config import AnyConfig, DiffAEConfig, PDAEConfig
+from ..models import PDAE, Autoencoder, Prior
 from ..schedule import Tables, build_schedule
-from .objective import classifier_loss, encoder_loss, latent_loss, pdae_loss, prior_loss
+from .objective import classifier_loss, encoder_loss, latent_loss, pdae_loss, simple_loss
 
 
 def _images(samples: list[Any]) -> Tensor:
@@ -65,7 +65,7 @@ class Task(nn.Module):
         self.record = dict(record or {})
 
     @property
-    def config(self) -> PriorConfig | PDAEConfig:
+    def config(self) -> AnyConfig:
         """Configuration of what :meth:`export` gives."""
         return self.model.config
 
@@ -78,7 +78,7 @@ class Task(nn.Module):
         """The loss, a scalar, of what :meth:`draw` gave, on the model's device."""
         raise NotImplementedError
 
-    def export(self, ema: nn.Module) -> Prior | PDAE:
+    def export(self, ema: nn.Module) -> Prior | Autoencoder:
         """What users load, with the weights of ``ema`` (a copy of ``model``)."""
         return ema
 
@@ -87,7 +87,7 @@ class _ImageTask(Task):
     """Noise prediction on images that may be mirrored, which come with their labels (`ImagesWithRows`) where the prior
     is class-conditional; ``velocity`` as in `objective`."""
 
-    def __init__(self, model: Prior | PDAE, velocity: float = 0.0, record: dict[str, Any] | None = None) -> None:
+    def __init__(self, model: Prior | Autoencoder, velocity: float = 0.0, record: dict[str, Any] | None = None) -> None:
         # What is off is not recorded: runs from before it existed can be resumed.
         super().__init__(model, (record or {}) | ({"--velocity": velocity} if velocity else {}))
         self.velocity = velocity
@@ -116,7 +116,13 @@ class PriorTask(_ImageTask):
     name = "prior"
 
     def forward(self, x0: Tensor, t: Tensor, noise: Tensor, y: Tensor | None = None) -> Tensor:
-        return prior_loss(self.model, self.tables, x0, t, noise, self.velocity, y)
+        return simple_loss(self.model, self.tables, x0, t, noise, self.velocity, y)
+
+
+class DiffAETask(PriorTask):
+    """Encoder and conditional U-Net of a Diff-AE, trained together."""
+
+    name = "diffae"
 
 
 class PDAETask(_ImageTask):
@@ -147,24 +153,24 @@ class PDAETask(_ImageTask):
 
 
 class _PartTask(Task):
-    """One network of ``pdae``: it is trained alone, and put back for users."""
+    """One network of ``model``, an autoencoder: it is trained alone, and put back for users."""
 
     part: str
 
-    def __init__(self, pdae: PDAE, record: dict[str, Any] | None = None) -> None:
+    def __init__(self, model: Autoencoder, record: dict[str, Any] | None = None) -> None:
         # A copy: export() puts averaged weights into the original while this one goes on learning.
-        super().__init__(copy.deepcopy(getattr(pdae, self.part)), record)
+        super().__init__(copy.deepcopy(getattr(model, self.part)), record)
         # In a tuple, where it is no submodule: it is neither trained nor moved to the device.
-        self._whole = (pdae,)
+        self._whole = (model,)
 
     @property
-    def config(self) -> PDAEConfig:
+    def config(self) -> PDAEConfig | DiffAEConfig:
         return self._whole[0].config
 
-    def export(self, ema: nn.Module) -> PDAE:
-        (pdae,) = self._whole
-        getattr(pdae, self.part).load_state_dict(ema.state_dict())
-        return pdae
+    def export(self, ema: nn.Module) -> Autoencoder:
+        (model,) = self._whole
+        getattr(model, self.part).load_state_dict(ema.state_dict())
+        return model
 
 
 class EncoderTask(_PartTask):
@@ -190,14 +196,14 @@ class _CodeTask(_PartTask):
 
 
 class LatentTask(_CodeTask):
-    """The latent DPM of ``pdae``, which has one in its configuration."""
+    """The latent DPM of an autoencoder that has one in its configuration."""
 
     name = "latent"
     part = "latent_denoiser"
 
-    def __init__(self, pdae: PDAE, record: dict[str, Any] | None = None) -> None:
-        super().__init__(pdae, record)
-        self.schedule = build_schedule(pdae.config.latent.schedule)
+    def __init__(self, model: Autoencoder, record: dict[str, Any] | None = None) -> None:
+        super().__init__(model, record)
+        self.schedule = build_schedule(model.config.latent.schedule)
         self.tables = Tables(self.schedule)
 
     def draw(self, z: Tensor, generator: torch.Generator, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,7 +216,7 @@ class LatentTask(_CodeTask):
 
 
 class ClassifierTask(_CodeTask):
-    """The linear attribute classifier of ``pdae``, which has attributes in its configuration."""
+    """The linear attribute classifier of an autoencoder that has attributes in its configuration."""
 
     name = "classifier"
     part = "classifier"
@@ -224,5 +230,5 @@ class ClassifierTask(_CodeTask):
 
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (PriorTask, EncoderTask, PDAETask, LatentTask, ClassifierTask)
+    task.name: task for task in (PriorTask, EncoderTask, PDAETask, DiffAETask, LatentTask, ClassifierTask)
 }

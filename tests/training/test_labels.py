@@ -14,7 +14,7 @@ from pdae_fast import PDAE, Prior, PriorConfig, ScheduleConfig, UserError, cli, 
 from pdae_fast.data import open_dataset
 from pdae_fast.training.arguments import parse
 from pdae_fast.training.command import build_model
-from pdae_fast.training.labels import class_labels
+from pdae_fast.training.labels import image_labels
 
 CLASSES = 3
 PRIOR = dataclasses.replace(TINY.prior, unet=dataclasses.replace(TINY.unet, num_classes=CLASSES))
@@ -46,21 +46,21 @@ class Named:
 def test_labels_of_every_kind(tmp_path):
     words = open_dataset(folders(tmp_path / "words", "zebra", "ant", "Cat/deep"), 32, 1)
     assert words.names[0] == "Cat/deep/00"
-    assert class_labels(words, 3).values.tolist() == [0, 0, 1, 1, 2, 2]
+    assert image_labels(words, 3).values.tolist() == [0, 0, 1, 1, 2, 2]
     numbers = open_dataset(folders(tmp_path / "numbers", "10", "9", "007"), 32, 1)
-    assert dict(zip(numbers.names, class_labels(numbers, 1000).values.tolist(), strict=True)) == {
+    assert dict(zip(numbers.names, image_labels(numbers, 1000).values.tolist(), strict=True)) == {
         "007/00": 7, "007/01": 7, "9/00": 9, "9/01": 9, "10/00": 10, "10/01": 10,
     }  # fmt: skip
-    assert class_labels(words, 8, label=7).values.tolist() == [7] * 6
+    assert image_labels(words, 8, label=7).values.tolist() == [7] * 6
     data = idx_files.write_set(tmp_path / "idx", count=5)
     (data / "train-labels-idx1-ubyte.gz").unlink()
     (data / "train-labels-idx1-ubyte").write_bytes(idx_files.idx_bytes(np.array([4, 0, 3, 1, 2], np.uint8)))
-    found = class_labels(open_dataset(data, 32, 1), 5)
+    found = image_labels(open_dataset(data, 32, 1), 5)
     assert found.values.tolist() == [4, 0, 3, 1, 2] and found.values.dtype == torch.int64
     (tmp_path / "table.csv").write_text("name,kind,odd\na,red,1\nb,blue,0\nc,green,1\n")
-    table = class_labels(Named("c", "a", "b"), 3, attributes=tmp_path / "table.csv", columns=["kind"])
+    table = image_labels(Named("c", "a", "b"), 3, attributes=tmp_path / "table.csv", columns=["kind"])
     assert table.values.tolist() == [1, 2, 0]  # blue, green, red
-    two = class_labels(Named("a", "b"), 2, attributes=tmp_path / "table.csv", columns=["kind=red", "kind=blue"])
+    two = image_labels(Named("a", "b"), 2, attributes=tmp_path / "table.csv", columns=["kind=red", "kind=blue"])
     assert two.values.tolist() == [0, 1]
     assert table.record != two.record
 
@@ -84,7 +84,7 @@ def test_labels_that_are_missing_or_wrong(tmp_path, names, classes, options, wor
         (tmp_path / "table.csv").write_text("name,odd,even\na,1,0\nb,0,0\n")
         options = options | {"attributes": tmp_path / "table.csv"}
     with pytest.raises(UserError) as error:
-        class_labels(Named(*names), classes, **options)
+        image_labels(Named(*names), classes, **options)
     assert words in str(error.value)
 
 

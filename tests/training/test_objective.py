@@ -10,7 +10,7 @@ from pdae_fast import ScheduleConfig
 from pdae_fast.config import PREDICTIONS
 from pdae_fast.schedule import Tables, build_schedule
 from pdae_fast.training.feed import step_generator
-from pdae_fast.training.objective import pdae_loss, prior_loss
+from pdae_fast.training.objective import pdae_loss, simple_loss
 from pdae_fast.training.step import FrozenHalf
 from pdae_fast.training.tasks import TASKS
 
@@ -43,9 +43,9 @@ def test_a_prior_keeps_the_loss_of_what_it_predicts(prediction, velocity):
     own = {"epsilon": v * a, "v_prediction": v, "sample": v * (1 - a)}[prediction]
     expected = (own + velocity * torch.minimum(v, 100 * own)).mean()
     schedule = build_schedule(TINY.schedule)
-    found = prior_loss(model.prior(), schedule, x0, TIMES, noise, velocity)
+    found = simple_loss(model.prior(), schedule, x0, TIMES, noise, velocity)
     assert float(found) == pytest.approx(float(expected), rel=1e-4)
-    assert torch.equal(prior_loss(model.prior(), Tables(schedule), x0, TIMES, noise, velocity), found)
+    assert torch.equal(simple_loss(model.prior(), Tables(schedule), x0, TIMES, noise, velocity), found)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -68,7 +68,7 @@ def test_a_terminal_snr_of_zero():
     for prediction, target in (("v_prediction", -x0), ("sample", x0)):
         prior = model_of(prediction, ZERO).prior()
         out = prior.unet.decode(prior.unet.trunk(noise, last))
-        found = prior_loss(prior, build_schedule(ZERO), x0, last, noise, velocity=0.1)
+        found = simple_loss(prior, build_schedule(ZERO), x0, last, noise, velocity=0.1)
         assert float(found) == pytest.approx(1.1 * float((target - out).square().mean()), rel=1e-5)
 
 

@@ -9,14 +9,11 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-_PLACES = [Path(__file__).parent / "golden", *(parent / "shared" / "golden" for parent in Path(__file__).parents)]
-FOLDER = next((place / "foreign" for place in _PLACES if (place / "foreign").is_dir()), None)
-needs_golden = pytest.mark.skipif(FOLDER is None, reason="needs golden/foreign, which is not part of the repository")
+FOLDER = Path(__file__).parent / "golden" / "foreign"
 
 
 def weights(name: str) -> dict[str, Tensor]:

@@ -8,12 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 import foreign_golden
-from foreign_golden import about, needs_golden, numbers
+from foreign_golden import about, numbers
 from golden_rule import relative
 from pdae_fast import Prior
 from pdae_fast.schedule import build_schedule
 
-pytestmark = needs_golden
 FORWARD = 1e-5
 DIFFUSERS = ("diffusers-celebahq", "diffusers-cifar10", "diffusers-vpred", "diffusers-class-resnet")
 

@@ -3,14 +3,13 @@
 import pytest
 import torch
 
-from foreign_golden import FOLDER, listed, needs_golden, shapes
+from foreign_golden import FOLDER, listed, shapes
 from pdae_fast import UserError, checkpoints
 from pdae_fast.checkpoints import infer, names
 from pdae_fast.checkpoints.diffusers import network_settings
 from pdae_fast.checkpoints.kinds import Kind, identify
 from pdae_fast.config import UNetConfig
 
-pytestmark = needs_golden
 _ALL = listed() if FOLDER else {}
 FAMILIES = {
     family: [n for n, v in _ALL.items() if v["family"] == family] for family in {v["family"] for v in _ALL.values()}

@@ -115,7 +115,6 @@ def test_it_reconstructs_encodes_and_edits(adapted, images, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="export/graphs.py does not know time that is added before the norm", strict=True)
 def test_it_is_exported(adapted, tmp_path):
     pytest.importorskip("onnxruntime", reason="needs pip install 'pdae_fast[onnx]'")
     from pdae_fast.export import __main__ as export

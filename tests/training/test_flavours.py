@@ -5,71 +5,36 @@ import dataclasses
 import pytest
 import torch
 
+from flavours import BASE, FLAVOURS
 from golden_rule import fill
 from helpers import TINY, images, resumed_equals_whole
-from pdae_fast import PDAE, Prior, ScheduleConfig
+from pdae_fast import PDAE, Prior, ScheduleConfig, UNetConfig
 from pdae_fast.data import Sample
 from pdae_fast.training import Trainer, TrainSettings
 from pdae_fast.training.step import StepOptions
 from pdae_fast.training.tasks import TASKS, ImagesWithRows
 
 ZERO_SNR = ScheduleConfig("scaled_linear", 200, 1e-3, 0.02, zero_terminal_snr=True)
-# (U-Net, the rest): google's and the default diffusers networks, improved-diffusion's, OpenAI's at 512 px, and others.
-# Where time is added before a norm, that norm must not see one channel alone: it would take all of it away.
-FLAVOURS = {
-    "google": (
-        {
-            "use_scale_shift_norm": False,
-            "downsample": "conv_asymmetric",
-            "upsample": "conv",
-            "norm_groups": 16,
-            "norm_eps": 1e-6,
-            "flip_sin_to_cos": False,
-            "freq_shift": 1,
-        },
-        {},
-    ),
-    "vpred": (
-        {"use_scale_shift_norm": False, "downsample": "conv", "upsample": "conv", "norm_groups": 8, "head_channel": 8},
-        {"prediction": "v_prediction", "schedule": ZERO_SNR},
-    ),
-    "improved": (
-        {
-            "downsample": "conv",
-            "upsample": "conv",
-            "learn_sigma": True,
-            "time_scale": 0.25,
-            "stem_channel": 64,
-            "num_heads_upsample": 4,
-            "attention_resolutions": (2,),
-        },
-        {"schedule": ScheduleConfig("cosine", 4000)},
-    ),
-    "half": (
-        {"base_channel": 64, "channel_multiplier": (0.5, 1)},
-        {"schedule": ScheduleConfig("linear", 1000, 1e-4, 0.03)},
-    ),
-    "pool": (
-        {"downsample": "pool", "upsample": "nearest", "middle": "plain", "num_classes": 3},
-        {"prediction": "sample", "schedule": ScheduleConfig("sigmoid", 100)},
-    ),
-    "rest": (
-        {"middle": "none", "center_input_sample": True, "num_classes": 3, "learn_sigma": True},
+# Of the table: with what else of the U-Net, and around it.
+CASES = {
+    "google": ({}, {}),
+    "course": ({}, {"prediction": "v_prediction", "schedule": ZERO_SNR}),
+    "improved": ({}, {"schedule": ScheduleConfig("cosine", 4000)}),
+    "narrow": ({}, {"schedule": ScheduleConfig("linear", 1000, 1e-4, 0.03)}),
+    "pooled": ({"num_classes": 3}, {"prediction": "sample", "schedule": ScheduleConfig("sigmoid", 100)}),
+    "middle-none": (
+        {"num_classes": 3, "learn_sigma": True, "center_input_sample": True},
         {"schedule": ScheduleConfig("stored", 4, betas=(0.1, 0.2, 0.3, 0.4))},
     ),
-    "middle": ({"middle_attention_norm": False, "middle_scale_factor": 1.5, "norm_groups": 4}, {}),
-}  # fmt: skip
+    "middle-scaled-add": ({"num_heads_upsample": 4, "num_heads": 1}, {}),
+}
 LABELS = torch.arange(10) % 3
 
 
-def config_of(name):
-    unet, rest = FLAVOURS[name]
-    return dataclasses.replace(TINY, unet=dataclasses.replace(TINY.unet, dropout=0.0, **unet), **rest)
-
-
 def trainer(name, task, out="out", dropout=0.0, **options):
-    config = config_of(name)
-    config = dataclasses.replace(config, unet=dataclasses.replace(config.unet, dropout=dropout))
+    more, rest = CASES[name]
+    unet = UNetConfig(**BASE | FLAVOURS[name] | more | {"input_channel": 1, "dropout": dropout})
+    config = dataclasses.replace(TINY, unet=unet, **rest)
     model = fill(Prior(config.prior) if task == "prior" else PDAE(config))
     data = [Sample(image, f"{i}", None) for i, image in enumerate(images(10))]
     if config.unet.num_classes:
@@ -84,7 +49,7 @@ def losses_of(run, count=3):
 
 
 @pytest.mark.parametrize("task", ["prior", "pdae"])
-@pytest.mark.parametrize("name", FLAVOURS)
+@pytest.mark.parametrize("name", CASES)
 def test_options_of_a_step_change_its_rounding_alone(name, task):
     plain = losses_of(trainer(name, task))
     every = {"fused_adam": True, "channels_last": True, "checkpointing": True, "fused_norms": True}
@@ -93,7 +58,7 @@ def test_options_of_a_step_change_its_rounding_alone(name, task):
         assert losses_of(trainer(name, task, frozen_bfloat16=True)) == pytest.approx(plain, rel=0.03)
 
 
-@pytest.mark.parametrize("name", FLAVOURS)
+@pytest.mark.parametrize("name", CASES)
 def test_only_encoder_and_g_of_an_adapted_prior_change(name):
     run = trainer(name, "pdae")
     before = {k: v.clone() for k, v in run.model.state_dict().items()}
@@ -104,7 +69,7 @@ def test_only_encoder_and_g_of_an_adapted_prior_change(name):
     assert {k.split(".")[0] for k in changed} == {"encoder", "decoder"}
 
 
-@pytest.mark.parametrize("name", ["improved", "rest"])
+@pytest.mark.parametrize("name", ["improved", "middle-none"])
 def test_a_learned_variance_is_left_alone(name):
     """Bit for bit: its rows get no gradient, and Adam without a gradient does not move."""
     run = trainer(name, "prior")
@@ -118,12 +83,12 @@ def test_a_learned_variance_is_left_alone(name):
 
 @pytest.mark.parametrize("task", ["prior", "pdae"])
 def test_a_run_with_labels_resumes_bit_for_bit(tmp_path, task):
-    resumed_equals_whole(tmp_path, lambda out: trainer("pool", task, out, dropout=0.1))
+    resumed_equals_whole(tmp_path, lambda out: trainer("pooled", task, out, dropout=0.1))
 
 
 def test_labels_go_with_their_images():
     """Whatever the order of the images and their flips."""
-    run = trainer("pool", "prior")
+    run = trainer("pooled", "prior")
     sums = torch.stack([image.image.sum() for image in run.dataset.dataset])
     seen = []
     for n, batch in enumerate(run._batches()):
@@ -135,7 +100,7 @@ def test_labels_go_with_their_images():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vpred", "pool"])
+@pytest.mark.parametrize("name", ["course", "pooled"])
 def test_compiling_takes_the_step_whole(monkeypatch, name):
     """One graph without breaks, by the compiler's front end alone, as in test_step."""
     compile_ = torch.compile

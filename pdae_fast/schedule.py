@@ -234,13 +234,17 @@ def build_schedule(config: ScheduleConfig) -> Schedule:
 
 
 class Tables(nn.Module):
-    """The constants of ``schedule`` that training gathers at t, float32 [T], rounded once from float64.
+    """The constants of ``schedule`` that training gathers at t, float32 [T], rounded once from float64; ``to_eps``
+    [T, 2], the factors that make eps of what a network of that ``prediction`` says (Schedule.to_eps), or None.
 
     Buffers, so that they go where the networks go and no step has to copy them there; no part of any state dict.
     """
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: Schedule, prediction: str = "epsilon") -> None:
         super().__init__()
+        to_eps = schedule.to_eps(prediction)
+        factors = None if to_eps is None else torch.from_numpy(to_eps).float()
+        self.register_buffer("to_eps", factors, persistent=False)
         for name, values in (
             ("signal", schedule.alpha_bar**0.5),
             ("spread", (1 - schedule.alpha_bar) ** 0.5),
@@ -250,8 +254,8 @@ class Tables(nn.Module):
             self.register_buffer(name, torch.from_numpy(values.copy()).float(), persistent=False)
 
 
-def as_tables(schedule: Schedule | Tables, device: torch.device) -> Tables:
-    return schedule if isinstance(schedule, Tables) else Tables(schedule).to(device)
+def as_tables(schedule: Schedule | Tables, device: torch.device, prediction: str = "epsilon") -> Tables:
+    return schedule if isinstance(schedule, Tables) else Tables(schedule, prediction).to(device)
 
 
 def column(values: Tensor, t: Tensor, ndim: int = 4) -> Tensor:

@@ -14,69 +14,38 @@ from typing import Any
 import torch
 
 from .. import cli
-from .. import config as configs
-from ..config import NORM_GROUPS, LatentConfig, PDAEConfig, presets
+from ..config import LatentConfig
 from ..data import Labels, open_dataset, read_attributes
 from ..data.attributes import class_names, file_labels
 from ..data.latents import Latents, LatentSet, cache_path, encode_dataset, split, weights_fingerprint
 from ..engine import resolve_device
 from ..errors import UserError
 from ..files import make_folder
-from ..models import PDAE, Prior
+from ..models import PDAE, Autoencoder, Prior
 from ..processes import Group, processes
 from . import codes, target_codes, warm_start
 from .arguments import parse
+from .build import build_model
 from .curves import plot_curves
 from .distributed import say_once
+from .labels import ImageLabels, image_labels
 from .previews import IMAGES, ImagePreview, SamplePreview, tensorboard
-from .settings import TrainSettings
+from .settings import ON_IMAGES, TrainSettings
 from .state import CHECKPOINT_NAME, load
 from .step import STEP_HELP, StepOptions
 from .target_codes import COMPONENTS
-from .tasks import TASKS
+from .tasks import TASKS, ImagesWithRows
 from .trainer import Trainer
 
 SHOWN = 5  # broken images that are named one by one
 # Each group of a norm is then one channel, whose mean is taken away at the input, the output and between.
 NARROW = (
-    f"note: with base_channel {NORM_GROUPS} every channel is normalised alone, and the network can hardly tell or set "
-    f"an image's overall brightness and colour; {2 * NORM_GROUPS} can (see docs/training.md)"
+    "note: with {width} channels in {groups} groups every channel is normalised alone, and the network can hardly tell "
+    "or set an image's overall brightness and colour; --norm-groups 8 or twice the width can (see docs/training.md)"
 )
-
-
-def _architecture(args) -> PDAEConfig:
-    if args.architecture in presets:
-        return presets[args.architecture]
-    path = Path(args.architecture)
-    if not path.exists():
-        raise UserError(
-            f"--architecture {args.architecture}: neither an architecture ({', '.join(presets)}) nor a config.json"
-        )
-    config = configs.load(path)
-    if not isinstance(config, PDAEConfig):
-        raise UserError(f"{path}: describes a prior; expected the config.json of a PDAE")
-    return config
-
-
-def build_model(args) -> Prior | PDAE:
-    """The model to train: fresh, or around the prior of --init-from."""
-    torch.manual_seed(args.seed)
-    if args.task == "prior":
-        if args.init_from:
-            return Prior.from_pretrained(args.init_from, **cli.foreign_options(args))
-        return Prior(_architecture(args).prior)
-    if not args.init_from:
-        raise UserError(
-            f"train {args.task} needs a pre-trained prior: give --init-from NAME, DIR or FILE (or train prior first)"
-        )
-    prior = Prior.from_pretrained(args.init_from, **cli.foreign_options(args))
-    config = _architecture(args)
-    if args.task == "pdae" and args.freeze_encoder:
-        return warm_start.around(PDAE.from_pretrained(args.start_from), prior, args.start_from)
-    model = PDAE.from_prior(prior, latent_dim=config.latent_dim, encoder_channel=config.encoder_channel)
-    if args.task == "pdae" and args.start_from:
-        warm_start.take_trained_half(model, PDAE.from_pretrained(args.start_from), args.start_from)
-    return model
+LEARNED_SIGMA = (
+    "note: the learned variance of this prior is not trained further; its rows of the last convolution stay as they are"
+)
 
 
 def _check(args) -> None:
@@ -122,16 +91,48 @@ def _check(args) -> None:
 
 
 def _image_task(args, device: torch.device):
-    """Task, data set and preview of train prior and train pdae."""
+    """Task, data set and preview of train prior, train pdae and train diffae."""
     model = build_model(args)
     channels, size, _ = model.image_shape
     dataset = open_dataset(args.data, size, channels, split="train")
+    labels = _image_labels(args, model, dataset)
     preview = None
     if args.sample_every:
         shown = torch.stack([dataset[i].image for i in range(min(IMAGES, len(dataset)))])
         preview = ImagePreview(shown, device, args.seed)
     options = {"freeze_encoder": args.freeze_encoder} if args.task == "pdae" else {}
-    return TASKS[args.task](model, args.velocity, **options), dataset, preview
+    task = TASKS[args.task](model, args.velocity, **options)
+    if labels:
+        task.record |= labels.record
+        dataset = ImagesWithRows(dataset, labels.values, range(len(dataset)))
+    _say_notes(args, model, [f"labels: {labels.source}"] if labels else [])
+    return task, dataset, preview
+
+
+def _image_labels(args, model: Prior | Autoencoder, dataset: Any) -> ImageLabels | None:
+    """The labels of ``dataset`` that a class-conditional prior needs, else None."""
+    classes = model.config.unet.num_classes
+    if classes is None:
+        for name in ("label", "attributes", "columns"):
+            if getattr(args, name, None) is not None:
+                raise UserError(f"--{name} gives a class-conditional prior its labels; this prior has no classes")
+        return None
+    if args.sample_every:
+        raise UserError("--sample-every draws no pictures of a class-conditional prior; leave it out")
+    return image_labels(dataset, classes, args.label, args.attributes, args.columns)
+
+
+def _say_notes(args, model: Prior | Autoencoder, notes: list[str]) -> None:
+    """What a user should know of the model to train."""
+    if args.quiet:
+        return
+    for line in [*(f"assumed about the model: {note}" for note in model.notes), *notes]:
+        print(line)
+    unet = model.config.unet
+    if args.task != "pdae" and not args.init_from and min(unet.widths) <= unet.norm_groups:
+        print(NARROW.format(width=min(unet.widths), groups=unet.norm_groups))
+    if args.task in ("prior", "diffae") and unet.learn_sigma:
+        print(LEARNED_SIGMA)
 
 
 @contextmanager
@@ -159,6 +160,8 @@ def _encoder_task(args, device: torch.device, group: Group):
     model = build_model(args)
     channels, size, _ = model.image_shape
     dataset = open_dataset(args.data, size, channels, split="train")
+    _check_feature_label(args, model.config.unet.num_classes)
+    _say_notes(args, model, [])
     with _in_turn(group):
         options = {"cache": _cache(args), "require": args.cached_only, "quiet": args.quiet}
         encoding = options | {"batch_size": args.encode_batch_size, "device": device}
@@ -167,7 +170,8 @@ def _encoder_task(args, device: torch.device, group: Group):
             start = _g_to_start_from(args, model)
             find = target_codes.pca_codes
             if args.target == target_codes.FEATURES:
-                find = partial(target_codes.feature_codes, model.decoder, device=device)
+                T = model.config.schedule.timesteps
+                find = partial(target_codes.feature_codes, model.decoder, device=device, T=T, label=args.label)
             options |= {"count": args.target_images, "seed": args.seed}
             latents = find(dataset, model.config.latent_dim, **options)
             if start is not None:
@@ -181,6 +185,17 @@ def _encoder_task(args, device: torch.device, group: Group):
             print(g)
         _say(args, options["cache"], latents)
     return warm_start.encoder_task(model, dataset, latents, args.holdout, args.seed, sources)
+
+
+def _check_feature_label(args, classes: int | None) -> None:
+    """A class-conditional trunk reads all images under one label."""
+    needed = classes is not None and args.target == target_codes.FEATURES
+    if needed and (args.label is None or not 0 <= args.label < classes):
+        raise UserError(
+            f"--target features of a class-conditional prior needs --label K from 0 to {classes - 1}, not {args.label}"
+        )
+    if args.label is not None and not needed:
+        raise UserError("--label is for --target features of a class-conditional prior")
 
 
 def _g_to_start_from(args, model: PDAE) -> PDAE | None:
@@ -207,9 +222,9 @@ def _g_for_codes(args, model: PDAE, start: PDAE, latents: Latents, encoding: dic
     )
 
 
-def _latents(args, device: torch.device, group: Group) -> tuple[PDAE, Latents]:
+def _latents(args, device: torch.device, group: Group) -> tuple[Autoencoder, Latents]:
     """The autoencoder of --init-from and the latents of --data by it, kept beside the run."""
-    model = PDAE.from_pretrained(args.init_from, **cli.foreign_options(args))
+    model = Autoencoder.from_pretrained(args.init_from, **cli.foreign_options(args))
     channels, size, _ = model.image_shape
     dataset = open_dataset(args.data, size, channels, split="train")
     cache = _cache(args)
@@ -243,7 +258,7 @@ def _labels(args, latents: Latents) -> Labels:
     return labels
 
 
-def _report(args, trainer: Trainer, judged: LatentSet | warm_start.ImagesWithCodes) -> str:
+def _report(args, trainer: Trainer, judged: LatentSet | ImagesWithRows) -> str:
     """Write metrics.json of the classifier or encoder that users get; returns its table."""
     model = trainer.task.export(trainer.ema)
     if args.task == "encoder":
@@ -282,10 +297,8 @@ def _train(args, group: Group) -> None:
     options.check(args.task, device, group.size)
     args.quiet = args.quiet or not group.first
     judged = preview = None
-    if args.task in ("prior", "pdae"):
+    if args.task in ON_IMAGES:
         task, dataset, preview = _image_task(args, device)
-        if args.task == "prior" and not args.quiet and task.config.unet.base_channel == NORM_GROUPS:
-            print(NARROW)
     elif args.task == "encoder":
         task, dataset, judged = _encoder_task(args, device, group)
     else:

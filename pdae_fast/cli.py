@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .files import atomic_write
+from .files import atomic_write, claims
 
 DEFAULT_MODEL = "fashion32"
 # What a user's machine may say to any write; the rest of OSError would be a defect here and keeps its traceback.
@@ -97,14 +97,15 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
 
     previous = signal.signal(signal.SIGTERM, terminate)
     try:
-        main(argv)
+        with claims():
+            main(argv)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in SYSTEM_REFUSES:
             raise
-        print(f"error: {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; files written so far are complete", file=sys.stderr)

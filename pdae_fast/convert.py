@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,9 +20,10 @@ from .checkpoints.directory import CONFIG_NAME
 from .checkpoints.official import limits, official_paths, save_official
 from .config import PDAEConfig
 from .errors import UserError
-from .files import make_folder
+from .files import LOCK, claim_folder, claim_place, is_unfinished, left_by_kill, make_folder
 from .models import PDAE, Prior
 
+_WORK = "convert"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 # Options of this command, beside the shared ones, that go to checkpoints.load as they are.
 _READING = (
@@ -68,15 +70,19 @@ def _convert(argv: list[str] | None) -> None:
     out = Path(args.out).expanduser()
     if args.to == "pdae_fast":
         _check_directory(out, args.overwrite)
+        claim_folder(out, _WORK)
     options = cli.foreign_options(args) | {name: getattr(args, name) for name in _READING if hasattr(args, name)}
     loaded = checkpoints.load(args.source, **options)
     model = _build(loaded)
     dtype = _DTYPES[args.dtype]
     if args.to == "official":
-        _check_files(out, args, loaded)
+        paths = _check_files(out, args, loaded)
         make_folder(out.parent)
+        for path in paths:
+            claim_place(path, _WORK)
         written = list(save_official(out, model.config, model.state_dict(), dtype).values())
     else:
+        _retire(out / CONFIG_NAME, model)
         model.save_pretrained(out, dtype)
         written = [out]
     if not args.quiet:
@@ -92,7 +98,10 @@ def _build(loaded: Loaded) -> PDAE | Prior:
 def _check_directory(out: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: a file; expected a directory to write into (--to official writes a file)")
-    if overwrite or not out.is_dir() or not any(out.iterdir()):
+    # What a killed conversion left is its own.
+    if overwrite or not out.is_dir() or left_by_kill(out, _WORK):
+        return
+    if all(path.name == LOCK or is_unfinished(path.name) for path in out.iterdir()):
         return
     try:
         config.load(out / CONFIG_NAME)
@@ -102,15 +111,26 @@ def _check_directory(out: Path, overwrite: bool) -> None:
         ) from None
 
 
-def _check_files(out: Path, args: argparse.Namespace, loaded: Loaded) -> None:
+def _retire(path: Path, model: PDAE | Prior) -> None:
+    """Remove an earlier configuration that is not the model's: it must not stand beside the new weights for a moment.
+    The new one is written last."""
+    with suppress(OSError):
+        if path.read_text(encoding="utf-8", errors="replace") != config.dumps(model.config):
+            path.unlink()
+
+
+def _check_files(out: Path, args: argparse.Namespace, loaded: Loaded) -> list[Path]:
+    """The files to write."""
     if out.suffix not in (".pt", ".pth", ".ckpt"):
         raise UserError(f"{out}: expected the name of a .pt file to write with --to official")
     source = Path(args.source).expanduser()
-    for path in official_paths(out, loaded.config).values():
+    paths = list(official_paths(out, loaded.config).values())
+    for path in paths:
         if path.exists() and source.exists() and path.samefile(source):
             raise UserError(f"{path}: the source itself; expected another file to write")
-        if path.exists() and not args.overwrite:
+        if path.exists() and not args.overwrite and not left_by_kill(path, _WORK, inside=False):
             raise UserError(f"{path}: exists; expected a new file (or --overwrite)")
+    return paths
 
 
 def _summary(args: argparse.Namespace, loaded: Loaded, model: PDAE | Prior, written: list[Path]) -> str:

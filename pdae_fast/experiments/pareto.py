@@ -19,7 +19,7 @@ from .. import cli
 from ..data import none_read, stream
 from ..engine.device import describe_device
 from ..errors import UserError
-from ..files import atomic_write, make_folder
+from ..files import atomic_write, claim_folder
 from ..metrics import METRICS
 from ..pipeline import Pipeline
 from ..plots import COLOURS, chart
@@ -343,7 +343,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if not args.no_plot:
         _needs_matplotlib()
-    make_folder(run.out)
+    claim_folder(run.out)
     todo = remaining(run, table)
     each = [candidate.evaluations(run.pipe, mode) + REFERENCE_STEPS for candidate, mode in todo]
     broken: list[tuple[str, str]] = []

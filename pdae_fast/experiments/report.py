@@ -23,7 +23,7 @@ from .. import __version__, cli
 from ..engine import resolve_device, resolve_dtype
 from ..engine.device import describe_device
 from ..errors import UserError
-from ..files import atomic_write, make_folder
+from ..files import atomic_write, claim_folder, make_folder
 from ..models import PDAE
 from . import common
 from .report_experiments import EXPERIMENTS, Experiment, choose
@@ -286,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
     spec = common.data_spec(args, model)
     dataset = common.open_data(args, model, spec, "test")
     out = Path(args.out)
-    make_folder(out)
+    claim_folder(out)
     job = {
         "weights": common.fingerprint(model),
         "names": common.names_digest(dataset),

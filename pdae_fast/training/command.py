@@ -21,7 +21,7 @@ from ..data.attributes import class_names, file_labels
 from ..data.latents import Latents, LatentSet, cache_path, encode_dataset, split, weights_fingerprint
 from ..engine import resolve_device
 from ..errors import UserError
-from ..files import make_folder
+from ..files import claim_folder
 from ..models import PDAE, Prior
 from ..processes import Group, processes
 from . import codes, target_codes, warm_start
@@ -85,8 +85,7 @@ def _check(args) -> None:
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     out = Path(args.out)
-    if not args.resume and (out / CHECKPOINT_NAME).exists():
-        raise UserError(f"{out} already holds a run; add --resume to continue it, or choose another --out")
+    _check_new(args)
     for name in ("init_from", "start_from", "target"):
         source = getattr(args, name, None)
         if source and out.is_dir() and Path(source).is_dir() and out.samefile(source):
@@ -121,6 +120,11 @@ def _check(args) -> None:
             read_attributes(args.attributes, args.columns)
 
 
+def _check_new(args) -> None:
+    if not args.resume and (Path(args.out) / CHECKPOINT_NAME).exists():
+        raise UserError(f"{args.out} already holds a run; add --resume to continue it, or choose another --out")
+
+
 def _image_task(args, device: torch.device):
     """Task, data set and preview of train prior and train pdae."""
     model = build_model(args)
@@ -145,7 +149,6 @@ def _in_turn(group: Group) -> Iterator[None]:
 
 
 def _cache(args) -> Path:
-    make_folder(args.out)  # an --out that cannot be is better known before the encoding
     return Path(args.latents) if args.latents else Path(args.out).absolute().parent / "latents"
 
 
@@ -280,6 +283,9 @@ def _train(args, group: Group) -> None:
     out, device = Path(args.out), resolve_device(group.device(args.device))
     options = StepOptions(**{name: getattr(args, name, False) for name in STEP_HELP})
     options.check(args.task, device, group.size)
+    if group.first:
+        claim_folder(out)
+        _check_new(args)  # again: a run may have ended since
     args.quiet = args.quiet or not group.first
     judged = preview = None
     if args.task in ("prior", "pdae"):

@@ -6,14 +6,13 @@ from __future__ import annotations
 import json
 import math
 import pickle
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import config as configs
-from ..checkpoints.directory import CONFIG_NAME, WEIGHTS_NAME, save_torch
+from ..checkpoints.directory import save_torch
 from ..errors import UserError
 from ..files import atomic_write
 
@@ -24,15 +23,6 @@ FORMAT = "pdae_fast-run-1"
 def save(path: Path, contents: dict[str, Any]) -> None:
     """Write the checkpoint, whole or not at all; UserError when the system refuses."""
     save_torch(path, {"format": FORMAT, **contents})
-
-
-def discard_unfinished(out: Path) -> None:
-    """Remove what a process that was killed while writing left in ``out``: nothing else removes it, and a checkpoint
-    can be gigabytes. Of the names that atomic_write gives, only those of a run's own files."""
-    for name in (CHECKPOINT_NAME, WEIGHTS_NAME, CONFIG_NAME, "train.json", "log.jsonl"):
-        for path in out.glob(f".{name}.*.tmp"):
-            with suppress(OSError):
-                path.unlink()
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .. import config as configs
 from ..errors import UserError
-from ..files import atomic_write, make_folder
+from ..files import atomic_write, clear_unfinished, make_folder
 from ..models import PDAE, Prior
 from ..processes import Group
 from . import distributed, state
@@ -326,7 +326,7 @@ class Trainer:
         if not self.group.first:
             return
         make_folder(self.out)
-        state.discard_unfinished(self.out)
+        clear_unfinished(self.out)  # a checkpoint can be gigabytes
         with atomic_write(self.out / "train.json", "w") as file:
             values = {**dataclasses.asdict(self.settings), **self.notes, **self.task.record}
             if self.options.chosen():

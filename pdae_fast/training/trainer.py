@@ -93,10 +93,12 @@ class Trainer:
 
     def resume(self) -> None:
         """Continue the run in ``out`` exactly where its last checkpoint left it."""
-        saved = state.load(self.out / state.CHECKPOINT_NAME)
+        path = self.out / state.CHECKPOINT_NAME
+        saved = state.load(path)
         self.settings.check_resumable(saved["settings"])
         count, task = len(self.dataset), self.task
         state.check_same_run(saved, self.out, self._config(), task.units, count, task.record)
+        state.check_whole(path, saved, self.model, self.ema, self.parameters)
         self.model.load_state_dict(saved["model"])
         self.ema.load_state_dict(saved["ema"])
         load_optimizer(self.optimizer, saved["optimizer"])

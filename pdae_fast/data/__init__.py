@@ -2,10 +2,10 @@
 
 from pdae_fast.data.attributes import Attributes, Labels, labels_for, read_attributes
 from pdae_fast.data.avatars import make_avatars
-from pdae_fast.data.diffae_lmdb import DiffAELMDB
 from pdae_fast.data.folder import ImageFiles
 from pdae_fast.data.idx import FASHION_CLASSES, FashionMNIST, read_idx
 from pdae_fast.data.images import save_grid, save_images
+from pdae_fast.data.lmdb_images import LMDBImages
 from pdae_fast.data.preprocess import load_image
 from pdae_fast.data.sample import Batch, BrokenImage, Sample, collate
 from pdae_fast.data.spec import open_dataset
@@ -16,9 +16,9 @@ __all__ = [
     "Attributes",
     "Batch",
     "BrokenImage",
-    "DiffAELMDB",
     "FashionMNIST",
     "ImageFiles",
+    "LMDBImages",
     "Labels",
     "Sample",
     "collate",

@@ -13,17 +13,17 @@ _ORIENTATION = (b"Raw profile type exif\0", b"Raw profile type APP1\0", b"XML:co
 _LONGEST = 1 << 20  # bytes of a text, unpacked: Pillow reads no more
 
 
-def checked(content: bytes) -> bytes:
-    """``content``, a PNG file, without its texts and colour profile, which have no part in the pixels.
+def checked(content: bytes) -> tuple[bytes, bool]:
+    """``content``, a PNG file, without its texts and colour profile, which have no part in the pixels; and whether it
+    ends as it should.
 
-    Raises ValueError, saying what is wrong, for a chunk whose CRC is not that of its bytes (PNG specification, 5.3)
-    and for a file that ends before its IEND.
+    Raises ValueError, saying what is wrong, for a chunk whose CRC is not that of its bytes (PNG specification, 5.3).
     """
     view, place = memoryview(content), len(SIGNATURE)
     pieces = [view[:place]]
     while True:
         if place + _HEAD.size > len(view):
-            raise ValueError("truncated: the file ends without an IEND chunk")
+            return b"".join(pieces), False
         length, kind = _HEAD.unpack_from(view, place)
         end = place + _HEAD.size + length + _TAIL.size
         if end > len(view):
@@ -35,7 +35,7 @@ def checked(content: bytes) -> bytes:
             pieces.append(view[place:end])
         place = end
         if kind == b"IEND":
-            return b"".join(pieces)
+            return b"".join(pieces), True
 
 
 def _name(kind: bytes) -> str:

@@ -117,15 +117,18 @@ def _decode(path: str | os.PathLike, content: bytes | None) -> Image.Image:
         raise BrokenImage(path, "not a plain file" if os.path.exists(path) else "no such file")
     if (os.path.getsize(path) if content is None else len(content)) == 0:
         raise BrokenImage(path, "the file is empty")
+    whole = True
     try:
         if content is None:
             with open(path, "rb") as file:
                 if file.read(len(png.SIGNATURE)) == png.SIGNATURE:
                     content = png.SIGNATURE + file.read()
         if content is not None and content.startswith(png.SIGNATURE):
-            content = png.checked(content)
+            content, whole = png.checked(content)
         with Image.open(path if content is None else BytesIO(content), formats=_FORMATS) as image:
             image.load()
+            if not whole:
+                raise ValueError("truncated: the file ends without an IEND chunk")
             _turn_upright(image)
             return image
     except MemoryError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -77,6 +78,15 @@ def crop_for(asked: str | None, config: Any) -> str | None:
     """What --crop says, else the configuration of the model; None where neither says more than the default."""
     own = getattr(config, "crop", CROPS[0])
     return asked or (own if own != CROPS[0] else None)
+
+
+def add_crop(p: argparse.ArgumentParser) -> None:
+    """The option --crop, of every command that reads images (see `crop_for`)."""
+    p.add_argument(
+        "--crop",
+        choices=CROPS,
+        help="of images: the centre square, or that of aligned CelebA (default: the model's, else centre)",
+    )
 
 
 def _noted(dataset: ImageFiles | LMDBImages, crop: str | None) -> ImageFiles | LMDBImages:

@@ -145,6 +145,7 @@ def job(run: Run) -> dict[str, Any]:
         "images": len(run.dataset),
         "names": names_digest(run.dataset),
         "background": args.background,
+        "crop": args.crop,
         "seed": args.seed,
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "plan": pipe.plan.name,

@@ -91,18 +91,24 @@ class Trainer:
 
     # -- state -----------------------------------------------------------------------------------------------------
 
-    def resume(self) -> None:
-        """Continue the run in ``out`` exactly where its last checkpoint left it."""
+    def resume(self, may_lack: bool = False) -> int:
+        """Continue the run in ``out`` exactly where its last checkpoint left it.
+
+        may_lack: whether the data set may have lost images since, whose number is returned; the order of the others is
+        then that of a run which never had them.
+        """
         path = self.out / state.CHECKPOINT_NAME
         saved = state.load(path)
         self.settings.check_resumable(saved["settings"])
         count, task = len(self.dataset), self.task
-        state.check_same_run(saved, self.out, self._config(), task.units, count, task.record)
+        fewer = saved["images"] - count if may_lack and count < saved["images"] else 0
+        state.check_same_run(saved, self.out, self._config(), task.units, count + fewer, task.record)
         state.check_whole(path, saved, self.model, self.ema, self.parameters)
         self.model.load_state_dict(saved["model"])
         self.ema.load_state_dict(saved["ema"])
         load_optimizer(self.optimizer, saved["optimizer"])
         self.step = self.saved_step = saved["step"]
+        return fewer
 
     def save(self) -> None:
         """Write the checkpoint, then the users' model; each is replaced whole. All processes call it, one writes.
@@ -238,6 +244,8 @@ class Trainer:
             if self.out.is_dir():
                 self.save()
                 note = f"step {self.step} is saved in {self.out}, --resume continues once the file is whole"
+                if self.task.units == "images":
+                    note += ", with --on-error skip without it"
                 reason = f"{reason or 'another process could not read its images'}; {note}"
             distributed.agree(self.group, 0)  # nobody leaves before the checkpoint is written
             raise UserError(reason) from failure

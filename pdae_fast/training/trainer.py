@@ -319,12 +319,12 @@ class Trainer:
                     bar.set_postfix(loss=f"{values['loss']:.4g}", images=f"{values['images_per_second']:.1f}/s")
                     self._log(values)
                     steps, since = 0, time.perf_counter()
-                if self.step % self.save_every == 0:
-                    self.save()
                 if self.preview and self.sample_every and self.step % self.sample_every == 0:
                     with self._advice():
                         self.losses.check()
-                    self._preview()
+                    self._preview()  # before the checkpoint, after which a resumed run does not come here again
+                if self.step % self.save_every == 0:
+                    self.save()
             self.save()
             distributed.agree(self.group, 0)  # nobody leaves before the checkpoint is written
         return self._stop

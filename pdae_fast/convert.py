@@ -125,10 +125,11 @@ def _check_files(out: Path, args: argparse.Namespace, loaded: Loaded) -> list[Pa
         raise UserError(f"{out}: expected the name of a .pt file to write with --to official")
     source = Path(args.source).expanduser()
     paths = list(official_paths(out, loaded.config).values())
+    unfinished = any(left_by_kill(path, _WORK, inside=False) for path in paths)
     for path in paths:
         if path.exists() and source.exists() and path.samefile(source):
             raise UserError(f"{path}: the source itself; expected another file to write")
-        if path.exists() and not args.overwrite and not left_by_kill(path, _WORK, inside=False):
+        if path.exists() and not args.overwrite and not unfinished:
             raise UserError(f"{path}: exists; expected a new file (or --overwrite)")
     return paths
 

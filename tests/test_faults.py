@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import signal
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -18,11 +19,17 @@ import numpy as np
 import pytest
 import torch
 
+import idx_files
 import killing
 from helpers import TINY, TINY_FULL, image_folder, tiny_pdae
 from pdae_fast import cli, config, convert, encode, evaluate, interpolate, reconstruct, sample, train
 from pdae_fast.data import __main__ as avatars
+from pdae_fast.data import load_image, open_dataset, read_attributes
+from pdae_fast.data.avatars import is_avatars
+from pdae_fast.data.latents import encode_dataset
+from pdae_fast.errors import UserError
 from pdae_fast.files import claim_folder, claim_place
+from pdae_fast.training.curves import read_log
 
 if not hasattr(os, "fork"):
     pytest.skip("needs fork", allow_module_level=True)
@@ -54,7 +61,7 @@ def jobs(shared):
         "reconstruct": (reconstruct.main, *run, *small),
         "evaluate": (evaluate.main, *run, "--steps", 2, "--batch-size", 3),
         "sample": (sample.main, *run, *small, "--count", 2, "--latent-steps", 2),
-        "interpolate": (interpolate.main, *run, *small, "--points", 2, "--kinds", "z"),
+        "interpolate": (interpolate.main, *run, *small, "--points", 2, "--kinds", "latent"),
         "avatars": (avatars.main, "avatars", "--out", "out", "--count", 4, "--pairs", 1, "--size", 16, "--workers", 1,
                     "--quiet"),
         "convert": (convert.main, shared / "model", "--out", "out", "--quiet"),
@@ -78,7 +85,8 @@ def call(job, folder):
         main, *argv = job
         if main is train.main and Path("out/checkpoint.pt").exists():
             argv.append("--resume")
-        return cli.run(main, [str(a) for a in argv])
+        argv = [str(a) for a in argv]
+        return main(argv) if main is convert.main else cli.run(main, argv)
 
     return command
 
@@ -129,11 +137,18 @@ def _values(value):
 
 # -- kills -------------------------------------------------------------------------------------------------------------
 
+
+def some(names, short):
+    """Only the names ``short`` in the short form."""
+    long = pytest.mark.skipif(MANY == 1, reason="part of the long form: FAULTS=2 or more")
+    return [name if name in short else pytest.param(name, marks=long) for name in names]
+
+
 KILLED = ("train prior", "train latent", "encode", "reconstruct", "evaluate", "avatars", "convert", "convert back")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*KILLED, "export"])
+@pytest.mark.parametrize("name", some([*KILLED, "export"], ("train latent", "encode", "reconstruct", "convert")))
 def test_killed_again_and_again_it_ends_as_one_that_was_not(tmp_path, shared, name):
     needs(name)
     job = jobs(shared)[name]
@@ -143,7 +158,7 @@ def test_killed_again_and_again_it_ends_as_one_that_was_not(tmp_path, shared, na
     rounds = MANY if name != "export" else -(-MANY // 4)
     for number in range(rounds):
         folder = tmp_path / f"killed-{number}"
-        for _ in range(3 if MANY == 1 else 8):
+        for _ in range(1 if MANY == 1 else 4):
             if number % 3 == 1:
                 ended = killing.run(call(job, folder), after=float(random.uniform(0, straight.seconds)))
             else:
@@ -159,7 +174,7 @@ def test_killed_again_and_again_it_ends_as_one_that_was_not(tmp_path, shared, na
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["convert", "convert back"])
+@pytest.mark.parametrize("name", some(["convert", "convert back"], ["convert"]))
 def test_a_conversion_killed_before_every_change_is_done_by_the_same_command(tmp_path, shared, name):
     job = jobs(shared)[name]
     straight = killing.run(call(job, tmp_path / "straight"))
@@ -192,7 +207,9 @@ def test_a_second_process_is_refused_in_one_line_and_changes_nothing(tmp_path, s
         before = killing.content(tmp_path)
         ended = killing.run(call(jobs(shared)[name], tmp_path))
         assert ended.status == 2 and ended.out == "" and killing.content(tmp_path) == before
-        assert re.fullmatch(r"error: another process is writing to out.*; wait until it ends.*\n", ended.err), ended.err
+        assert re.fullmatch(r"error: another process is writing to .*out.*; wait until it ends.*\n", ended.err), (
+            ended.err
+        )
 
 
 def read_only(out):
@@ -240,7 +257,7 @@ def test_a_read_only_output(tmp_path, shared, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", some(WRITERS, ("encode", "evaluate", "convert", "convert back")))
 def test_a_disk_that_is_full_after_so_many_bytes(tmp_path, shared, name):
     """One line that names a file; with room the same command ends as if nothing had been."""
     needs(name)
@@ -264,3 +281,133 @@ def test_a_disk_that_is_full_after_so_many_bytes(tmp_path, shared, name):
         assert "standard output" not in lines[0]
         again = killing.run(call(job, folder))
         assert again.status == 0 and results(folder) == expected, again.err
+
+
+# -- damaged files -----------------------------------------------------------------------------------------------------
+
+
+def mutated(data, random, other):
+    """``data`` with one thing wrong; ``other``: another kind of file, for its head."""
+    half, place = len(data) // 2, int(random.integers(0, max(1, len(data))))
+    kind = int(random.integers(0, 8))
+    if kind <= 1 and data:
+        return data[:place] + bytes([data[place] ^ 1 << int(random.integers(8))]) + data[place + 1 :]
+    if kind == 2:
+        return data[:place]
+    if kind == 3:
+        return data[:place] + random.bytes(int(random.integers(1, 9))) + data[place:]
+    if kind == 4:
+        return data[:place] + data[place + int(random.integers(1, 64)) :]
+    if kind == 5:
+        return other[:64] + data[64:]
+    if kind == 6:
+        return data[half:] + data[:half]
+    numbers = list(re.finditer(rb"-?[0-9]+(\.[0-9]+)?", data[: 1 << 16]))
+    if not numbers:
+        return data[:place] + bytes(16) + data[place + 16 :]
+    number = numbers[int(random.integers(0, len(numbers)))]
+    wild = (b"1e400", b"-1", b"NaN", b"1" + b"0" * 30, b"9" * 5000, b'"x"', b"null", b"[]", b"{}", b"", "²".encode())
+    return data[: number.start()] + wild[int(random.integers(0, len(wild)))] + data[number.end() :]
+
+
+def kinds(folder, shared):
+    """Kind of file -> its path, a function that reads it, and whether every damage of it can be told."""
+    data = image_folder(folder / "images", 4)
+    idx = idx_files.write_set(folder / "idx", count=6)
+    rows = "".join(f"{i:06d}.jpg {' '.join(str(j * i % 3 - 1) for j in range(3))}\n" for i in range(5))
+    (folder / "celeba.txt").write_text(f"5\nBald Smiling Young\n{rows}")
+    (folder / "table.csv").write_text("image,a,b,hair\n" + "".join(f"{i}.png,{i % 2},0.5,red\n" for i in range(5)))
+    (folder / "log.jsonl").write_text("".join(json.dumps({"step": i, "loss": 1 / (i + 1)}) + "\n" for i in range(9)))
+    (folder / "manifest.json").write_text(json.dumps({"format": "pdae_fast avatars", "seed": 3, "size": 16}))
+    model, parts = tiny_pdae(), folder / "encoded" / "out" / "parts"
+
+    def latents():
+        found = encode_dataset(model, open_dataset(data, 32, 1), folder / "cache", device="cpu", quiet=True)
+        return found.z.numpy().tobytes(), found.names, found.labels
+
+    def labels(path):
+        found = read_attributes(path)
+        return found.images, found.columns, found.values.tolist()
+
+    def first_of_idx():
+        return [open_dataset(idx, 32, 1)[i].image.numpy().tobytes() for i in range(6)]
+
+    def log():
+        return [values.tolist() for values in read_log(folder)]
+
+    latents()
+    return {
+        "PNG": (data / "01.png", lambda: load_image(data / "01.png", 32, 1).numpy().tobytes(), True),
+        "latents": (next((folder / "cache").iterdir()), latents, True),
+        "IDX": (next(idx.glob("train-images*")), first_of_idx, next(idx.glob("train-images*")).suffix == ".gz"),
+        "CelebA's list": (folder / "celeba.txt", lambda: labels(folder / "celeba.txt"), False),
+        "CSV": (folder / "table.csv", lambda: labels(folder / "table.csv"), False),
+        "log": (folder / "log.jsonl", log, False),
+        "manifest": (folder / "manifest.json", lambda: is_avatars(folder), False),
+        **_parts(folder, shared, parts),
+    }
+
+
+def _parts(folder, shared, parts):
+    """The files of an encoding that was stopped after its first block."""
+    job, here = jobs(shared)["encode"], folder / "encoded"
+    killing.run(call(job, here), at=14)
+    begun = killing.content(here)
+    assert any(name.endswith(".jsonl") and data for name, data in begun.items()), begun.keys()
+
+    def finished(path):
+        damaged = path.read_bytes()
+        for name, data in begun.items():
+            put(here / name, damaged if here / name == path else data or b"")
+        ended = killing.run(call(job, here))
+        if ended.status == 2:
+            raise UserError(ended.err.removeprefix("error: ").removesuffix("\n"))
+        assert ended.status == 0, ended.err
+        return results(here)
+
+    return {
+        f"journal's {path.name}": (path, partial(finished, path), True)
+        for path in (here / name for name in begun if "parts/" in name)
+        if path.is_file()
+    }
+
+
+def put(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+def _too_long(number, frame):
+    raise AssertionError("it hangs")
+
+
+@pytest.mark.slow
+def test_damaged_files_are_refused_or_give_what_the_whole_ones_give(tmp_path, shared, capfd):
+    previous = signal.signal(signal.SIGALRM, _too_long)
+    random, table = np.random.default_rng(7), {}
+    files = kinds(tmp_path, shared)
+    other = {name: path.read_bytes() for name, (path, _, _) in files.items()}
+    try:
+        for name, (path, read, told) in files.items():
+            whole, outcomes = other[name], Counter()
+            put(path, whole)
+            expected = read()
+            for _ in range((6 if name.startswith("journal") else 30) * MANY):
+                put(path, mutated(whole, random, other[str(random.choice(list(other)))]))
+                signal.alarm(60)
+                try:
+                    found = read()
+                except UserError as error:
+                    assert "\n" not in str(error) and len(str(error)) < 2000
+                    outcomes["refused"] += 1
+                else:
+                    outcomes["same" if found == expected else "other"] += 1
+                    assert found == expected or not told, name
+                signal.alarm(0)
+            put(path, whole)
+            table[name] = outcomes
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+    with capfd.disabled():
+        print("".join(f"\n{name}: {dict(outcomes)}" for name, outcomes in table.items()))

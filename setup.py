@@ -49,9 +49,10 @@ extras = {
         "pytest-benchmark>=5",
         "ruff>=0.15",
         "pyyaml",
-        # Independent implementations that the metrics are tested against.
+        # Independent implementations that the metrics and the readers of foreign models are tested against.
         "scipy",
         "torchmetrics>=1.9",
+        "diffusers>=0.30",
         "triton>=3.6; platform_system == 'Linux'",
     ],
 }

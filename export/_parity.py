@@ -35,10 +35,13 @@ BFLOAT16_NOTE = (
 
 
 class PlainModules:
-    """The plain modules in float32, on random inputs of ``seed``; one method for every exported graph."""
+    """The plain modules in float32, on random inputs of ``seed``; one method for every exported graph.
 
-    def __init__(self, model: PDAE | Prior, seed: int) -> None:
-        self.model, self.schedule = model, build_schedule(model.config.schedule)
+    ``label`` is the class of every image, of a class-conditional network.
+    """
+
+    def __init__(self, model: PDAE | Prior, seed: int, label: int | None = None) -> None:
+        self.model, self.schedule, self.label = model, build_schedule(model.config.schedule), label
         self.generator = torch.Generator().manual_seed(seed)
 
     def images(self, count: int) -> Tensor:
@@ -70,7 +73,8 @@ class PlainModules:
         @torch.inference_mode()
         def evaluate(x: Tensor, t: int, use_gradient: bool) -> tuple[Tensor, Tensor | None]:
             times = torch.full((len(x),), t, dtype=torch.int64)
-            return self.model(x, times, z) if z is not None else (self.model(x, times), None)
+            y = None if self.label is None else torch.full((len(x),), self.label)
+            return self.model(x, times, z, y) if z is not None else (self.model(x, times, y), None)
 
         return evaluate
 

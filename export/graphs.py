@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import NORM_GROUPS
-from ..engine.rewrites import AffineTable, resblocks, time_embeddings
+from ..engine.rewrites import Affine, AffineTable, resblocks, time_embeddings
 from ..kernels import ddim_coefficients
 from ..models import PDAE, Prior
 from ..models.layers import AttentionBlock, ResBlock, Stage
@@ -36,9 +35,10 @@ class Norm(nn.Module):
     far from zero, more precisely.
     """
 
-    def __init__(self, channels: int, form: str) -> None:
+    def __init__(self, layer: nn.GroupNorm, form: str) -> None:
         super().__init__()
-        self.form = form
+        self.form, self.groups, self.eps = form, layer.num_groups, layer.eps
+        channels = layer.num_channels
         self.register_buffer("ones", torch.ones(channels), persistent=False)
         self.register_buffer("zeros", torch.zeros(channels), persistent=False)
 
@@ -46,10 +46,10 @@ class Norm(nn.Module):
         x = x.float()
         if self.form == "group":
             if multiplier.ndim == 1:
-                return F.group_norm(x, NORM_GROUPS, multiplier, addend)
-            normal = F.group_norm(x, NORM_GROUPS, self.ones, self.zeros)
+                return F.group_norm(x, self.groups, multiplier, addend, self.eps)
+            normal = F.group_norm(x, self.groups, self.ones, self.zeros, self.eps)
         else:
-            normal = F.instance_norm(x.reshape(x.shape[0], NORM_GROUPS, -1)).reshape(x.shape)
+            normal = F.instance_norm(x.reshape(x.shape[0], self.groups, -1), eps=self.eps).reshape(x.shape)
         return normal * multiplier[..., None, None] + addend[..., None, None]
 
 
@@ -57,7 +57,7 @@ class FixedNorm(Norm):
     """A Norm whose affine is the layer's own."""
 
     def __init__(self, layer: nn.GroupNorm, form: str) -> None:
-        super().__init__(layer.num_channels, form)
+        super().__init__(layer, form)
         self.weight = nn.Parameter(layer.weight.detach().float(), requires_grad=False)
         self.bias = nn.Parameter(layer.bias.detach().float(), requires_grad=False)
 
@@ -75,18 +75,21 @@ class TracedResidual(nn.Module):
 
     def __init__(self, block: ResBlock, dtype: torch.dtype, form: str) -> None:
         super().__init__()
-        self.dtype, self.resample = dtype, block._resample
+        self.dtype, self.resample, self.divisor = dtype, block._resample, block.divisor
         self.norm_in = FixedNorm(block.in_layers[0], form)
         self.conv_in = as_dtype(block.in_layers[2], dtype)
-        self.norm_out = Norm(block.out_layers[0].num_channels, form)
+        self.norm_out = Norm(block.out_layers[0], form)
         self.conv_out = as_dtype(block.out_layers[3], dtype)
         self.skip = as_dtype(block.skip_connection, dtype)
 
-    def forward(self, x: Tensor, affine: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, affine: Affine) -> Tensor:
         h = F.silu(self.norm_in(x)).to(self.dtype)
         h = self.conv_in(self.resample(h))
-        h = self.conv_out(F.silu(self.norm_out(h, *affine)).to(self.dtype))
-        return self.skip(self.resample(x)) + h
+        if affine.offset is not None:
+            h = h.float() + affine.offset[..., None, None]
+        h = self.conv_out(F.silu(self.norm_out(h, affine.multiplier, affine.addend)).to(self.dtype))
+        out = self.skip(self.resample(x)) + h
+        return out if self.divisor == 1 else out / self.divisor
 
 
 class TracedAttention(nn.Module):
@@ -97,8 +100,8 @@ class TracedAttention(nn.Module):
 
     def __init__(self, block: AttentionBlock, dtype: torch.dtype, form: str) -> None:
         super().__init__()
-        self.dtype, self.heads, self.split_heads = dtype, block.heads, block.split_heads
-        self.norm = FixedNorm(block.norm, form)
+        self.dtype, self.heads, self.split_heads, self.divisor = dtype, block.heads, block.split_heads, block.divisor
+        self.norm = traced(block.norm, dtype, form)
         self.qkv, self.proj = (self._convolution(layer, dtype) for layer in (block.qkv, block.proj_out))
 
     @staticmethod
@@ -114,7 +117,8 @@ class TracedAttention(nn.Module):
         q, k, v = self.split_heads(rows)
         logits = (q * (C // self.heads) ** -0.5) @ k.transpose(-1, -2)
         h = logits.float().softmax(-1).to(self.dtype) @ v
-        return x + self.proj(h.transpose(-1, -2).reshape(B, C, H, W))
+        out = x + self.proj(h.transpose(-1, -2).reshape(B, C, H, W))
+        return out if self.divisor == 1 else out / self.divisor
 
 
 def traced(layer: nn.Module, dtype: torch.dtype, form: str) -> nn.Module:
@@ -133,7 +137,7 @@ class TracedStages(nn.Module):
         super().__init__()
         self.stages = nn.ModuleList(nn.ModuleList(traced(layer, dtype, form) for layer in stage) for stage in stages)
 
-    def run(self, index: int, x: Tensor, affines: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def run(self, index: int, x: Tensor, affines: list[Affine]) -> Tensor:
         """Stage ``index``; takes the affines it needs from the front of ``affines``."""
         for layer in self.stages[index]:
             x = layer(x, affines.pop(0)) if isinstance(layer, TracedResidual) else layer(x)
@@ -153,34 +157,43 @@ class TracedDecoder(TracedStages):
         self.head.weight = nn.Parameter(self.head.weight[:channels].clone(), requires_grad=False)
         self.head.bias = nn.Parameter(self.head.bias[:channels].clone(), requires_grad=False)
 
-    def forward(self, skips: list[Tensor], affines: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def forward(self, skips: list[Tensor], affines: list[Affine]) -> Tensor:
         h = self.run(0, skips[-1], affines)
         for i, skip in enumerate(reversed(skips), start=1):
             h = self.run(i, torch.cat([h, skip], dim=1), affines)
         return self.head(F.silu(self.norm(h)).to(self.head.weight.dtype)).float()
 
 
-def _tables(unet: UNet) -> tuple[AffineTable, AffineTable, AffineTable | None]:
-    """Those of the trunk, of the eps-decoder and of the G-decoder."""
+def _tables(unet: UNet) -> list[AffineTable]:
+    """Those of the trunk, of the eps-decoder and, of a PDAE, of the G-decoder."""
     stages = [[*unet.input_blocks], [unet.middle_block, *unet.output_blocks]]
     if isinstance(unet, PDAEDecoder):
         stages.append([unet.shift_middle_block, *unet.shift_output_blocks])
-    tables = [AffineTable([b for stage in part for b in resblocks(stage)]) for part in stages]
-    return (*tables, None) if len(tables) == 2 else tuple(tables)
+    return [AffineTable([b for stage in part for b in resblocks(stage)]) for part in stages]
 
 
-def _widths(table: AffineTable) -> list[int]:
-    return [columns.stop - columns.start for columns in table.columns]
+def _conditioned(unet: UNet) -> list[AffineTable]:
+    """Those of the norms that read z."""
+    return [table for table in _tables(unet) if table.z is not None]
+
+
+def _unet(model: PDAE | Prior) -> UNet:
+    return model.decoder if isinstance(model, PDAE) else model.unet
 
 
 class TracedNetworks(nn.Module):
-    """Trunk, eps-decoder and (of a PDAE) G-decoder, with everything of theirs that does not depend on a schedule."""
+    """Trunk, eps-decoder and (of a PDAE) G-decoder, with everything of theirs that does not depend on a schedule.
 
-    def __init__(self, model: PDAE | Prior, dtype: torch.dtype, form: str) -> None:
+    A class-conditional network is that of one ``label``.
+    """
+
+    def __init__(self, model: PDAE | Prior, dtype: torch.dtype, form: str, label: int | None = None) -> None:
         super().__init__()
-        unet = model.decoder if isinstance(model, PDAE) else model.unet
+        unet = _unet(model)
+        self.label = None if label is None else torch.tensor([label])
+        unet.check_labels(self.label)
         channels = unet.config.input_channel
-        self.unet, self.dtype, self.tables = [unet], dtype, [table for table in _tables(unet) if table is not None]
+        self.unet, self.dtype, self.tables = [unet], dtype, _tables(unet)
         self.trunk = TracedStages(unet.input_blocks, dtype, form)
         self.eps = TracedDecoder(unet.middle_block, unet.output_blocks, unet.out, channels, dtype, form)
         self.gradient = None
@@ -188,9 +201,9 @@ class TracedNetworks(nn.Module):
             blocks = unet.shift_middle_block, unet.shift_output_blocks, unet.shift_out
             self.gradient = TracedDecoder(*blocks, channels, dtype, form)
 
-    def affines(self, times: list[int]) -> list[tuple[Tensor, Tensor]]:
-        """Multipliers and addends [S, sum C] of the three parts at ``times``, from the weights as they were."""
-        emb = time_embeddings(self.unet[0], torch.tensor(times))
+    def rows(self, times: list[int]) -> list[tuple[Tensor, ...]]:
+        """What the norms of the two or three parts need of ``times``, each [S, sum C]; see AffineTable.at_times."""
+        emb = time_embeddings(self.unet[0], torch.tensor(times), self.label)
         return [table.at_times(emb) for table in self.tables]
 
 
@@ -203,37 +216,60 @@ class StepGraph(nn.Module):
 
     def __init__(self, networks: TracedNetworks, trajectory: Trajectory) -> None:
         super().__init__()
-        self.networks = networks
-        self.widths = [w for table in networks.tables[:2] for w in _widths(table)]
-        self.widths_z = _widths(networks.tables[2]) if networks.gradient is not None else []
-        self.trunk_blocks = len(networks.tables[0].columns)
-        affines = networks.affines([step.t for step in trajectory])
-        for i, name in enumerate(("multipliers", "addends")):
-            self.register_buffer(name, torch.cat([affine[i] for affine in affines], 1).detach(), persistent=False)
+        self.networks, unet = networks, networks.unet[0]
+        times = [step.t for step in trajectory]
+        values = [values for part in networks.rows(times) for values in part]
+        self.widths = [v.shape[1] for v in values]
+        self.widths_z = [table.width for table in networks.tables if table.z is not None]
+        self.register_buffer("rows", torch.cat(values, dim=1).detach(), persistent=False)
+        # Of the norms that time does not scale.
+        for i, table in enumerate(networks.tables):
+            if not table.scale_shift:
+                self.register_buffer(f"multiplier{i}", table.weight.detach(), persistent=False)
+                self.register_buffer(f"addend{i}", table.bias.detach(), persistent=False)
         coefficients = ddim_coefficients([s.alpha_bar for s in trajectory], [s.alpha_bar_next for s in trajectory])
         self.register_buffer("coefficients", coefficients[..., None, None, None], persistent=False)
+        self.converts, self.centres = unet.to_eps is not None, unet.config.center_input_sample
+        if self.converts:
+            factors = torch.from_numpy(unet.to_eps[times]).float()[..., None, None, None]
+            self.register_buffer("to_eps", factors, persistent=False)
 
     def _row(self, table: Tensor, step: Tensor) -> Tensor:
         return table.index_select(0, step)[0]
 
+    def _affines(self, conditioning: Tensor | None, step: Tensor) -> list[list[Affine]]:
+        """Those of every block of every part."""
+        values = iter(self._row(self.rows, step).split(self.widths))
+        codes = iter(() if conditioning is None else conditioning.split(self.widths_z, dim=2))
+        found = []
+        for i, table in enumerate(self.networks.tables):
+            offset = None
+            if table.scale_shift:
+                multiplier, addend = next(values), next(values)
+            else:
+                multiplier, addend, offset = getattr(self, f"multiplier{i}"), getattr(self, f"addend{i}"), next(values)
+            if table.z is not None:
+                # Time first, then z: (1 + z_s) (multiplier h + addend) + z_b.
+                scale, shift = next(codes).unbind(1)
+                multiplier, addend = scale * multiplier, scale * addend + shift
+            wide = [v for v in (multiplier, addend, offset) if v is not None]
+            widths = [columns.stop - columns.start for columns in table.columns]
+            found.append([Affine(*block) for block in zip(*(v.split(widths, dim=-1) for v in wide), strict=True)])
+        return found
+
     def forward(self, x: Tensor, conditioning: Tensor | None, step: Tensor) -> Tensor:
-        last = [sum(self.widths_z)] if self.widths_z else []
-        multipliers = self._row(self.multipliers, step).split([*self.widths, *last])
-        addends = self._row(self.addends, step).split([*self.widths, *last])
-        affines = list(zip(multipliers[: len(self.widths)], addends[: len(self.widths)], strict=True))
-        networks = self.networks
-        h, skips, trunk = x.to(networks.dtype), [], affines[: self.trunk_blocks]
+        networks, affines = self.networks, self._affines(conditioning, step)
+        h, skips = (2 * x - 1 if self.centres else x).to(networks.dtype), []
         for i in range(len(networks.trunk.stages)):
-            h = networks.trunk.run(i, h, trunk)
+            h = networks.trunk.run(i, h, affines[0])
             skips.append(h)
-        eps = networks.eps(skips, affines[self.trunk_blocks :])
+        eps = networks.eps(skips, affines[1])
+        if self.converts:
+            of_x, of_out = self._row(self.to_eps, step).unbind(0)
+            eps = of_x * x + of_out * eps
         inverse_root, ratio, shift, inverse_ratio, root_next, noise_next = self._row(self.coefficients, step).unbind(0)
         if networks.gradient is not None:
-            # Time first, then z: (1 + z_s) (multiplier h + addend) + z_b.
-            scale, offset = conditioning.unbind(1)
-            both = scale * multipliers[-1], scale * addends[-1] + offset
-            pairs = zip(*(wide.split(self.widths_z, dim=1) for wide in both), strict=True)
-            eps = eps - shift * networks.gradient(skips, list(pairs))
+            eps = eps - shift * networks.gradient(skips, affines[2])
         scaled = x * inverse_root
         x0 = (scaled - ratio * eps).clamp(-1, 1)
         return root_next * x0 + noise_next * ((scaled - x0) * inverse_ratio)
@@ -247,14 +283,23 @@ class PriorStepGraph(StepGraph):
 
 
 class ConditioningGraph(nn.Module):
-    """z [N, D] -> conditioning [N, 2, M]: 1 + z_s and z_b of every adaptive norm of G, float32 in every export."""
+    """z [N, D] -> conditioning [N, 2, M]: 1 + z_s and z_b of every norm that reads z, float32 in every export."""
 
     def __init__(self, model: PDAE) -> None:
         super().__init__()
-        self.label = as_dtype(model.decoder.label_emb, torch.float32)
-        weight, bias = _tables(model.decoder)[2].z
-        self.width = len(bias) // 2
-        # The 1 of 1 + z_s joins the bias.
+        unet = _unet(model)
+        label = unet.label_emb if isinstance(unet, PDAEDecoder) else nn.Identity()
+        self.label, tables = as_dtype(label, torch.float32), _conditioned(unet)
+        self.width = sum(table.width for table in tables)
+        # All scales, then all shifts, which are 0 where z only scales; the 1 of 1 + z_s joins the bias.
+        parts = [[v.split(table.width) for v in table.z] for table in tables]
+        none = [torch.zeros(self.width, *parts[0][i][0].shape[1:]) for i in (0, 1)]
+        weight, bias = (
+            torch.cat([part[i][half] for half in (0, 1) for part in parts])
+            if len(parts[0][i]) > 1
+            else torch.cat([*(part[i][0] for part in parts), none[i]])
+            for i in (0, 1)
+        )
         bias = torch.cat([bias[: self.width] + 1, bias[self.width :]])
         self.weight, self.bias = (nn.Parameter(v, requires_grad=False) for v in (weight, bias))
 
@@ -280,16 +325,25 @@ class EncoderGraph(nn.Module):
 
 
 def build_graphs(
-    model: PDAE | Prior, schedule: Schedule, steps: int, encode_steps: int, dtype: torch.dtype, form: str
+    model: PDAE | Prior,
+    schedule: Schedule,
+    steps: int,
+    encode_steps: int,
+    dtype: torch.dtype,
+    form: str,
+    label: int | None = None,
 ) -> dict[str, nn.Module]:
-    """The modules of an export by the names of their graphs (see manifest.GRAPHS); weights are copied."""
+    """The modules of an export by the names of their graphs (see manifest.GRAPHS); weights are copied.
+
+    A class-conditional network is exported for one ``label``; UserError without.
+    """
     with torch.no_grad():
         graphs: dict[str, nn.Module] = {}
         if isinstance(model, PDAE):
             graphs["encoder"] = EncoderGraph(model, dtype, form)
             graphs["conditioning"] = ConditioningGraph(model)
         step = StepGraph if isinstance(model, PDAE) else PriorStepGraph
-        networks = TracedNetworks(model, dtype, form)
+        networks = TracedNetworks(model, dtype, form, label)
         graphs["decode_step"] = step(networks, schedule.decoding(steps))
         graphs["invert_step"] = step(networks, schedule.inversion(encode_steps))
     return {name: graph.eval() for name, graph in graphs.items()}
@@ -297,4 +351,5 @@ def build_graphs(
 
 def conditioning_width(model: PDAE | Prior) -> int | None:
     """M, the columns of conditioning; None for a prior."""
-    return sum(_widths(_tables(model.decoder)[2])) if isinstance(model, PDAE) else None
+    tables = _conditioned(_unet(model))
+    return sum(table.width for table in tables) if tables else None

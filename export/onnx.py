@@ -49,7 +49,8 @@ class ExportSettings:
     norms, state and update are always float32. opset: 21, 22 or 23 (None: 21; 22 for bfloat16, which has no Conv
     before). norm: "group" (one GroupNormalization node each) or "instance" (InstanceNormalization, which ONNX Runtime
     computes faster on the CPU). max_batch: the most images of one evaluation (the graphs take any number).
-    single_file: also reconstruct.onnx, with the loops inside.
+    single_file: also reconstruct.onnx, with the loops inside. label: the class of all images, of a class-conditional
+    model (required there).
     verify: also run a whole reconstruction through the runtime and compare it with the model.
     """
 
@@ -61,6 +62,7 @@ class ExportSettings:
     max_batch: int = 16
     single_file: bool = False
     verify: bool = False
+    label: int | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -89,6 +91,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--norm", default=defaults.norm, help="how a group norm is written: group (one node) or instance")
     p.add_argument("--max-batch", type=int, default=defaults.max_batch, help="the most images of one evaluation")
     p.add_argument("--single-file", action="store_true", help="also write reconstruct.onnx with the loops inside")
+    p.add_argument("--label", type=int, help="class of all images, of a class-conditional model")
     p.add_argument("--prior", action="store_true", help="only the prior inside a PDAE: no encoder, no G")
     p.add_argument("--verify", action="store_true", help="also compare a whole reconstruction, all steps up and down")
     p.add_argument("--quiet", action="store_true", help="no progress bar, no table")
@@ -126,17 +129,20 @@ def export_onnx(
     from ._parity import PlainModules
 
     model, settings = _as_reference(model), settings or ExportSettings()
+    _check_label(model, settings.label)
     schedule = build_schedule(model.config.schedule)
     encode_steps = settings.steps if settings.encode_steps is None else settings.encode_steps
     manifest = _describe(model, settings, encode_steps, source)
-    modules = build_graphs(model, schedule, settings.steps, encode_steps, DTYPES[settings.dtype], settings.norm)
+    modules = build_graphs(
+        model, schedule, settings.steps, encode_steps, DTYPES[settings.dtype], settings.norm, settings.label
+    )
     seed = secrets.randbits(32)
     with staged_directory(out) as directory:
         _write_graphs(directory, modules, manifest, progress)
         if settings.single_file:
             _write_reconstruct(directory, manifest)
             progress()
-        reference = PlainModules(model, seed)
+        reference = PlainModules(model, seed, settings.label)
         manifest["parity"] = {"seed": seed, "reference": "plain modules, float32"}
         _compare(directory, manifest, reference, settings, progress)
         manifests.write(directory, manifest)
@@ -159,6 +165,17 @@ def _load(name: str, prior: bool, options: dict[str, Any]) -> PDAE | Prior:
     model = cls.from_state(loaded.config, loaded.state, loaded.origin)
     model.notes = tuple(loaded.notes)
     return model
+
+
+def _check_label(model: PDAE | Prior, label: int | None) -> None:
+    classes = model.config.unet.num_classes
+    if classes is None and label is not None:
+        raise UserError(f"label {label}: this model is not class-conditional; expected none")
+    if classes is not None and not (label is not None and 0 <= label < classes):
+        raise UserError(
+            f"label {label}: graphs of a class-conditional model are those of one class; "
+            f"expected one from 0 to {classes - 1} (--label)"
+        )
 
 
 def _as_reference(model: PDAE | Prior) -> PDAE | Prior:
@@ -261,6 +278,7 @@ def _describe(
         "latent_dim": model.config.latent_dim if pdae else None,
         "conditioning_width": conditioning_width(model),
         "noise": model.config.noise,
+        "label": settings.label,
         "dtype": settings.dtype,
         # Rounding to whole time points can merge some: 1000 steps asked for are 999 to run.
         "steps": len(decode) - 1,

@@ -54,16 +54,50 @@ def add_foreign_options(p: argparse.ArgumentParser) -> None:
     add("--config", metavar="YAML", default=argparse.SUPPRESS, help="the configuration the checkpoint came with")
     add("--encoder", metavar="FILE", default=argparse.SUPPRESS, help="a second file that holds the encoder")
     add("--num-heads", type=int, default=argparse.SUPPRESS, help="attention heads (else 1)")
-    add("--head-channel", type=int, default=argparse.SUPPRESS, help="channels per attention head")
     add(
-        "--use-new-attention-order",
-        action="store_true",
+        "--head-channel", "--num-head-channels", type=int, default=argparse.SUPPRESS, help="channels per attention head"
+    )
+    add(
+        "--num-heads-upsample",
+        type=int,
         default=argparse.SUPPRESS,
-        help="qkv rows are ordered q, k, v first, then heads",
+        help="heads on the way up (else as on the way down)",
+    )
+    switches = {
+        "--use-new-attention-order": "qkv rows are ordered q, k, v first, then heads",
+        "--rescale-timesteps": "the network is given t * 1000 / T",
+        "--predict-xstart": "the network's output is x_0, not eps",
+    }
+    for name, meaning in switches.items():
+        add(name, action="store_true", default=argparse.SUPPRESS, help=meaning)
+    add(
+        "--schedule",
+        "--noise-schedule",
+        choices=("linear", "cosine", "scaled_linear", "sigmoid"),
+        default=argparse.SUPPRESS,
+        help="noise schedule (else from --config, else linear)",
+    )
+    add(
+        "--timesteps",
+        "--diffusion-steps",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="length of the noise schedule (else from --config, else 1000)",
     )
 
 
-FOREIGN = ("config", "encoder", "num_heads", "head_channel", "use_new_attention_order")
+FOREIGN = (
+    "config",
+    "encoder",
+    "num_heads",
+    "head_channel",
+    "num_heads_upsample",
+    "use_new_attention_order",
+    "rescale_timesteps",
+    "predict_xstart",
+    "schedule",
+    "timesteps",
+)
 
 
 def foreign_options(args: argparse.Namespace) -> dict[str, Any]:

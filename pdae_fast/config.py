@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,16 @@ from typing import Any
 from .errors import UserError
 
 FORMAT_VERSION = 1
-NORM_GROUPS = 32  # every norm of the ADM U-Net and of E_phi
+NORM_GROUPS = 32  # of E_phi's norms, and of the U-Net's unless its configuration says otherwise
 NOISES = ("normal", "standardised")  # how random x_T is drawn, see samplers.noise.random_noise
+SCHEDULES = ("linear", "cosine", "constant", "scaled_linear", "sigmoid", "stored")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")  # what the output of a U-Net is
+CROPS = ("centre", "celeba")  # which square of an image is seen, see data.preprocess
+DOWNSAMPLES = ("residual", "conv", "conv_asymmetric", "pool")
+UPSAMPLES = ("residual", "conv", "nearest")
+MIDDLES = ("attention", "plain", "none")
+# What no model has more of: a damaged or hostile configuration is refused before anything is built from it.
+MAX_SIZE, MAX_LEVELS, MAX_TIMESTEPS = 2**16, 12, 10**6
 
 
 def _require(condition: bool, message: str) -> None:
@@ -27,38 +36,91 @@ def _as_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _positive(name: str, value: Any, what: str = "a positive integer") -> None:
+    _require(_as_int(value) and value >= 1, f"{name} must be {what}, not {value!r}")
+    _require(value <= MAX_SIZE, f"{name} must be at most {MAX_SIZE}, not {value}")
+
+
+def _boolean(name: str, value: Any) -> None:
+    _require(isinstance(value, bool), f"{name} must be true or false, not {value!r}")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    _require(value in known, f"{name} {value!r} is not known; expected one of {', '.join(known)}")
+
+
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The diffusion process: ``kind`` is ``linear`` (beta 1e-4 ... 0.02), ``cosine`` or ``constant`` (beta 0.008)."""
+    """The diffusion process.
+
+    ``kind`` says how beta runs: ``linear``, ``scaled_linear`` (its root is linear) and ``sigmoid`` from ``beta_start``
+    to ``beta_end``; ``cosine``; ``constant`` (0.008); ``stored``, the values of ``betas``. Without ``beta_start`` and
+    ``beta_end`` they are 1e-4 and 0.02, of the linear kinds times 1000 / T. ``zero_terminal_snr`` shifts and scales
+    sqrt(alpha_bar) so that it ends at 0 (arXiv 2305.08891, algorithm 1).
+    """
 
     kind: str = "linear"
     timesteps: int = 1000
+    beta_start: float | None = None
+    beta_end: float | None = None
+    betas: tuple[float, ...] | None = None
+    zero_terminal_snr: bool = False
 
     def __post_init__(self) -> None:
+        _one_of("schedule kind", self.kind, SCHEDULES)
         _require(
-            self.kind in ("linear", "cosine", "constant"),
-            f"schedule kind {self.kind!r} is not known; expected linear, cosine or constant",
+            _as_int(self.timesteps) and 2 <= self.timesteps <= MAX_TIMESTEPS,
+            f"timesteps must be an integer from 2 to {MAX_TIMESTEPS}, not {self.timesteps!r}",
         )
-        _require(
-            _as_int(self.timesteps) and self.timesteps >= 2,
-            f"timesteps must be an integer >= 2, not {self.timesteps!r}",
-        )
+        for name in ("beta_start", "beta_end"):
+            value = getattr(self, name)
+            _require(
+                value is None or (_number(value) and 0 < value < 1), f"{name} must be between 0 and 1, not {value!r}"
+            )
+        _require((self.beta_start is None) == (self.beta_end is None), "beta_start and beta_end go together")
+        if self.betas is not None:
+            object.__setattr__(self, "betas", tuple(self.betas))
+            _require(
+                all(_number(b) and 0 < b <= 1 for b in self.betas) and len(self.betas) == self.timesteps,
+                f"betas must be {self.timesteps} numbers between 0 and 1",
+            )
+        _require((self.betas is not None) == (self.kind == "stored"), "betas go with the schedule kind stored")
+        _boolean("zero_terminal_snr", self.zero_terminal_snr)
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The ADM U-Net eps_theta.
+    """The U-Net of eps_theta: ADM's, and through the second half of the fields those of its relatives.
 
     ``attention_resolutions`` are down-sampling *rates* (as in PDAE and guided-diffusion): 4 means attention at 16x16
     for a 64x64 image. ``head_channel`` = -1 means that ``num_heads`` counts; otherwise every attention layer has
     ``channels // head_channel`` heads. ``use_new_attention_order`` False is the legacy layout of the qkv rows.
     ``learn_sigma`` doubles the output channels, of which the first half is eps. ``time_channel`` is the width of the
     time embedding, 4 * base_channel when None (Diff-AE priors use 512).
+
+    channel_multiplier: widths of the levels are int(m * base_channel): fractions are allowed.
+    stem_channel: width of the first convolution, None: of the first level.
+    use_scale_shift_norm: time scales and shifts the second norm of a block; False: it is added before it.
+    downsample: a "residual" block with 2x pooling, a "conv" of stride 2 (padding 1; "conv_asymmetric": zeros at the
+        bottom and right only), or "pool" alone.
+    upsample: a "residual" block with 2x nearest, a "conv" after 2x nearest, or "nearest" alone.
+    norm_groups: of every norm, at most its channels; norm_eps: of every norm.
+    flip_sin_to_cos: the time sinusoid starts with the cosine; freq_shift: its frequencies are
+        exp(-ln 10000 i / (half - freq_shift)); time_scale: it is that of t * time_scale.
+    num_heads_upsample: heads in the output half where ``num_heads`` counts, -1: as many.
+    middle: "attention" between two blocks, "plain" (two blocks) or "none"; middle_attention_norm: it has a norm;
+        middle_scale_factor: what (residual + branch) is divided by there.
+    num_classes: of a class-conditional network, whose label embedding is added to that of time.
+    center_input_sample: the network is given 2x - 1.
     """
 
     input_channel: int = 3
     base_channel: int = 64
-    channel_multiplier: tuple[int, ...] = (1, 2, 4, 8)
+    channel_multiplier: tuple[int | float, ...] = (1, 2, 4, 8)
     num_residual_blocks_of_a_block: int = 2
     attention_resolutions: tuple[int, ...] = (4,)
     num_heads: int = 1
@@ -67,41 +129,82 @@ class UNetConfig:
     dropout: float = 0.1
     learn_sigma: bool = False
     time_channel: int | None = None
+    stem_channel: int | None = None
+    use_scale_shift_norm: bool = True
+    downsample: str = "residual"
+    upsample: str = "residual"
+    norm_groups: int = NORM_GROUPS
+    norm_eps: float = 1e-5
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0
+    time_scale: float = 1.0
+    num_heads_upsample: int = -1
+    middle: str = "attention"
+    middle_attention_norm: bool = True
+    middle_scale_factor: float = 1.0
+    num_classes: int | None = None
+    center_input_sample: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "channel_multiplier", tuple(self.channel_multiplier))
-        object.__setattr__(self, "attention_resolutions", tuple(self.attention_resolutions))
-        for name in ("input_channel", "base_channel", "num_residual_blocks_of_a_block", "num_heads"):
+        for name in ("channel_multiplier", "attention_resolutions"):
             value = getattr(self, name)
-            _require(_as_int(value) and value >= 1, f"{name} must be a positive integer, not {value!r}")
+            _require(isinstance(value, (tuple, list)), f"{name} must be a list of numbers, not {value!r}")
+            object.__setattr__(self, name, tuple(value))
+        for name in ("input_channel", "base_channel", "num_residual_blocks_of_a_block", "num_heads", "norm_groups"):
+            _positive(name, getattr(self, name))
+        for name in ("time_channel", "stem_channel", "num_classes"):
+            if getattr(self, name) is not None:
+                _positive(name, getattr(self, name), "a positive integer or None")
+        for name in ("head_channel", "num_heads_upsample"):
+            if getattr(self, name) != -1:
+                _positive(name, getattr(self, name), "-1 or a positive integer")
+        for name in (
+            "use_new_attention_order",
+            "learn_sigma",
+            "use_scale_shift_norm",
+            "flip_sin_to_cos",
+            "middle_attention_norm",
+            "center_input_sample",
+        ):
+            _boolean(name, getattr(self, name))
         _require(
-            len(self.channel_multiplier) >= 1 and all(_as_int(m) and m >= 1 for m in self.channel_multiplier),
-            f"channel_multiplier must be positive integers, not {self.channel_multiplier!r}",
+            1 <= len(self.channel_multiplier) <= MAX_LEVELS
+            and all(_number(m) and 0 < m * self.base_channel <= MAX_SIZE for m in self.channel_multiplier),
+            f"channel_multiplier must be 1 to {MAX_LEVELS} positive numbers, not {self.channel_multiplier!r}",
         )
+        whole = tuple(int(m) if m == int(m) else m for m in self.channel_multiplier)
+        object.__setattr__(self, "channel_multiplier", whole)
         _require(
             all(_as_int(r) and r >= 1 for r in self.attention_resolutions),
             f"attention_resolutions must be positive integers (rates), not {self.attention_resolutions!r}",
         )
+        _one_of("downsample", self.downsample, DOWNSAMPLES)
+        _one_of("upsample", self.upsample, UPSAMPLES)
+        _one_of("middle", self.middle, MIDDLES)
         _require(
-            self.base_channel % NORM_GROUPS == 0,
-            f"base_channel must be a multiple of {NORM_GROUPS} (the groups of a norm), not {self.base_channel}",
+            _number(self.dropout) and 0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), not {self.dropout!r}"
         )
         _require(
-            _as_int(self.head_channel) and (self.head_channel == -1 or self.head_channel >= 1),
-            f"head_channel must be -1 or a positive integer, not {self.head_channel!r}",
+            _number(self.freq_shift) and 0 <= self.freq_shift < self.base_channel // 2,
+            f"freq_shift must be from 0 to less than half of base_channel, not {self.freq_shift!r}",
         )
-        _require(
-            self.time_channel is None or (_as_int(self.time_channel) and self.time_channel >= 1),
-            f"time_channel must be a positive integer or None, not {self.time_channel!r}",
-        )
-        _require(0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), not {self.dropout!r}")
-        for channels in self.attention_channels():
-            per_head = self.num_heads if self.head_channel == -1 else self.head_channel
+        for name in ("norm_eps", "time_scale", "middle_scale_factor"):
+            value = getattr(self, name)
+            _require(_number(value) and value > 0, f"{name} must be a positive number, not {value!r}")
+        for channels in sorted(self._norm_widths()):
+            groups = min(self.norm_groups, channels)
             _require(
-                channels % per_head == 0,
-                f"attention layers of {channels} channels cannot be split by "
-                + (f"num_heads={self.num_heads}" if self.head_channel == -1 else f"head_channel={self.head_channel}"),
+                channels % groups == 0,
+                f"a norm of {channels} channels cannot have {groups} groups; expected multiples of norm_groups",
             )
+        for channels in self.attention_channels():
+            for heads in (self.num_heads, self.num_heads_upsample if self.num_heads_upsample != -1 else 1):
+                per_head = heads if self.head_channel == -1 else self.head_channel
+                _require(
+                    channels % per_head == 0,
+                    f"attention layers of {channels} channels cannot be split by "
+                    + (f"num_heads={heads}" if self.head_channel == -1 else f"head_channel={self.head_channel}"),
+                )
 
     @property
     def time_width(self) -> int:
@@ -115,15 +218,42 @@ class UNetConfig:
     def levels(self) -> int:
         return len(self.channel_multiplier)
 
-    def heads(self, channels: int) -> int:
-        return self.num_heads if self.head_channel == -1 else channels // self.head_channel
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of the levels, outermost first."""
+        return tuple(int(m * self.base_channel) for m in self.channel_multiplier)
+
+    @property
+    def stem_width(self) -> int:
+        return self.widths[0] if self.stem_channel is None else self.stem_channel
+
+    def heads(self, channels: int, output: bool = False) -> int:
+        """Heads of an attention layer of ``channels``; ``output``: of the output half."""
+        if self.head_channel != -1:
+            return channels // self.head_channel
+        return self.num_heads_upsample if output and self.num_heads_upsample != -1 else self.num_heads
 
     def attention_channels(self) -> set[int]:
-        """Widths of all attention layers (the middle block always has one)."""
-        widths = {
-            m * self.base_channel for i, m in enumerate(self.channel_multiplier) if 2**i in self.attention_resolutions
-        }
-        return widths | {self.channel_multiplier[-1] * self.base_channel}
+        """Widths of all attention layers (the middle block of a PDAE's G always has one)."""
+        widths = {width for i, width in enumerate(self.widths) if 2**i in self.attention_resolutions}
+        return widths | {self.widths[-1]}
+
+    def skip_widths(self) -> list[int]:
+        """Channels of every map that the trunk leaves for the decoders, first to last."""
+        skips = [self.stem_width]
+        for level, width in enumerate(self.widths):
+            skips += [width] * (self.num_residual_blocks_of_a_block + (level < self.levels - 1))
+        return skips
+
+    def _norm_widths(self) -> set[int]:
+        """Channels of every norm, those of joined maps included."""
+        skips, width = self.skip_widths(), self.widths[-1]
+        found = set(skips)
+        for out in reversed(self.widths):
+            for _ in range(self.num_residual_blocks_of_a_block + 1):
+                found.add(width + skips.pop())
+                width = out
+        return found
 
 
 @dataclass(frozen=True)
@@ -150,9 +280,22 @@ def check_noise(noise: Any) -> None:
     _require(noise in NOISES, f"noise {noise!r} is not known; expected {' or '.join(NOISES)}")
 
 
+def _check_process(config: PriorConfig | PDAEConfig) -> None:
+    """What a prior's and a PDAE's configuration share."""
+    _check_image_size(config.image_size, config.unet)
+    check_noise(config.noise)
+    _one_of("prediction", config.prediction, PREDICTIONS)
+    _one_of("crop", config.crop, CROPS)
+    _require(
+        not config.schedule.zero_terminal_snr or config.prediction != "epsilon",
+        "a network that predicts eps says nothing about the image where alpha_bar is 0; expected v_prediction or "
+        "sample with zero_terminal_snr",
+    )
+
+
 def _check_image_size(size: Any, unet: UNetConfig) -> None:
     factor = 2 ** (unet.levels - 1)
-    _require(_as_int(size) and size >= 1, f"image_size must be a positive integer, not {size!r}")
+    _positive("image_size", size)
     _require(
         size % factor == 0,
         f"image_size {size} cannot be halved {unet.levels - 1} times (channel_multiplier has {unet.levels} levels)",
@@ -163,17 +306,20 @@ def _check_image_size(size: Any, unet: UNetConfig) -> None:
 class PriorConfig:
     """A U-Net alone: the pre-trained diffusion model before anything of PDAE is added.
 
-    ``noise`` says how random x_T is drawn for it unless asked otherwise, one of NOISES.
+    ``prediction`` says what the U-Net's output is, one of PREDICTIONS: eps, v = sqrt(alpha_bar) eps -
+    sqrt(1 - alpha_bar) x0, or x0. ``noise`` says how random x_T is drawn for it unless asked otherwise, one of NOISES,
+    and ``crop`` which square of an image it was trained on, one of CROPS.
     """
 
     image_size: int = 64
     unet: UNetConfig = field(default_factory=UNetConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     noise: str = "normal"
+    prediction: str = "epsilon"
+    crop: str = "centre"
 
     def __post_init__(self) -> None:
-        _check_image_size(self.image_size, self.unet)
-        check_noise(self.noise)
+        _check_process(self)
 
 
 @dataclass(frozen=True)
@@ -181,7 +327,7 @@ class PDAEConfig:
     """eps_theta, G_psi and E_phi, and what is optionally trained on top of z.
 
     ``encoder_channel`` is the width of E_phi's stem (64 in the paper). ``latent`` and ``attributes`` are None/empty
-    until a latent DPM and a linear attribute classifier are part of the model. ``noise`` as in PriorConfig.
+    until a latent DPM and a linear attribute classifier are part of the model. The rest is as in PriorConfig.
     """
 
     image_size: int = 64
@@ -193,11 +339,12 @@ class PDAEConfig:
     attributes: tuple[str, ...] = ()
     latent_statistics: bool = False
     noise: str = "normal"
+    prediction: str = "epsilon"
+    crop: str = "centre"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "attributes", tuple(self.attributes))
-        _check_image_size(self.image_size, self.unet)
-        check_noise(self.noise)
+        _check_process(self)
         size = self.image_size
         _require(
             size >= 32 and size & (size - 1) == 0,
@@ -218,7 +365,7 @@ class PDAEConfig:
 
     @property
     def prior(self) -> PriorConfig:
-        return PriorConfig(self.image_size, self.unet, self.schedule, self.noise)
+        return PriorConfig(self.image_size, self.unet, self.schedule, self.noise, self.prediction, self.crop)
 
 
 _KINDS: dict[str, type] = {"pdae": PDAEConfig, "prior": PriorConfig}
@@ -284,7 +431,8 @@ def _paper(size: int, base: int, multiplier: tuple[int, ...], heads: int) -> PDA
 
 
 presets: dict[str, PDAEConfig] = {
-    "celeba64": _paper(64, 64, (1, 2, 4, 8), heads=4),
+    # The published images are a square of the aligned ones around the face.
+    "celeba64": dataclasses.replace(_paper(64, 64, (1, 2, 4, 8), heads=4), crop="celeba"),
     "celebahq128": _paper(128, 128, (1, 1, 2, 3, 4), heads=1),
     "ffhq128": _paper(128, 128, (1, 1, 2, 3, 4), heads=1),
     "horse128": _paper(128, 128, (1, 1, 2, 3, 4), heads=1),

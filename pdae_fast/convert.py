@@ -1,14 +1,18 @@
-"""Convert a foreign checkpoint into this project's directory, or a model back into the published PDAE layout.
+"""Convert a foreign checkpoint into this project's directory, or a model into another project's layout.
 
 python -m pdae_fast.convert FILE --config official.yml --out DIR
 python -m pdae_fast.convert AUTOENCODER --latent FILE --classifier FILE --statistics FILE --out DIR
+python -m pdae_fast.convert DIFFUSERS_DIR --out DIR
 python -m pdae_fast.convert DIR --to official --out model.pt
+python -m pdae_fast.convert DIR --to diffusers --out PIPELINE
+python -m pdae_fast.convert DIR --to guided --out model.pt
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +21,15 @@ import torch
 from . import checkpoints, cli, config
 from .checkpoints import Loaded
 from .checkpoints.directory import CONFIG_NAME
-from .checkpoints.official import limits, official_paths, save_official
+from .checkpoints.exports import (
+    diffusers_paths,
+    diffusers_unet,
+    guided_flags,
+    save_diffusers,
+    save_guided,
+)
+from .checkpoints.foreign import located
+from .checkpoints.official import limits, official_paths, refuse, save_official
 from .config import PDAEConfig
 from .errors import UserError
 from .files import LOCK, claim_folder, claim_place, is_unfinished, left_by_kill, make_folder
@@ -33,17 +45,17 @@ _READING = (
     "attributes",
     "image_size",
     "dropout",
-    "schedule",
-    "timesteps",
     "weights",
 )
+_SUFFIXES = {"official": (".pt", ".pth", ".ckpt"), "guided": (".pt", ".pth", ".safetensors")}
 
 
 def _parser() -> argparse.ArgumentParser:
-    p = cli.parser("convert", "Convert a checkpoint of PDAE, Diff-AE or guided-diffusion, or export one back.")
-    p.add_argument("source", metavar="FILE", help="checkpoint file, saved directory, or name of a bundled model")
-    p.add_argument("--out", required=True, metavar="PATH", help="directory to write; a .pt file with --to official")
-    p.add_argument("--to", choices=("pdae_fast", "official"), default="pdae_fast", help="layout to write")
+    p = cli.parser("convert", "Convert a checkpoint of another project, or export one.")
+    p.add_argument("source", metavar="MODEL", help="checkpoint file or directory, or name of a bundled model")
+    p.add_argument("--out", required=True, metavar="PATH", help="directory to write; a file with --to official, guided")
+    layouts = ("pdae_fast", "official", "diffusers", "guided")
+    p.add_argument("--to", choices=layouts, default="pdae_fast", help="layout to write")
     p.add_argument("--dtype", choices=tuple(_DTYPES), default="float32", help="of the weights that are written")
     p.add_argument("--overwrite", action="store_true", help="write over files or into a folder that is there")
     p.add_argument("--quiet", action="store_true", help="print nothing")
@@ -59,8 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--attributes", metavar="FILE|NAMES", help="names of the classifier's rows: a file, or a,b,c")
     add("--image-size", type=int, help="side of a prior's images (else from --config, else deduced)")
     add("--dropout", type=float, help="dropout for further training (else from --config, else 0.1)")
-    add("--schedule", choices=("linear", "cosine"), help="noise schedule (else from --config, else linear)")
-    add("--timesteps", type=int, help="length of the noise schedule (else from --config, else 1000)")
     add("--weights", choices=("ema", "raw"), help="which weights to read where a file has both (else ema)")
     return p
 
@@ -75,18 +85,39 @@ def _convert(argv: list[str] | None) -> None:
     loaded = checkpoints.load(args.source, **options)
     model = _build(loaded)
     dtype = _DTYPES[args.dtype]
-    if args.to == "official":
-        paths = _check_files(out, args, loaded)
-        make_folder(out.parent)
-        for path in paths:
-            claim_place(path, _WORK)
-        written = list(save_official(out, model.config, model.state_dict(), dtype).values())
-    else:
+    if args.to == "pdae_fast":
         _retire(out / CONFIG_NAME, model)
         model.save_pretrained(out, dtype)
         written = [out]
+    else:
+        written = _export(out, args, loaded, model, dtype)
     if not args.quiet:
         print(_summary(args, loaded, model, written))
+
+
+def _export(out: Path, args: argparse.Namespace, loaded: Loaded, model: PDAE | Prior, dtype: torch.dtype) -> list[Path]:
+    """Write ``model`` in another project's layout; UserError before anything is written where that cannot be."""
+    config, state = model.config, model.state_dict()
+    with located(args.source):
+        {"official": refuse, "diffusers": diffusers_unet, "guided": guided_flags}[args.to](config)
+    if args.to == "diffusers":
+        if out.exists() and not out.is_dir():
+            raise UserError(f"{out}: a file; expected a directory to write into")
+        _check_files(diffusers_paths(out), args, left_by_kill(out, _WORK))
+        claim_folder(out, _WORK)
+        save_diffusers(out, config, state, dtype)
+        return [out]
+    if out.suffix not in _SUFFIXES[args.to]:
+        raise UserError(f"{out}: expected the name of a {_SUFFIXES[args.to][0]} file to write with --to {args.to}")
+    paths = [out] if args.to == "guided" else list(official_paths(out, config).values())
+    _check_files(paths, args, any(left_by_kill(path, _WORK, inside=False) for path in paths))
+    make_folder(out.parent)
+    for path in paths:
+        claim_place(path, _WORK)
+    if args.to == "official":
+        return list(save_official(out, config, state, dtype).values())
+    save_guided(out, config, state, dtype)
+    return [out]
 
 
 def _build(loaded: Loaded) -> PDAE | Prior:
@@ -119,19 +150,14 @@ def _retire(path: Path, model: PDAE | Prior) -> None:
             path.unlink()
 
 
-def _check_files(out: Path, args: argparse.Namespace, loaded: Loaded) -> list[Path]:
-    """The files to write."""
-    if out.suffix not in (".pt", ".pth", ".ckpt"):
-        raise UserError(f"{out}: expected the name of a .pt file to write with --to official")
+def _check_files(paths: Sequence[Path], args: argparse.Namespace, unfinished: bool) -> None:
+    """UserError for files that are there, unless a killed conversion left them (``unfinished``)."""
     source = Path(args.source).expanduser()
-    paths = list(official_paths(out, loaded.config).values())
-    unfinished = any(left_by_kill(path, _WORK, inside=False) for path in paths)
     for path in paths:
         if path.exists() and source.exists() and path.samefile(source):
             raise UserError(f"{path}: the source itself; expected another file to write")
         if path.exists() and not args.overwrite and not unfinished:
             raise UserError(f"{path}: exists; expected a new file (or --overwrite)")
-    return paths
 
 
 def _summary(args: argparse.Namespace, loaded: Loaded, model: PDAE | Prior, written: list[Path]) -> str:
@@ -142,15 +168,18 @@ def _summary(args: argparse.Namespace, loaded: Loaded, model: PDAE | Prior, writ
         else f"heads of {unet.head_channel} channels"
     )
     sigma = ", learned sigma" if unet.learn_sigma else ""
+    sigma += f", {unet.num_classes} classes" if unet.num_classes else ""
+    predicted = {"epsilon": "", "v_prediction": "; v is predicted", "sample": "; x_0 is predicted"}
     rates = ", ".join(map(str, unet.attention_resolutions)) or "none"
     lines = [
         f"{args.source}: {loaded.kind}, weights: {loaded.weights}",
         f"  images      {unet.input_channel} x {size} x {size}",
         f"  U-Net       base {unet.base_channel}, multipliers {', '.join(map(str, unet.channel_multiplier))}, "
         f"{unet.num_residual_blocks_of_a_block} residual blocks a level{sigma}",
-        f"  attention   at rates {rates} and in the middle, {heads}, "
+        f"  attention   at rates {rates}{' and in the middle' * (unet.middle == 'attention')}, {heads}, "
         f"{'new' if unet.use_new_attention_order else 'legacy'} layout",
-        f"  schedule    {loaded.config.schedule.kind}, {loaded.config.schedule.timesteps} steps",
+        f"  schedule    {loaded.config.schedule.kind}, {loaded.config.schedule.timesteps} steps"
+        + predicted[loaded.config.prediction],
     ]
     if isinstance(loaded.config, PDAEConfig):
         c = loaded.config
@@ -166,6 +195,9 @@ def _summary(args: argparse.Namespace, loaded: Loaded, model: PDAE | Prior, writ
     lines += [f"  assumed     {note}" for note in loaded.notes]
     if args.to == "official":
         lines += [f"  note        the published code cannot build it: {limit}" for limit in limits(loaded.config)]
+    if args.to == "guided":
+        flags = " ".join(f"--{name} {value}" for name, value in guided_flags(loaded.config).items())
+        lines.append(f"  flags       {flags}")
     return "\n".join([*lines, *(f"wrote {path}" for path in written)])
 
 

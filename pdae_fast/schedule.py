@@ -16,17 +16,36 @@ from .errors import UserError
 
 
 def _betas(config: ScheduleConfig) -> np.ndarray:
-    T = config.timesteps
-    if config.kind == "linear":
-        scale = 1000 / T
-        return np.linspace(scale * 1e-4, min(scale * 0.02, 0.999), T, dtype=np.float64)
-    if config.kind == "constant":
-        return np.full(T, 0.008, dtype=np.float64)
+    T, kind = config.timesteps, config.kind
+    if kind == "stored":
+        betas = np.array(config.betas, dtype=np.float64)
+    elif kind == "constant":
+        betas = np.full(T, 0.008, dtype=np.float64)
+    elif kind == "cosine":
 
-    def alpha_bar(u: float) -> float:  # cosine schedule, arXiv 2102.09672 eq. 17
-        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+        def alpha_bar(u: float) -> float:  # arXiv 2102.09672 eq. 17
+            return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
 
-    return np.array([min(1 - alpha_bar((i + 1) / T) / alpha_bar(i / T), 0.999) for i in range(T)], dtype=np.float64)
+        betas = np.array([min(1 - alpha_bar((i + 1) / T) / alpha_bar(i / T), 0.999) for i in range(T)], np.float64)
+    else:
+        start, end = config.beta_start, config.beta_end
+        if start is None:
+            scale = 1 if kind == "sigmoid" else 1000 / T
+            start, end = scale * 1e-4, min(scale * 0.02, 0.999)
+        if kind == "sigmoid":
+            betas = start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, T, dtype=np.float64)))
+        elif kind == "scaled_linear":
+            betas = np.linspace(start**0.5, end**0.5, T, dtype=np.float64) ** 2
+        else:
+            betas = np.linspace(start, end, T, dtype=np.float64)
+    return _zero_terminal(betas) if config.zero_terminal_snr else betas
+
+
+def _zero_terminal(betas: np.ndarray) -> np.ndarray:
+    """arXiv 2305.08891, algorithm 1: sqrt(alpha_bar) keeps its first value and ends at 0."""
+    root = np.sqrt(np.cumprod(1 - betas))
+    alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
 
 
 SPACINGS = ("uniform", "quadratic", "logsnr", "karras")
@@ -71,11 +90,28 @@ class Schedule:
 
     @property
     def half_log_snr(self) -> np.ndarray:
-        """lambda_t = log(sqrt(alpha_bar_t / (1 - alpha_bar_t))), falling with t."""
-        return 0.5 * np.log(self.alpha_bar / (1 - self.alpha_bar))
+        """lambda_t = log(sqrt(alpha_bar_t / (1 - alpha_bar_t))), falling with t; up to `last`."""
+        alpha_bar = self.alpha_bar[: self.last + 1]
+        return 0.5 * np.log(alpha_bar / (1 - alpha_bar))
+
+    @property
+    def last(self) -> int:
+        """The largest t at which x_t still holds something of x_0, where eps therefore tells x_0: T - 1, or T - 2 with
+        a zero terminal SNR."""
+        return self.T - 1 if self.alpha_bar[-1] > 0 else self.T - 2
+
+    def to_eps(self, prediction: str) -> np.ndarray | None:
+        """float64 [T, 2], the factors of x_t and of a network's output whose sum is eps; None where it is eps.
+
+        v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (arXiv 2202.00512, appendix D), "sample" is x_0.
+        """
+        signal, spread = np.sqrt(self.alpha_bar), np.sqrt(1 - self.alpha_bar)
+        if prediction == "v_prediction":
+            return np.stack([spread, signal], axis=1)
+        return np.stack([1 / spread, -signal / spread], axis=1) if prediction == "sample" else None
 
     def timesteps(self, steps: int, spacing: str = "uniform") -> np.ndarray:
-        """Time points of an S-step trajectory, ascending from 0 to T-1, int64 [<= S+1].
+        """Time points of an S-step trajectory, ascending from 0 to T-1 (see `last`), int64 [<= S+1].
 
         "uniform": unique(int(linspace(0, T-1, S+1))), as published. "quadratic": the same with the square of
         linspace(0, 1, S+1) (DDIM, arXiv 2010.02502, appendix D.2): more points where there is little noise. "logsnr":
@@ -84,13 +120,13 @@ class Schedule:
         t only, so the last three are rounded to the nearest, and points that fall together are one: at many steps
         there are then fewer of them than asked for, and as many evaluations fewer.
         """
-        if not 1 <= steps <= self.T:
-            raise UserError(f"steps must be between 1 and {self.T}, not {steps}")
+        if not 1 <= steps <= self.last + 1:
+            raise UserError(f"steps must be between 1 and {self.last + 1}, not {steps}")
         share = np.linspace(0, 1, steps + 1)
         if spacing == "uniform":
-            return np.unique(np.linspace(0, self.T - 1, steps + 1).astype(np.int64))
+            return np.unique(np.linspace(0, self.last, steps + 1).astype(np.int64))
         if spacing == "quadratic":
-            return np.unique(np.rint((self.T - 1) * share**2).astype(np.int64))
+            return np.unique(np.rint(self.last * share**2).astype(np.int64))
         ends = self.half_log_snr[[0, -1]]
         if spacing == "logsnr":
             return self._nearest(ends[0] + share * (ends[1] - ends[0]))
@@ -101,7 +137,7 @@ class Schedule:
 
     def _nearest(self, half_log_snr: np.ndarray) -> np.ndarray:
         # It falls with t, and np.interp wants rising abscissae.
-        t = np.interp(-half_log_snr, -self.half_log_snr, np.arange(self.T))
+        t = np.interp(-half_log_snr, -self.half_log_snr, np.arange(self.last + 1))
         return np.unique(np.rint(t).astype(np.int64))
 
     def decoding(self, steps: int, stop_percent: float = 0.0, spacing: str = "uniform") -> Trajectory:

@@ -51,7 +51,7 @@ def attach_statistics(loaded: Loaded, file: ForeignFile) -> None:
     """Make the latents' mean and standard deviation part of ``loaded``."""
     found: dict[str, Tensor] = {}
     for name in ("mean", "std"):
-        value = file.contents.get(name)
+        value = file.contents.get(name, file.contents.get(f"latent_{name}"))
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise UserError(f"{file.where}: {file.kind.value}, no tensor {name} in it; expected latent statistics")
         found[f"latent_{name}"] = value.float().squeeze()

@@ -14,27 +14,41 @@ from torch import Tensor
 
 from ..config import PDAEConfig, PriorConfig, ScheduleConfig, UNetConfig
 from ..errors import UserError
-from . import infer
+from . import diffusers, infer, names
 from .directory import Loaded, check_finite
-from .kinds import Kind, as_state, identify, refusal, unwrap
+from .kinds import Kind, as_state, identify, refusal
 from .read import read_file
-from .settings import Settings
+from .settings import DDIM_NETWORK, Given, Settings, from_diffae
+from .unpickle import Inert
+from .wrappers import unwrap
 
-PRIORS = (Kind.PRIOR, Kind.DIFFAE, Kind.UNET)
+PRIORS = (Kind.PRIOR, Kind.DIFFAE, Kind.UNET, Kind.DIFFUSERS, Kind.DDIM)
 AUTOENCODERS = (Kind.AUTOENCODER, Kind.LATENT, Kind.CLASSIFIER, Kind.DECODER)
 # The network that a file of one network alone holds.
-_SINGLE = {Kind.UNET: "denoise_fn", Kind.DECODER: "decoder", Kind.ENCODER: "encoder"}
+_SINGLE = {
+    Kind.UNET: "denoise_fn",
+    Kind.DIFFUSERS: "denoise_fn",
+    Kind.DDIM: "denoise_fn",
+    Kind.DECODER: "decoder",
+    Kind.ENCODER: "encoder",
+}
 
 
 @dataclass
 class ForeignFile:
-    """An opened and identified file. ``entries``: network name -> (its name in the file, state dict)."""
+    """An opened and identified file or directory.
+
+    ``entries``: network name -> (its name in the file, state dict). ``said``: what the source itself says of the
+    model beside its weights, ``notes`` what it does not and is assumed.
+    """
 
     where: str
     kind: Kind
     contents: Mapping[str, Any]
     entries: dict[str, tuple[str, Any]]
     weights: str = "ema"
+    said: dict[str, Given] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     used: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -43,17 +57,32 @@ class ForeignFile:
         path = Path(path).expanduser()
         if path.is_dir():
             raise UserError(f"{path}: a directory; expected a checkpoint file")
-        contents = unwrap(read_file(path))
+        copies = unwrap(read_file(path))
+        contents = copies.preferred(weights)
         kind = identify(contents)
         entries = {name: (name, value) for name, value in contents.items() if isinstance(name, str)}
+        said: dict[str, Given] = {}
         if kind is Kind.DIFFAE:
             state = contents["state_dict"]
             for prefix, entry in (("model", "denoise_fn"), ("ema_model", "ema_denoise_fn")):
                 part = {k.removeprefix(f"{prefix}."): v for k, v in state.items() if k.startswith(f"{prefix}.")}
                 entries[entry] = (prefix, part)
+            said = from_diffae(contents.get("hyper_parameters"))
+        elif kind is Kind.DIFFUSERS:
+            raise refusal(kind, contents, str(path))
         elif kind in _SINGLE and _SINGLE[kind] not in contents and f"ema_{_SINGLE[kind]}" not in contents:
-            entries = {_SINGLE[kind]: ("", contents)}
-        return cls(str(path), kind, contents, entries, weights)
+            held = {"": copies.raw, "ema_": copies.ema}
+            entries = {f"{which}{_SINGLE[kind]}": ("", state) for which, state in held.items() if state is not None}
+            said = DDIM_NETWORK if kind is Kind.DDIM else {}
+        return cls(str(path), kind, contents, entries, weights, said)
+
+    @classmethod
+    def open_directory(cls, place: diffusers.Place, weights: str = "ema") -> ForeignFile:
+        """Read a diffusers directory; ``weights`` "ema" prefers ``unet_ema`` over ``unet``."""
+        model = diffusers.read(place, weights)
+        network = "ema_denoise_fn" if model.averaged else "denoise_fn"
+        entries = {network: ("", model.state)}
+        return cls(model.where, Kind.DIFFUSERS, model.state, entries, weights, model.said, model.notes)
 
     def has(self, network: str) -> bool:
         return bool(self._pick(network))
@@ -63,19 +92,21 @@ class ForeignFile:
         picked = self._pick(network)
         if not picked:
             raise UserError(f"{self.where}: no {network} in it; it is {self.kind.value}")
-        label, value = picked
-        if self.weights == "raw" and label.startswith("ema_"):
+        label, value = self.entries[picked]
+        averaged = picked.startswith("ema_")
+        if self.weights == "raw" and averaged:
             raise UserError(f"{self.where}: holds only the EMA weights of {network}; expected raw ones (weights=raw)")
-        self.used[network] = "EMA" if label.startswith("ema_") else "raw" if self._paired(network) else "as stored"
+        raw = self._paired(network) or f"ema_{network}" in self.entries
+        self.used[network] = "EMA" if averaged else "raw" if raw else "as stored"
         state = as_state(value, label, self.where)
         check_finite({f"{label}.{k}" if label else k: v for k, v in state.items()}, self.where)
         return {name: tensor.float() for name, tensor in state.items()}
 
-    def _pick(self, network: str) -> tuple[str, Any] | None:
+    def _pick(self, network: str) -> str | None:
+        """The entry that holds ``network``."""
         order = (network, f"ema_{network}") if self.weights == "raw" else (f"ema_{network}", network)
-        found = [self.entries[name] for name in order if name in self.entries]
         # An empty state_dict stands for "not saved"; anything else that is wrong is reported when it is read.
-        return next((entry for entry in found if not (isinstance(entry[1], Mapping) and not entry[1])), None)
+        return next((name for name in order if name in self.entries and not _empty(self.entries[name][1])), None)
 
     def _paired(self, network: str) -> bool:
         trained = {Kind.AUTOENCODER: ("encoder", "decoder"), Kind.PRIOR: ("denoise_fn",), Kind.DIFFAE: ("denoise_fn",)}
@@ -94,7 +125,10 @@ def build(file: ForeignFile, settings: Settings, encoder: ForeignFile | None = N
 
     Raises UserError when the file is of another kind, incomplete, or contradicts ``settings``.
     """
-    notes: list[str] = []
+    notes = file.notes
+    if settings.get("rescale_timesteps"):
+        scale = 1000 / settings.get("timesteps", 1000)
+        settings.add({"time_scale": dataclasses.replace(settings.given["rescale_timesteps"], value=scale)})
     if file.kind in PRIORS:
         if encoder is not None:
             raise UserError(f"{file.where}: {file.kind.value}, which has no encoder; encoder= goes with a PDAE decoder")
@@ -110,18 +144,51 @@ def build(file: ForeignFile, settings: Settings, encoder: ForeignFile | None = N
 
 
 def _prior(file: ForeignFile, settings: Settings, notes: list[str]) -> tuple[PriorConfig, dict[str, Tensor]]:
-    state = file.network("denoise_fn")
+    state = _adm_names(file, settings)
     fields = infer.unet_fields(state, file.where)
-    if file.kind is Kind.DIFFAE:
-        _resolve_feature_sizes(settings, fields, _drawn_size(file, fields), file.where)
+    if file.kind is Kind.DDIM and fields["downsample"] == "conv":
+        fields["downsample"] = "conv_asymmetric"
+    if file.kind in (Kind.DIFFAE, Kind.DDIM, Kind.UNET):
+        _resolve_feature_sizes(settings, fields, _drawn_size(file, fields), file)
     size = settings.get("image_size") or _drawn_size(file, fields)
     unet = _unet_config(fields, settings, file.where, notes)
     if size is None:
         size, reason = infer.prior_image_size(unet.attention_resolutions, unet.levels)
         notes.append(f"image size {size} ({reason}; a U-Net's weights do not say: --image-size, image_size=)")
-    with _located(file.where):
-        config = PriorConfig(size, unet, _schedule(settings, notes), settings.get("noise", "normal"))
+    schedule = _schedule(settings, notes)
+    if file.kind is Kind.UNET:
+        if "prediction" not in settings:
+            notes.append("its output is eps (the weights do not say: --predict-xstart)")
+        if schedule.timesteps != 1000 and "rescale_timesteps" not in settings:
+            notes.append("it is given t as it is (the weights do not say: --rescale-timesteps, then t * 1000 / T)")
+    with located(file.where):
+        config = PriorConfig(
+            size, unet, schedule, settings.get("noise", "normal"), settings.get("prediction", "epsilon")
+        )
     return config, {f"unet.{name}": tensor for name, tensor in state.items()}
+
+
+def _adm_names(file: ForeignFile, settings: Settings) -> dict[str, Tensor]:
+    """The prior's tensors under the names of this project's U-Net."""
+    state = file.network("denoise_fn")
+    if file.kind not in (Kind.DIFFUSERS, Kind.DDIM):
+        return infer.rename_classes(state)
+    if file.kind is Kind.DDIM and state.pop("logvar", None) is not None:
+        file.notes.append('logvar, the learned variance of a "bayesian" model, is left out')
+    shortcut = next((name for name in state if ".conv_shortcut." in name), None)
+    if file.kind is Kind.DDIM and shortcut:
+        raise UserError(f"{file.where}: a U-Net with 3x3 shortcuts ({shortcut}); expected 1x1 ones (nin_shortcut)")
+
+    def heads(channels: int) -> int:
+        width = settings.get("head_channel", -1)
+        count = settings.get("num_heads", 1) if width == -1 else channels // width
+        if count < 1 or channels % count or (width != -1 and channels % width):
+            said = f"num_heads={count}" if width == -1 else f"head_channel={width}"
+            raise UserError(f"{file.where}: attention layers of {channels} channels cannot be split by {said}")
+        return count
+
+    spelling = names.DDIM if file.kind is Kind.DDIM else names.DIFFUSERS
+    return names.to_adm(state, spelling, heads, file.where)
 
 
 def _pdae(
@@ -154,7 +221,7 @@ def _pdae(
     for name in ("image_size", "latent_dim", "encoder_channel"):
         settings.check(name, getattr(shape, name), where, "the encoder's weights")
     unet = _unet_config(fields, settings, where, notes)
-    with _located(where):
+    with located(where):
         config = PDAEConfig(
             image_size=shape.image_size,
             latent_dim=shape.latent_dim,
@@ -162,6 +229,7 @@ def _pdae(
             unet=unet,
             schedule=_schedule(settings, notes),
             noise=settings.get("noise", "normal"),
+            prediction=settings.get("prediction", "epsilon"),
         )
     state = {f"encoder.{name}": tensor for name, tensor in encoder.items()}
     return config, state | {f"decoder.{name}": tensor for name, tensor in decoder.items()}
@@ -173,14 +241,18 @@ def _unet_config(fields: dict[str, Any], settings: Settings, where: str, notes: 
         # A rate below the deepest level asks for nothing.
         reached = tuple(rate for rate in rates.value if rate < 2 ** len(fields["channel_multiplier"]))
         settings.given["attention_resolutions"] = dataclasses.replace(rates, value=reached)
+    # The two ways of padding a strided convolution leave the same tensors.
+    if fields["downsample"] == "conv" and settings.get("downsample") == "conv_asymmetric":
+        fields["downsample"] = "conv_asymmetric"
     for name, value in fields.items():
         if name == "time_channel":
             value = value or 4 * fields["base_channel"]
         settings.check(name, value, where)
-    free = ("num_heads", "head_channel", "use_new_attention_order", "dropout")
-    with _located(where):
+    free = {f.name for f in dataclasses.fields(UNetConfig)} - fields.keys()
+    with located(where):
         unet = UNetConfig(**fields, **{name: settings.get(name) for name in free if name in settings})
-    if not {"num_heads", "head_channel"} & settings.given.keys():
+    attends = unet.middle == "attention" or unet.attention_resolutions
+    if attends and not {"num_heads", "head_channel"} & settings.given.keys():
         notes.append("1 attention head per layer (the weights do not say: --num-heads, --head-channel, --config)")
     elif "use_new_attention_order" not in settings and any(unet.heads(c) > 1 for c in unet.attention_channels()):
         notes.append("the legacy attention layout (the weights do not say: --use-new-attention-order, --config)")
@@ -188,7 +260,12 @@ def _unet_config(fields: dict[str, Any], settings: Settings, where: str, notes: 
 
 
 def _schedule(settings: Settings, notes: list[str]) -> ScheduleConfig:
-    config = ScheduleConfig(settings.get("schedule", "linear"), settings.get("timesteps", 1000))
+    start, end = settings.get("beta_start"), settings.get("beta_end")
+    kind, timesteps = settings.get("schedule", "linear"), settings.get("timesteps", 1000)
+    if kind != "sigmoid" and (start, end) == (1e-4, 0.02) and timesteps == 1000:
+        start = end = None  # the published ones, which need no saying
+    extra = {name: settings.get(name) for name in ("betas", "zero_terminal_snr") if name in settings}
+    config = ScheduleConfig(kind, timesteps, start, end, **extra)
     if "schedule" not in settings:
         notes.append(f"a {config.kind} noise schedule of {config.timesteps} steps (--schedule, --timesteps, --config)")
     return config
@@ -202,12 +279,13 @@ def _drawn_size(file: ForeignFile, fields: dict[str, Any]) -> int | None:
     return None
 
 
-def _resolve_feature_sizes(settings: Settings, fields: dict[str, Any], drawn: int | None, where: str) -> None:
-    """Diff-AE's attention list holds feature-map sizes: turn it into rates, or the image size it implies."""
-    rates = set(fields["attention_resolutions"])
+def _resolve_feature_sizes(settings: Settings, fields: dict[str, Any], drawn: int | None, file: ForeignFile) -> None:
+    """Diff-AE's, ddim's and guided-diffusion's attention lists hold feature-map sizes: turn them into rates, or the
+    image size they imply."""
+    where, rates = file.where, set(fields["attention_resolutions"])
     reachable = {2**level for level in range(len(fields["channel_multiplier"]))}
     # A PDAE-style configuration of a Diff-AE prior has rates already: those are compared later.
-    if set(settings.get("attention_resolutions", rates)) != rates:
+    if file.kind is Kind.DIFFAE and set(settings.get("attention_resolutions", rates)) != rates:
         settings.given["feature_sizes"] = settings.given.pop("attention_resolutions")
     given = settings.given.pop("feature_sizes", None)
     if given is None:
@@ -229,8 +307,12 @@ def _resolve_feature_sizes(settings: Settings, fields: dict[str, Any], drawn: in
         settings.given["image_size"] = dataclasses.replace(given, value=fitting[0])
 
 
+def _empty(value: Any) -> bool:
+    return isinstance(value, Mapping) and not value and not isinstance(value, Inert)
+
+
 @contextmanager
-def _located(where: str) -> Iterator[None]:
+def located(where: str) -> Iterator[None]:
     """Put the file's name before the message of a UserError raised inside."""
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,12 +37,21 @@ def need(state: State, name: str, ndim: int, where: str) -> Tensor:
     return state[name]
 
 
+def rename_classes(state: State) -> dict[str, Tensor]:
+    """A prior's tensors with the label embedding under this project's name, ``class_emb``.
+
+    In a PDAE decoder ``label_emb`` is the Linear that takes z; its bias tells them apart.
+    """
+    if "label_emb.bias" in state:
+        return dict(state)
+    return {"class_emb.weight" if name == "label_emb.weight" else name: tensor for name, tensor in state.items()}
+
+
 def unet_fields(state: State, where: str) -> dict[str, Any]:
-    """The arguments of UNetConfig that follow from the weights of an ADM U-Net (prior or PDAE decoder).
+    """The arguments of UNetConfig that follow from the weights of a U-Net under ADM's names (prior or PDAE decoder).
 
     Raises UserError that names the variant when these are the weights of a U-Net which UNetConfig cannot express.
     """
-    _refuse_variants(state, where)
     time_width, base = need(state, "time_embed.0.weight", 2, where).shape
     stem = need(state, "input_blocks.0.0.weight", 4, where)
     out_channels, input_channel = need(state, "out.2.weight", 4, where).shape[0], stem.shape[1]
@@ -55,25 +65,34 @@ def unet_fields(state: State, where: str) -> dict[str, Any]:
             f"{where}: the U-Net maps {input_channel} channels to {out_channels}; "
             f"expected {input_channel}, or {2 * input_channel} with a learned sigma"
         )
-    inputs, outputs = _count(state, "input_blocks", where), _count(state, "output_blocks", where)
-    # A level of the output half ends with its up ResBlock, the only second ResBlock of a block.
-    ends = [i for i in range(outputs) if _has_second_block(state, f"output_blocks.{i}")]
-    blocks = ends[0] if ends else outputs - 1
-    if inputs != outputs or blocks < 1 or inputs % (blocks + 1):
-        raise UserError(
-            f"{where}: {inputs} input blocks and {outputs} output blocks with up-samplers in {ends or 'none'} are not "
-            "the layout of an ADM U-Net; expected the same number of residual blocks at every level"
-        )
-    levels = inputs // (blocks + 1)
+    blocks, levels, downsample, upsample = _layout(state, where)
+    widths = _widths(state, blocks, levels, where)
+    middle = "none"
+    if any(name.startswith("middle_block.") for name in state):
+        middle = "attention" if "middle_block.1.qkv.weight" in state else "plain"
+    if middle == "plain" and any(name.startswith("middle_block.2.") for name in state):
+        need(state, "middle_block.1.qkv.weight", 3, where)
+    emb, norm = (need(state, f"input_blocks.1.0.{n}.weight", d, where) for n, d in _TIME_AND_NORM)
+    classes = state.get("class_emb.weight")
     return {
         "input_channel": input_channel,
         "base_channel": base,
-        "channel_multiplier": _multipliers(state, base, blocks, levels, where),
+        "channel_multiplier": tuple(_multiplier(width, base) for width in widths),
         "num_residual_blocks_of_a_block": blocks,
         "attention_resolutions": _attention_rates(state, blocks, levels, where),
         "learn_sigma": out_channels == 2 * input_channel,
         "time_channel": None if time_width == 4 * base else time_width,
+        "stem_channel": None if stem.shape[0] == widths[0] else stem.shape[0],
+        "use_scale_shift_norm": emb.shape[0] == 2 * norm.shape[0],
+        "downsample": downsample,
+        "upsample": upsample,
+        "middle": middle,
+        "middle_attention_norm": middle != "attention" or "middle_block.1.norm.weight" in state,
+        "num_classes": None if classes is None or not classes.ndim else classes.shape[0],
     }
+
+
+_TIME_AND_NORM = (("emb_layers.1", 2), ("out_layers.0", 1))
 
 
 def encoder_shape(state: State, where: str) -> EncoderShape:
@@ -109,38 +128,56 @@ def prior_image_size(rates: tuple[int, ...], levels: int) -> tuple[int, str]:
     return (size, reason) if size >= least else (least, "the smallest that fits the levels")
 
 
-def _refuse_variants(state: State, where: str) -> None:
-    pdae = any(name.startswith("shift_") for name in state)  # there label_emb takes z
-    for name, tensor in state.items():
-        if name.endswith((".op.weight", ".conv.weight")):
-            raise UserError(
-                f"{where}: a U-Net with convolutional resampling ({name}); expected resampling by residual blocks "
-                "(resblock_updown)"
-            )
-        if name == "label_emb.weight" and not pdae:
-            raise UserError(
-                f"{where}: a class-conditional U-Net (label_emb.weight {list(tensor.shape)}: "
-                f"{tensor.shape[0]} classes); expected an unconditional one"
-            )
-        if re.fullmatch(r"(input|output)_blocks\.\d+\.\d+\.emb_layers\.1\.weight", name):
-            out = state.get(name.replace("emb_layers.1.weight", "out_layers.0.weight"))
-            if out is not None and tensor.ndim == 2 and tensor.shape[0] == out.shape[0]:
-                raise UserError(
-                    f"{where}: a U-Net without scale-shift norm ({name} has {tensor.shape[0]} rows); "
-                    f"expected {2 * out.shape[0]} rows (use_scale_shift_norm)"
-                )
-    if "middle_block.0.in_layers.2.weight" in state and "middle_block.1.qkv.weight" not in state:
-        raise UserError(f"{where}: a U-Net without attention in its middle block; expected middle_block.1.qkv.weight")
+def _layout(state: State, where: str) -> tuple[int, int, str, str]:
+    """Residual blocks a level, levels, and how a level ends: the values of ``downsample`` and ``upsample``."""
+    total = _count(state, "output_blocks", where)
+    inputs = _numbers(state, "input_blocks")
+    strided = [i for i in range(total) if f"input_blocks.{i}.0.op.weight" in state]
+    # Pooling has no tensors, and leaves a gap.
+    pooled = [i for i in range(total) if i not in inputs]
+    convolved = [i for i in range(total) if any(f"output_blocks.{i}.{j}.conv.weight" in state for j in (1, 2))]
+    # An up ResBlock is the only second ResBlock of a block of the output half.
+    residual = [i for i in range(total) if _has_second_block(state, f"output_blocks.{i}")]
+    ups, downs = sorted({*convolved, *residual}), sorted({*strided, *pooled})
+    if pooled and (ups or strided):  # who pools has no tensors for the way up either
+        raise UserError(f"{where}: input_blocks.{pooled[0]} has no weights; expected input_blocks without a gap")
+    # The first resampler on either side tells how long a level is; without any there is one level.
+    blocks = downs[0] - 1 if downs else ups[0] if ups else total - 1
+    levels = total // (blocks + 1) if blocks > 0 else 0
+    ends = [level * (blocks + 1) for level in range(1, levels)]
+    if (
+        blocks < 1
+        or total % (blocks + 1)
+        or max(inputs) != total - 1
+        or downs not in ([], ends)
+        or ups not in ([], [end - 1 for end in ends])
+    ):
+        raise UserError(
+            f"{where}: {1 + max(inputs, default=-1)} input blocks with down-samplers at {downs or 'none known'} and "
+            f"{total} output blocks with up-samplers at {ups or 'none known'} are not the layout of an ADM U-Net; "
+            "expected the same number of residual blocks at every level"
+        )
+    if convolved and residual:
+        raise UserError(
+            f"{where}: output_blocks resample by convolution at {convolved} and by residual blocks at "
+            f"{residual}; expected one of them"
+        )
+    down = "conv" if strided else "pool" if pooled else "residual"
+    return blocks, levels, down, "conv" if convolved else "residual" if residual or levels == 1 else "nearest"
+
+
+def _numbers(state: State, group: str) -> set[int]:
+    """Those of the members of ``group`` that have tensors."""
+    return {int(m[1]) for k in state if (m := re.match(rf"{group}\.(\d+)\.", k))}
 
 
 def _count(state: State, group: str, where: str) -> int:
     """Number of members of ``group``, which must be numbered without a gap."""
-    found = {int(m[1]) for k in state if (m := re.match(rf"{group}\.(\d+)\.", k))}
+    found = _numbers(state, group)
     missing = sorted(set(range(max(found, default=-1) + 1)) - found)
     if not found or missing:
         what = f"{group}.{missing[0]} has no weights" if found else f"no tensor of {group} is there"
-        hint = "; resampling without weights is not supported" if found and "blocks" in group else ""
-        raise UserError(f"{where}: {what}; expected {group} numbered without a gap{hint}")
+        raise UserError(f"{where}: {what}; expected {group} numbered without a gap")
     return len(found)
 
 
@@ -148,18 +185,18 @@ def _has_second_block(state: State, block: str) -> bool:
     return any(f"{block}.{i}.in_layers.2.weight" in state for i in (1, 2))
 
 
-def _multipliers(state: State, base: int, blocks: int, levels: int, where: str) -> tuple[int, ...]:
-    multipliers = []
-    for level in range(levels):
-        name = f"input_blocks.{1 + level * (blocks + 1)}.0.in_layers.2.weight"
-        width = need(state, name, 4, where).shape[0]
-        if width % base:
-            raise UserError(
-                f"{where}: {name} has {width} channels; expected a multiple of the base width {base} "
-                "(time_embed.0.weight)"
-            )
-        multipliers.append(width // base)
-    return tuple(multipliers)
+def _widths(state: State, blocks: int, levels: int, where: str) -> list[int]:
+    """Channels of the levels, outermost first."""
+    names = (f"input_blocks.{1 + level * (blocks + 1)}.0.in_layers.2.weight" for level in range(levels))
+    return [need(state, name, 4, where).shape[0] for name in names]
+
+
+def _multiplier(width: int, base: int) -> int | float:
+    """m with int(m * base) == width, a whole number where there is one."""
+    if width % base == 0:
+        return width // base
+    m = width / base
+    return m if int(m * base) == width else math.nextafter(m, math.inf)
 
 
 def _attention_rates(state: State, blocks: int, levels: int, where: str) -> tuple[int, ...]:

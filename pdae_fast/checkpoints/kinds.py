@@ -6,9 +6,14 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .unpickle import Inert, describe
+from .wrappers import strip
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class Kind(Enum):
@@ -21,6 +26,8 @@ class Kind(Enum):
     STATISTICS = "a file of PDAE latent statistics"
     DIFFAE = "a Diff-AE DDPM"
     UNET = "a guided-diffusion U-Net"
+    DIFFUSERS = "a diffusers UNet2DModel"
+    DDIM = "a U-Net under the names of ermongroup/ddim"
     DECODER = "a PDAE decoder without its encoder"
     ENCODER = "a PDAE encoder alone"
     # What follows is recognised only to be refused by name.
@@ -29,14 +36,15 @@ class Kind(Enum):
     DIFFAE_CLASSIFIER = "a Diff-AE attribute classifier"
     UNET_CLASSIFIER = "a guided-diffusion noisy-image classifier"
     RUN = "the resume point of a pdae_fast training run"
-    DIFFUSERS = "a diffusers model"
+    DIFFUSERS_OTHER = "a diffusers model that is no UNet2DModel"
+    LUCIDRAINS = "a denoising-diffusion-pytorch (lucidrains) model"
     LATENT_DIFFUSION = "a latent diffusion (Stable Diffusion) model"
     UNKNOWN = "not a checkpoint known here"
 
 
 MODELS = (
     "expected a PDAE autoencoder, prior, latent DPM or classifier file, a Diff-AE DDPM .ckpt, "
-    "or a guided-diffusion U-Net"
+    "or a U-Net of guided-diffusion, improved-diffusion, diffusers or ddim"
 )
 REFUSED: dict[Kind, str] = {
     Kind.STATISTICS: "expected a model; add these to one with --latent FILE --statistics FILE (latent=, statistics=)",
@@ -46,7 +54,9 @@ REFUSED: dict[Kind, str] = {
     Kind.DIFFAE_CLASSIFIER: MODELS,
     Kind.UNET_CLASSIFIER: MODELS,
     Kind.RUN: "expected the model that the run saved in the same folder",
-    Kind.DIFFUSERS: MODELS,
+    Kind.DIFFUSERS: "expected its config.json beside it, or the directory that it comes from",
+    Kind.DIFFUSERS_OTHER: MODELS,
+    Kind.LUCIDRAINS: MODELS,
     Kind.LATENT_DIFFUSION: MODELS,
 }
 
@@ -110,30 +120,12 @@ _TABLE: tuple[tuple[Kind, _Test], ...] = (
     (Kind.UNET_CLASSIFIER, _and(_UNET, _not(_prefix("output_blocks.")))),
     (Kind.ENCODER, _all("encoder.0.weight")),
     (Kind.LATENT_DIFFUSION, _prefix("model.diffusion_model.", "first_stage_model.")),
-    (Kind.DIFFUSERS, _prefix("down_blocks.", "encoder.down_blocks.")),
+    (Kind.DIFFUSERS_OTHER, _names("transformer_blocks.", "encoder.down_blocks.", "encoder_hid", "add_embedding.")),
+    (Kind.DIFFUSERS, _and(_prefix("down_blocks.0."), _prefix("conv_in."), _prefix("up_blocks."))),
+    (Kind.DIFFUSERS_OTHER, _prefix("down_blocks.", "controlnet_")),
+    (Kind.DDIM, _and(_all("temb.dense.0.weight"), _prefix("down.0."), _prefix("up.0."))),
+    (Kind.LUCIDRAINS, _and(_all("init_conv.weight"), _prefix("downs.0."))),
 )
-
-
-def unwrap(contents: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Take off what other tools wrap around the names: a ``state_dict`` level and the ``module.`` prefix."""
-    inner = contents.get("state_dict")
-    if isinstance(inner, Mapping):
-        # Diff-AE's buffers and settings stand beside its state_dict, so that level stays.
-        if _prefix("model.", "ema_model.", "classifier.")(inner) and not _prefix("model.diffusion_model.")(inner):
-            return contents
-        return strip(inner)
-    if _prefix("ema_model.", "model.time_embed.")(contents):
-        return {"state_dict": dict(contents)}
-    return strip(contents)
-
-
-def strip(state: Mapping[str, Any]) -> dict[str, Any]:
-    """``state`` without the prefixes of DataParallel and torch.compile, where every name carries one."""
-    state = dict(state)
-    for prefix in ("module.", "_orig_mod.", "module."):
-        if state and all(isinstance(name, str) and name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state
 
 
 def identify(contents: Mapping[str, Any]) -> Kind:
@@ -149,7 +141,9 @@ def refusal(kind: Kind, contents: Mapping[str, Any], where: str) -> UserError:
     if isinstance(contents.get("state_dict"), Mapping):
         names = [str(name) for name in contents["state_dict"]]
     listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    return UserError(f"{where}: {kind.value} (it holds {listed or 'nothing'}); {MODELS}")
+    # A whole pickled module where its weights should be.
+    objects = [f"; {name} is {describe(value)}" for name, value in contents.items() if isinstance(value, Inert)]
+    return UserError(f"{where}: {kind.value} (it holds {listed or 'nothing'}{''.join(objects[:1])}); {MODELS}")
 
 
 def as_state(value: Any, entry: str, where: str) -> dict[str, Tensor]:
@@ -157,14 +151,20 @@ def as_state(value: Any, entry: str, where: str) -> dict[str, Tensor]:
 
     ``entry`` is its name in the file, empty when the file is nothing but this state dict.
     """
-    if not isinstance(value, Mapping):
-        raise UserError(f"{where}: {entry} is a {type(value).__name__}; expected a state_dict (names and tensors)")
+    if not isinstance(value, Mapping) or isinstance(value, Inert):
+        raise UserError(f"{where}: {entry or 'it'} is {describe(value)}; expected a state_dict (names and tensors)")
     state, prefix = strip(value), f"{entry}." if entry else ""
     for name, tensor in state.items():
         if not isinstance(name, str):
             raise UserError(f"{where}: {entry or 'it'} has the key {name!r}; expected names of tensors")
         if not isinstance(tensor, Tensor):
-            raise UserError(f"{where}: {prefix}{name} is a {type(tensor).__name__}; expected a tensor")
-        if not tensor.is_floating_point():
-            raise UserError(f"{where}: {prefix}{name} is {tensor.dtype}; expected floating-point weights")
+            raise UserError(f"{where}: {prefix}{name} is {describe(tensor)}; expected a tensor")
+        if tensor.dtype not in FLOATS or tensor.layout is not torch.strided or tensor.is_quantized:
+            raise UserError(f"{where}: {prefix}{name} is {_type(tensor)}; expected floating-point weights")
     return state
+
+
+def _type(tensor: Tensor) -> str:
+    if tensor.is_quantized:
+        return f"quantised ({tensor.dtype})"
+    return str(tensor.dtype) if tensor.layout is torch.strided else f"sparse ({tensor.layout})"

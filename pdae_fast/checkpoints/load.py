@@ -9,21 +9,38 @@ from typing import Any
 
 from ..config import PDAEConfig
 from ..errors import UserError
+from . import diffusers
 from .directory import BUNDLED, Loaded, available, load_directory
 from .extras import attach_classifier, attach_latent, attach_statistics
 from .foreign import ForeignFile, build
 from .kinds import Kind
-from .settings import Settings, from_config, from_diffae, from_options
+from .settings import Settings, from_config, from_options
 
-_SAID = ("num_heads", "head_channel", "use_new_attention_order", "dropout", "image_size", "schedule", "timesteps")
+_SAID = (
+    "num_heads",
+    "head_channel",
+    "num_head_channels",
+    "num_heads_upsample",
+    "use_new_attention_order",
+    "dropout",
+    "image_size",
+    "schedule",
+    "noise_schedule",
+    "timesteps",
+    "diffusion_steps",
+    "rescale_timesteps",
+    "predict_xstart",
+)
 
 
 @dataclass(frozen=True)
 class Options:
     """What a foreign file does not say, or says elsewhere. None means not given.
 
-    num_heads, head_channel, use_new_attention_order, dropout, image_size, schedule ("linear" or "cosine"), timesteps:
-        win over ``config``.
+    num_heads, head_channel, num_heads_upsample, use_new_attention_order, dropout, image_size, schedule (a kind of
+        ScheduleConfig), timesteps: win over ``config``. num_head_channels, noise_schedule and diffusion_steps are other
+        names of head_channel, schedule and timesteps, those of improved- and guided-diffusion's flags.
+    rescale_timesteps: the network was trained on t * 1000 / T; predict_xstart: its output is x_0.
     config: path of the published YAML (or JSON) configuration, or the mapping it holds. Values that the weights
         contradict are an error.
     encoder: a second file whose encoder goes with the decoder in the first.
@@ -35,11 +52,17 @@ class Options:
 
     num_heads: int | None = None
     head_channel: int | None = None
+    num_head_channels: int | None = None
+    num_heads_upsample: int | None = None
     use_new_attention_order: bool | None = None
     dropout: float | None = None
     image_size: int | None = None
     schedule: str | None = None
+    noise_schedule: str | None = None
     timesteps: int | None = None
+    diffusion_steps: int | None = None
+    rescale_timesteps: bool | None = None
+    predict_xstart: bool | None = None
     config: str | Path | Mapping[str, Any] | None = None
     encoder: str | Path | None = None
     latent: str | Path | None = None
@@ -50,10 +73,11 @@ class Options:
 
 
 def load(source: str | Path, **options: Any) -> Loaded:
-    """Read a model from a bundled name, a saved directory or a foreign file; ``options`` are those of Options.
+    """Read a model from a bundled name, a saved directory or a foreign one, or a file; ``options``: those of Options.
 
-    Files known: PDAE autoencoder, prior, latent DPM, classifier; Diff-AE DDPM ``.ckpt``; guided-diffusion ``.pt``;
-    each also as .safetensors. The result's tensors are on the CPU; those of a foreign file are float32 and finite.
+    Known are files of PDAE (autoencoder, prior, latent DPM, classifier), Diff-AE's DDPM, improved- and
+    guided-diffusion, and ermongroup/ddim, each also as .safetensors, and directories of diffusers' UNet2DModel. The
+    result's tensors are on the CPU; those of a foreign file are float32 and finite.
 
     Raises UserError with one line that says what the source is and what was expected; TypeError for an option that
     does not exist.
@@ -67,15 +91,18 @@ def load(source: str | Path, **options: Any) -> Loaded:
         settings.add(from_config(given.config))
 
     directory, file = _locate(source), None
-    if directory is not None:
+    place = diffusers.find(directory or Path(source).expanduser())
+    if directory is not None and place is None:
         if given.encoder is not None:
             raise UserError(f"{source}: a saved model has its encoder; encoder= goes with a foreign file")
         loaded = load_directory(directory)
         _check_directory(loaded, settings)
     else:
-        file = ForeignFile.open(source, given.weights)
+        file = ForeignFile.open_directory(place, given.weights) if place else ForeignFile.open(source, given.weights)
         if file.kind is Kind.DIFFAE:
-            settings.add(from_diffae(file.contents.get("hyper_parameters")))
+            settings.add(file.said)  # its settings may have been changed after
+        else:
+            settings.agree(file.said, file.where)
         encoder = ForeignFile.open(given.encoder, given.weights) if given.encoder is not None else None
         loaded = build(file, settings, encoder)
     _attach(loaded, given, settings, file)
@@ -111,6 +138,8 @@ def _attach(loaded: Loaded, given: Options, settings: Settings, file: ForeignFil
         raise UserError(f"{loaded.origin}: attributes name the rows of a classifier and there is none; add classifier=")
     if given.statistics is not None:
         attach_statistics(loaded, ForeignFile.open(given.statistics))
+    elif file is not None and isinstance(loaded.config, PDAEConfig) and "latent_mean" in file.contents:
+        attach_statistics(loaded, file)
     if file is not None:
         loaded.weights = file.describe_weights()
 
@@ -121,6 +150,8 @@ def _check_directory(loaded: Loaded, settings: Settings) -> None:
     for name in settings.given:
         if name in ("schedule", "timesteps"):
             actual = config.schedule.kind if name == "schedule" else config.schedule.timesteps
+        elif name == "rescale_timesteps":
+            actual = config.unet.time_scale != 1 or config.schedule.timesteps == 1000
         elif name == "time_channel":
             actual = config.unet.time_width
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import PDAEConfig, PriorConfig
+from ..config import PDAEConfig, PriorConfig, UNetConfig
+from ..errors import UserError
 from ..files import atomic_write
 from .directory import save_torch
 
 State = Mapping[str, Tensor]
+# The fields of UNetConfig that its YAML has, or that follow from the weights.
+_PUBLISHED = (
+    "input_channel",
+    "base_channel",
+    "channel_multiplier",
+    "num_residual_blocks_of_a_block",
+    "attention_resolutions",
+    "num_heads",
+    "head_channel",
+    "use_new_attention_order",
+    "dropout",
+    "learn_sigma",
+    "time_channel",
+)
 # What the published code calls its encoders and decoders, by image size.
 _CLASSES = {64: "CELEBA64", 128: "FFHQ"}
 
@@ -107,6 +123,21 @@ def official_yaml(config: PDAEConfig | PriorConfig) -> str:
         f"{name}:\n" + "".join(f"  {key}: {json.dumps(value)}\n" for key, value in section.items())
         for name, section in sections.items()
     )
+
+
+def refuse(config: PDAEConfig | PriorConfig) -> None:
+    """UserError when the published layout has no words for ``config``: its network is ADM's, its output eps."""
+    unet, schedule = config.unet, config.schedule
+    own = {f.name: f.default for f in dataclasses.fields(UNetConfig) if f.name not in _PUBLISHED}
+    other = [name for name, default in own.items() if getattr(unet, name) != default]
+    if any(not isinstance(m, int) for m in unet.channel_multiplier):
+        other.append("channel_multiplier")
+    if config.prediction != "epsilon":
+        other.append("prediction")
+    if schedule.kind not in ("linear", "cosine", "constant") or schedule.beta_start or schedule.zero_terminal_snr:
+        other.append("schedule")
+    if other:
+        raise UserError(f"the published PDAE layout cannot express this model's {', '.join(other)}; expected ADM's")
 
 
 def limits(config: PDAEConfig | PriorConfig) -> list[str]:

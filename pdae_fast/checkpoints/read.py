@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.serialization import get_unsafe_globals_in_checkpoint
-
 from ..errors import UserError
+from . import unpickle
 from .directory import CONFIG_NAME, read_safetensors
 
 EXPECTED = "expected a PyTorch or safetensors checkpoint"
@@ -31,13 +29,15 @@ _SIGNATURES = (
     (b"GGUF", "a GGUF file"),
 )
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+_CHUNK = 2**22
 
 
-def read_file(path: Path) -> dict[str, Any]:
-    """The mapping that a checkpoint file holds; tensors stay on the CPU, mapped from the file where possible.
+def read_file(path: Path) -> Mapping[str, Any] | list[Any] | tuple[Any, ...]:
+    """The mapping, or list of mappings, that a checkpoint file holds; tensors stay on the CPU, mapped from the file
+    where possible.
 
-    PyTorch files are read with ``weights_only=True``. Raises UserError with one line that says what the file is when
-    it is missing, empty, cut short, of another type, not a mapping, or needs more than plain values and tensors.
+    Of a PyTorch file only tensors and plain values are read, see :mod:`.unpickle`. Raises UserError with one line that
+    says what the file is when it is missing, empty, damaged, of another type, or holds something else.
     """
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: not a plain file; {EXPECTED}")
@@ -54,33 +54,25 @@ def read_file(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: part of a saved model; give its directory, {path.parent}")
     # A safetensors file starts with the length of its JSON header, whatever bytes that makes.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
-        return nest(read_safetensors(path))
+        return read_safetensors(path)
     if head.startswith(_ZIP):
         contents = _read_zip(path)
     elif head.startswith(_PICKLE):
         contents = _read_torch(path, mapped=False)
     else:
         raise UserError(f"{path}: {_describe(head, path)}; {EXPECTED}")
-    if not isinstance(contents, dict):
+    if isinstance(contents, unpickle.Inert):
+        raise UserError(
+            f"{path}: holds one pickled object, {unpickle.describe(contents)}; expected its state_dict: where you "
+            "trust the file, load it with the code it comes from and torch.save(model.state_dict(), ...)"
+        )
+    if not isinstance(contents, dict) and not (isinstance(contents, list | tuple) and _mappings(contents)):
         raise UserError(f"{path}: holds one {type(contents).__name__}; expected a mapping of names to tensors")
     return contents
 
 
-def nest(flat: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Undo the flattening that .safetensors needs: ``ema_decoder.out.0.weight`` goes back under ``ema_decoder``."""
-    entries = "denoise_fn", "encoder", "decoder", "latent_denoise_fn", "classifier"
-    entries += tuple(f"ema_{name}" for name in entries)
-    # A bare encoder's own names start with "encoder." too; its first tensor is encoder.0.weight.
-    if "encoder.0.weight" in flat or not any(name.startswith(tuple(f"{e}." for e in entries)) for name in flat):
-        return dict(flat)
-    nested: dict[str, Any] = {}
-    for name, tensor in flat.items():
-        entry, _, rest = name.partition(".")
-        if entry in entries and rest:
-            nested.setdefault(entry, {})[rest] = tensor
-        else:
-            nested[name] = tensor
-    return nested
+def _mappings(contents: list[Any] | tuple[Any, ...]) -> bool:
+    return any(isinstance(part, dict) for part in contents)
 
 
 def _beside_config(path: Path) -> bool:
@@ -92,49 +84,48 @@ def _read_zip(path: Path) -> Any:
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path}: truncated: it starts like a PyTorch checkpoint but its end is missing; {EXPECTED}")
     with zipfile.ZipFile(path) as archive:
-        names = [name.rpartition("/")[2] for name in archive.namelist()]
-    if "constants.pkl" in names:
-        raise UserError(f"{path}: a TorchScript or exported program; {EXPECTED} with its state_dict")
-    if "data.pkl" not in names:
-        kind = "a NumPy archive" if any(name.endswith(".npy") for name in names) else "a zip archive"
-        raise UserError(f"{path}: {kind}; {EXPECTED}")
+        members = archive.infolist()
+        names = [member.filename.rpartition("/")[2] for member in members]
+        if "constants.pkl" in names:
+            raise UserError(f"{path}: a TorchScript or exported program; {EXPECTED} with its state_dict")
+        if "data.pkl" not in names:
+            kind = "a NumPy archive" if any(name.endswith(".npy") for name in names) else "a zip archive"
+            raise UserError(f"{path}: {kind}; {EXPECTED}")
+        for member in members:
+            _check_sum(archive, member, path)
     return _read_torch(path, mapped=True)
+
+
+def _check_sum(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> None:
+    """Read ``member`` through once: torch maps it without looking at its check sum, and bad weights look like others.
+
+    Where torch.save was told to compute no check sums they are 0.
+    """
+    if member.CRC == 0:
+        return
+    try:
+        with archive.open(member) as stream:
+            while stream.read(_CHUNK):
+                pass
+    # A damaged header fails in several ways, one of them in the decompressor.
+    except Exception as error:
+        name = member.filename.rpartition("/")[2]
+        raise UserError(f"{path}: damaged: its part {name} is not as it was written ({error}); {EXPECTED}") from None
 
 
 def _read_torch(path: Path, mapped: bool) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        offending = _unsafe_globals(path, str(error))
-        if not offending:
-            raise _damaged(path, error) from None
-        raise UserError(
-            f"{path}: refused, it holds {offending}: unpickling that could run code, so only tensors and plain values "
-            "are read (weights_only). Where you trust the file, re-save its state_dicts alone with torch.save"
-        ) from None
+            return unpickle.load(path, mapped)
     # A damaged stream makes an unpickler fail in any way there is.
     except Exception as error:
         raise _damaged(path, error) from None
 
 
-def _unsafe_globals(path: Path, message: str) -> str:
-    """Names of what a refused file wants to import, or an empty string when that was not the reason."""
-    try:
-        names = sorted(get_unsafe_globals_in_checkpoint(path))
-    except Exception:
-        names = []
-    if not names:
-        names = re.findall(r"GLOBAL ([\w.]+)|class ([\w.]+)|REDUCE for ([\w.]+)", message)
-        names = sorted({name for match in names for name in match if name})
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def _damaged(path: Path, error: Exception) -> UserError:
     text = re.split(r"(?<=[a-z])\. |; |, consider", " ".join(str(error).split()))[0][:120]
-    # What weights_only says in general tells nothing about this file.
-    reason = f" ({text})" if text and not text.startswith("Weights only") else ""
+    reason = f" ({text})" if text else ""
     return UserError(f"{path}: truncated or damaged{reason}; {EXPECTED}")
 
 

@@ -25,6 +25,29 @@ _INTEGERS = (
     "timesteps",
     "hidden",
     "layers",
+    "num_heads_upsample",
+    "norm_groups",
+    "stem_channel",
+    "num_classes",
+)
+_NUMBERS = (
+    "dropout",
+    "norm_eps",
+    "freq_shift",
+    "time_scale",
+    "middle_scale_factor",
+    "beta_start",
+    "beta_end",
+)
+_BOOLEANS = (
+    "use_new_attention_order",
+    "learn_sigma",
+    "use_scale_shift_norm",
+    "rescale_timesteps",
+    "flip_sin_to_cos",
+    "middle_attention_norm",
+    "center_input_sample",
+    "zero_terminal_snr",
 )
 _LISTS = ("channel_multiplier", "attention_resolutions", "feature_sizes")
 _UNET_KEYS = {field.name: field.name for field in dataclasses.fields(UNetConfig)}
@@ -52,6 +75,43 @@ _DIFFAE_KEYS = {
     "T": "timesteps",
     "beta_scheduler": "schedule",
 }
+# ermongroup/ddim's; attn_resolutions holds feature-map sizes.
+_DDIM_KEYS = {
+    "in_channels": "input_channel",
+    "ch": "base_channel",
+    "ch_mult": "channel_multiplier",
+    "num_res_blocks": "num_residual_blocks_of_a_block",
+    "attn_resolutions": "feature_sizes",
+    "dropout": "dropout",
+}
+_DDIM_DIFFUSION_KEYS = {
+    "beta_schedule": "schedule",
+    "beta_start": "beta_start",
+    "beta_end": "beta_end",
+    "num_diffusion_timesteps": "timesteps",
+}
+# The flags of improved- and guided-diffusion; attention_resolutions holds feature-map sizes there.
+_FLAGS = {
+    "image_size": "image_size",
+    "num_channels": "base_channel",
+    "channel_mult": "channel_multiplier",
+    "num_res_blocks": "num_residual_blocks_of_a_block",
+    "attention_resolutions": "feature_sizes",
+    "num_heads": "num_heads",
+    "num_head_channels": "head_channel",
+    "num_heads_upsample": "num_heads_upsample",
+    "use_new_attention_order": "use_new_attention_order",
+    "use_scale_shift_norm": "use_scale_shift_norm",
+    "learn_sigma": "learn_sigma",
+    "dropout": "dropout",
+    "diffusion_steps": "timesteps",
+    "noise_schedule": "schedule",
+    "rescale_timesteps": "rescale_timesteps",
+    "predict_xstart": "prediction",
+}
+# Options that are known under a flag's name too.
+SYNONYMS = {flag: name for flag, name in _FLAGS.items() if flag.startswith(("num_head_", "diffusion_", "noise_"))}
+_SCHEDULES = {"squaredcos_cap_v2": "cosine", "quad": "scaled_linear"}
 _LINEAR_BETAS = {"linear_beta_start": 1e-4, "linear_beta_end": 0.02}
 
 
@@ -83,6 +143,18 @@ class Settings:
             if name not in settled:
                 self.given.setdefault(name, given)
 
+    def agree(self, found: Mapping[str, Given], where: str) -> None:
+        """Fill in ``found``, what the source itself says for certain; UserError where something else was given."""
+        for name, said in found.items():
+            for other in {name} | ({"num_heads", "head_channel"} if name in ("num_heads", "head_channel") else set()):
+                given = self.given.get(other)
+                if given is not None and (other != name or given.value != said.value):
+                    raise UserError(
+                        f"{where}: {given.origin} says {other} {_show(given.value)} but {said.origin} says "
+                        f"{name} {_show(said.value)}"
+                    )
+        self.given.update(found)
+
     def check(self, name: str, actual: Any, where: str, what: str = "the weights") -> None:
         """Raise UserError when ``name`` was given and differs from what ``what`` say."""
         if name not in self.given:
@@ -94,12 +166,20 @@ class Settings:
 
 
 def from_options(options: Mapping[str, Any]) -> dict[str, Given]:
-    """Keyword options (None means not given) as settings."""
-    return {
-        name: Given(_checked(name, value, "the option"), "the option")
-        for name, value in options.items()
-        if value is not None
-    }
+    """Keyword options (None means not given) as settings; some have a second name, that of a family's flag."""
+    found: dict[str, Given] = {}
+    for option, value in options.items():
+        if value is None:
+            continue
+        name = _FLAGS[option] if option in (*SYNONYMS, "predict_xstart") else option
+        given = Given(_checked(name, value, "the option"), "the option")
+        if name in found and found[name].value != given.value:
+            raise UserError(
+                f"the options say {name} {_show(found[name].value)} and {option} {_show(given.value)}, which is "
+                "another name for it; expected one of them"
+            )
+        found[name] = given
+    return found
 
 
 def from_config(config: str | Path | Mapping[str, Any]) -> dict[str, Given]:
@@ -144,10 +224,30 @@ def from_diffae(parameters: Any) -> dict[str, Given]:
     }
 
 
+def _said(origin: str, **values: Any) -> dict[str, Given]:
+    return {name: Given(value, origin) for name, value in values.items()}
+
+
+# What every network of ermongroup/ddim has.
+DDIM_NETWORK = _said(
+    "ermongroup/ddim",
+    num_heads=1,
+    use_new_attention_order=False,
+    norm_eps=1e-6,
+    flip_sin_to_cos=False,
+    freq_shift=1,
+)
+
+
 def _walk(node: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str, Any]]:
     """Every (section, name in this project, value) of a configuration tree."""
-    for key, name in _keys_of(node, path).items():
-        if node.get(key) is not None and (name != "attributes" or node[key]):
+    keys = _keys_of(node, path)
+    if node.get("num_head_channels", -1) != -1:
+        keys = {key: name for key, name in keys.items() if key != "num_heads"}  # the width of a head beats their number
+    for key, name in keys.items():
+        # Flags that are not set are empty or -1.
+        unset = node.get(key) in (None, "") or (key == "num_head_channels" and node[key] == -1)
+        if not unset and (name != "attributes" or node[key]):
             yield path, name, node[key]
     for key, value in node.items():
         # A YAML alias can make a section contain itself.
@@ -170,6 +270,13 @@ def _keys_of(node: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, str]:
         keys |= _UNET_KEYS
     if {"net_ch", "net_ch_mult", "img_size", "net_attn"} & set(node):
         keys |= _DIFFAE_KEYS
+    if {"ch", "ch_mult"} & set(node):
+        keys |= _DDIM_KEYS
+    if {"num_diffusion_timesteps", "beta_schedule"} & set(node):
+        keys |= _DDIM_DIFFUSION_KEYS
+    flags = {"num_channels", "num_res_blocks", "num_head_channels", "diffusion_steps", "noise_schedule"}
+    if flags & set(node) and "ch" not in node:
+        keys = {key: name for key, name in keys.items() if key != "attention_resolutions"} | _FLAGS
     if path[-1:] == ("schedule",):
         keys["kind"] = "schedule"
     if not path or path[-1] == "diffusion_config":  # this project's own words; elsewhere it may mean anything
@@ -214,24 +321,42 @@ def _checked(name: str, value: Any, place: str) -> Any:
         if not isinstance(value, int) or isinstance(value, bool):
             raise UserError(f"{place}: {name} is {value!r}; expected an integer")
     elif name in _LISTS:
-        if not isinstance(value, list | tuple) or not all(type(v) is int for v in value):
+        if name != "attention_resolutions":
+            value = _numbers(value)  # a flag: "1,2,4"
+        kinds = (int, float) if name == "channel_multiplier" else (int,)
+        if not isinstance(value, list | tuple) or not all(type(v) in kinds for v in value):
             raise UserError(f"{place}: {name} is {value!r}; expected a list of integers")
         value = tuple(value)
-    elif name in ("use_new_attention_order", "learn_sigma"):
+    elif name in _BOOLEANS:
         if not isinstance(value, bool):
             raise UserError(f"{place}: {name} is {value!r}; expected true or false")
-    elif name == "dropout":
+    elif name in _NUMBERS:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"{place}: {name} is {value!r}; expected a number")
         value = float(value)
     elif name == "schedule":
         if not isinstance(value, str):
             raise UserError(f"{place}: the betas type is {value!r}; expected linear or cosine")
+        value = _SCHEDULES.get(value, value)
+    elif name == "prediction" and isinstance(value, bool):
+        value = "sample" if value else "epsilon"  # predict_xstart
     elif name == "attributes":
         if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
             raise UserError(f"{place}: attributes are {value!r}; expected a list of names")
         value = tuple(value)
     return value
+
+
+def _numbers(value: Any) -> Any:
+    """The numbers in a string of them; any other value as it is."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (value,)
+    if not isinstance(value, str):
+        return value
+    try:
+        return tuple(float(part) if "." in part else int(part) for part in value.split(","))
+    except ValueError:
+        return value
 
 
 def _check_beta(name: str, value: Any, place: str) -> None:

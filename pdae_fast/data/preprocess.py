@@ -29,6 +29,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from pdae_fast.config import CROPS
 from pdae_fast.data import png
 from pdae_fast.data.sample import BrokenImage
 from pdae_fast.errors import UserError
@@ -38,7 +39,6 @@ EXTENSIONS = (
     ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
 WHITE = (255, 255, 255)
-CROPS = ("centre", "celeba")
 ALIGNED = (178, 218)  # width and height of CelebA's aligned images
 _CELEBA_BOX = (25, 57, 25 + 128, 57 + 128)  # left, top, right, bottom
 

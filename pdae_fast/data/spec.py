@@ -7,14 +7,14 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
+from pdae_fast.config import CROPS, PDAEConfig, PriorConfig
 from pdae_fast.data.avatars import is_avatars
 from pdae_fast.data.bundled import PREFIX, bundled_path
 from pdae_fast.data.folder import ImageFiles
 from pdae_fast.data.idx import FashionMNIST, find_idx
 from pdae_fast.data.lmdb_images import LMDBImages
-from pdae_fast.data.preprocess import ALIGNED, CROPS, EXTENSIONS, WHITE
+from pdae_fast.data.preprocess import ALIGNED, EXTENSIONS, WHITE
 from pdae_fast.errors import UserError
 
 CHOICES = (
@@ -74,10 +74,9 @@ def open_dataset(
     return _noted(ImageFiles(specs, size, channels, background, recursive, crop or "centre", without), crop)
 
 
-def crop_for(asked: str | None, config: Any) -> str | None:
+def crop_for(asked: str | None, config: PriorConfig | PDAEConfig) -> str | None:
     """What --crop says, else the configuration of the model; None where neither says more than the default."""
-    own = getattr(config, "crop", CROPS[0])
-    return asked or (own if own != CROPS[0] else None)
+    return asked or (config.crop if config.crop != CROPS[0] else None)
 
 
 def add_crop(p: argparse.ArgumentParser) -> None:

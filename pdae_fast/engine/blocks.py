@@ -10,62 +10,88 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import kernels
-from ..models.layers import AttentionBlock, ResBlock, Stage
+from ..models.layers import AttentionBlock, Downsample, ResBlock, Stage, Upsample
 from . import rewrites
 from .attention import Attend
 from .convolution import convolution, native_fits
-from .norms import Affine, Join, Skip, materialise, normaliser
+from .norms import Join, Skip, fixed_normaliser, materialise, normaliser
 from .options import Rewrites
-from .rewrites import AffineTable
+from .rewrites import Affine, AffineTable
 
 
-def _affine(norm: nn.GroupNorm) -> Affine:
-    return norm.weight.detach().float()[None], norm.bias.detach().float()[None]
+class UpsampledConvolution:
+    """conv3x3(nearest2x(x)): natively, by phases, or as it stands."""
+
+    def __init__(self, conv: nn.Conv2d, options: Rewrites, bias: bool = True) -> None:
+        build = functools.partial(convolution, packed=options.packed_weights, bias=bias)
+        self.phases, self.interpolate = None, False
+        if options.native_convolutions and native_fits(conv):
+            self.conv = build(conv, native=True, upsample=True)
+        elif options.phase_upsample:
+            weights = rewrites.phase_weights(conv.weight.detach().float()).to(conv.weight.dtype)
+            self.phases = [
+                [build(conv, weight=weights[py, px].contiguous(), padding=1) for px in (0, 1)] for py in (0, 1)
+            ]
+        else:
+            self.conv, self.interpolate = build(conv, native=options.native_convolutions), True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.phases is not None:
+            return rewrites.upsample_conv(x, self.phases)
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest") if self.interpolate else x)
 
 
 class FusedResBlock:
     """One ResBlock; ``affine`` is that of its second norm, from an :class:`AffineTable`."""
 
     def __init__(self, block: ResBlock, options: Rewrites) -> None:
-        self.resample, self.options, self.norm = block.resample, options, normaliser(options)
+        self.resample, self.options, self.divisor = block.resample, options, block.divisor
         norm, _, conv = block.in_layers
-        self.affine_in = _affine(norm)
+        self.norm_in, self.norm_out = fixed_normaliser(options, norm), normaliser(options, block.out_layers[0])
         folded = options.folded_biases
         native = options.native_convolutions
         build = functools.partial(convolution, packed=options.packed_weights, native=native, bias=not folded)
-        self.phases, self.interpolate = None, block.resample == "up"
-        if block.resample == "up" and native and native_fits(conv):
-            self.conv_in, self.interpolate = build(conv, upsample=True), False
-        elif block.resample == "up" and options.phase_upsample:
-            weights = rewrites.phase_weights(conv.weight.detach().float()).to(conv.weight.dtype)
-            self.phases = [
-                [build(conv, weight=weights[py, px].contiguous(), padding=1) for px in (0, 1)] for py in (0, 1)
-            ]
-        else:
-            self.conv_in = build(conv)
+        self.conv_in = UpsampledConvolution(conv, options, not folded) if block.resample == "up" else build(conv)
         last, skip = block.out_layers[3], block.skip_connection
         self.conv_out = build(last)
-        self.bias_in = conv.bias.detach().float() if folded else None
+        # The offset of an affine contains it already.
+        self.bias_in = conv.bias.detach().float() if folded and block.scale_shift else None
         self.bias_out = last.bias.detach().float() if folded else None
         self.skip = None
         if not isinstance(skip, nn.Identity):
             self.skip = SplitSkip(skip) if options.split_skips else convolution(skip, options.packed_weights)
 
     def __call__(self, x: Tensor | Join, affine: Affine) -> Tensor:
-        h = self.norm(x, self.affine_in)
+        h = self.norm_in(x)
         if self.resample == "down":
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
-        elif self.interpolate and self.phases is None:
-            h = F.interpolate(h, scale_factor=2, mode="nearest")
-        h = self.conv_in(h) if self.phases is None else rewrites.upsample_conv(h, self.phases)
-        h = self.norm(h, affine, x_bias=self.bias_in, overwrite=True)
+        h, bias = self.conv_in(h), self.bias_in
+        if affine.offset is not None:
+            if len(affine.offset) == 1:
+                bias = affine.offset[0]
+            else:
+                h = h.add_(affine.offset[:, :, None, None])
+        h = self.norm_out(h, affine, x_bias=bias, overwrite=True)
         residual = materialise(x) if self.skip is None else self.skip(x)
         if not self.options.folded_biases:
             if self.resample == "up":
                 residual = F.interpolate(residual, scale_factor=2, mode="nearest")
-            return self.conv_out(h, residual)
-        add = kernels.upsample_add if self.resample == "up" else kernels.residual_add
-        return add(self.conv_out(h), residual, self.bias_out)
+            y = self.conv_out(h, residual)
+        else:
+            add = kernels.upsample_add if self.resample == "up" else kernels.residual_add
+            y = add(self.conv_out(h), residual, self.bias_out)
+        return y if self.divisor == 1 else y / self.divisor
+
+
+class FusedDownsample:
+    """A Downsample: a convolution of stride 2, or pooling."""
+
+    def __init__(self, layer: Downsample, options: Rewrites) -> None:
+        self.pad = layer.kind == "conv_asymmetric"
+        self.op = layer.op if layer.kind == "pool" else convolution(layer.op, options.packed_weights)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.op(F.pad(x, (0, 1, 0, 1)) if self.pad else x)
 
 
 class SplitSkip:
@@ -85,7 +111,7 @@ class SplitSkip:
 
 class FusedAttention:
     def __init__(self, block: AttentionBlock, options: Rewrites, attend: Attend) -> None:
-        norm = functools.partial(normaliser(options), affine=_affine(block.norm), silu=False)
+        norm = fixed_normaliser(options, block.norm, silu=False)
         self.block, self.norm, self.attend, self.projections = block, norm, attend, None
         # In float32 the framework's matrix products are as fast as oneDNN's convolutions.
         if options.packed_weights and block.qkv.weight.dtype is torch.bfloat16:
@@ -94,7 +120,7 @@ class FusedAttention:
                 for layer in (block.qkv, block.proj_out)
             )
 
-    def __call__(self, x: Tensor, affine: None) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         return rewrites.attention_tokens(self.block, x, self.norm, self.attend, self.projections)
 
 
@@ -103,7 +129,8 @@ class FusedStages:
 
     def __init__(self, stages: Iterable[Stage], options: Rewrites, attend: Attend) -> None:
         stages = list(stages)
-        self.table = AffineTable([b for stage in stages for b in rewrites.resblocks(stage)])
+        blocks = [b for stage in stages for b in rewrites.resblocks(stage)]
+        self.table = AffineTable(blocks, fold=options.folded_biases)
         columns = iter(self.table.columns)
         self.stages: list[list[tuple[Callable, slice | None]]] = []
         for stage in stages:
@@ -111,17 +138,24 @@ class FusedStages:
             for layer in stage:
                 if isinstance(layer, ResBlock):
                     layers.append((FusedResBlock(layer, options), next(columns)))
-                elif isinstance(layer, AttentionBlock):
-                    layers.append((FusedAttention(layer, options, attend), None))
                 else:
-                    conv = convolution(layer, options.packed_weights, native=options.native_convolutions)
-                    layers.append((lambda x, affine, conv=conv: conv(x), None))
+                    layers.append((self._plain(layer, options, attend), None))
             self.stages.append(layers)
 
+    @staticmethod
+    def _plain(layer: nn.Module, options: Rewrites, attend: Attend) -> Callable[[Tensor], Tensor]:
+        """What stands for a layer that reads its input alone."""
+        if isinstance(layer, AttentionBlock):
+            return FusedAttention(layer, options, attend)
+        if isinstance(layer, Downsample):
+            return FusedDownsample(layer, options)
+        if isinstance(layer, Upsample):
+            return layer if isinstance(layer.conv, nn.Identity) else UpsampledConvolution(layer.conv, options)
+        return convolution(layer, options.packed_weights, native=options.native_convolutions)
+
     def run(self, index: int, x: Tensor | Join, affine: Affine) -> Tensor:
-        multiplier, addend = affine
         for layer, columns in self.stages[index]:
-            x = layer(x, None if columns is None else (multiplier[:, columns], addend[:, columns]))
+            x = layer(x) if columns is None else layer(x, affine.columns(columns))
         return x
 
 
@@ -133,7 +167,7 @@ class FusedDecoder(FusedStages):
     ) -> None:
         super().__init__([middle, *blocks], options, attend)
         self.split = options.split_skips
-        self.norm = functools.partial(normaliser(options), affine=_affine(head[0]))
+        self.norm = fixed_normaliser(options, head[0])
         self.head = convolution(head[2], options.packed_weights, native=options.native_convolutions)
 
     def __call__(self, skips: list[Skip], affine: Affine) -> Tensor:

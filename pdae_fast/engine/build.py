@@ -61,10 +61,14 @@ def disagreement(plan: FusedPlan) -> float:
     reference = Plan(plan.model, plan.device, plan.dtype)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, *plan.model.image_shape, generator=generator).to(plan.device)
-    z = None
-    if isinstance(plan.model, PDAE):
+    z, labels = None, None
+    if hasattr(plan.model.config, "latent_dim"):
         z = torch.randn(1, plan.model.config.latent_dim, generator=generator).to(plan.device)
+    if plan.unet.class_emb is not None:
+        labels = torch.zeros(1, dtype=torch.int64)
     t = plan.model.config.schedule.timesteps // 2
-    found, expected = (torch.cat([v for v in p.field(z)(x, t, True) if v is not None]) for p in (plan, reference))
+    found, expected = (
+        torch.cat([v for v in p.field(z, labels=labels)(x, t, True) if v is not None]) for p in (plan, reference)
+    )
     plan.evaluations.clear()
     return float((found - expected).norm() / expected.norm().clamp_min(1e-12))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import PDAEConfig, PriorConfig
 from ..models import PDAE, Prior
-from ..models.layers import AttentionBlock, timestep_embedding
+from ..models.layers import AttentionBlock, time_features
 from ..models.unet import PDAEDecoder, UNet
 
 
@@ -50,16 +50,18 @@ def network_costs(config: PDAEConfig | PriorConfig) -> Costs:
     """Counted from the shapes that the modules of ``config`` see, without computing anything."""
     with torch.device("meta"):
         if isinstance(config, PDAEConfig):
-            unet = PDAEDecoder(config.unet, config.latent_dim)
-        else:
-            unet = UNet(config.unet)
+            unet, z = PDAEDecoder(config.unet, config.latent_dim), None
+        else:  # a Diff-AE has a z that every block reads, a prior has none
+            z_width = getattr(config, "latent_dim", None)
+            unet = UNet(config.unet, z_width=z_width)
+            z = None if z_width is None else torch.empty(1, z_width)
     count = _Count(unet)
     size, channels = config.image_size, config.unet.input_channel
-    emb = unet.time_embed(timestep_embedding(torch.zeros(1, device="meta"), config.unet.base_channel))
+    emb = unet.time_embed(time_features(config.unet, torch.zeros(1, device="meta")))
     count.take()
     h, skips, trunk = torch.empty(1, channels, size, size, device="meta"), [], []
     for stage in unet.input_blocks:
-        h = stage(h, emb)
+        h = stage(h, emb, z)
         skips.append(h)
         trunk.append(count.take())
     deepest = h
@@ -73,7 +75,7 @@ def network_costs(config: PDAEConfig | PriorConfig) -> Costs:
         head(h)
         return (*found, count.take())
 
-    eps, gradient = decoder(unet.middle_block, unet.output_blocks, unet.out, None), ()
+    eps, gradient = decoder(unet.middle_block, unet.output_blocks, unet.out, z), ()
     if isinstance(unet, PDAEDecoder):
         emb_z = unet.label_emb(torch.empty(1, config.latent_dim, device="meta"))
         count.take()

@@ -43,10 +43,13 @@ class FusedPlan(Networks):
         plan._trajectories = OrderedDict()
         return plan
 
-    def field(self, z: Tensor | None = None, weights: Tensor | None = None) -> FusedField:
+    def field(self, z: Tensor | None = None, weights: Tensor | None = None, labels: Tensor | None = None) -> FusedField:
         """As :meth:`Plan.field`."""
+        self.check_field(z, weights, labels)
         codes = None if z is None else self.conditioning(z, weights)
-        return (DeviceField if self.options.fused_update else FusedField)(self, codes)
+        # A device's tables have a row for every step, and one for every image of a step would not fit.
+        on_device = self.options.fused_update and labels is None
+        return (DeviceField if on_device else FusedField)(self, codes, labels)
 
     def trajectory(
         self, batch: int, codes: Conditioning | None, steps: Trajectory, clamp: float | None
@@ -82,15 +85,17 @@ class FusedField:
     Where the plan reuses anything, what is kept lives here: a field then carries one trajectory.
     """
 
-    def __init__(self, plan: FusedPlan, codes: Conditioning | None) -> None:
+    def __init__(self, plan: FusedPlan, codes: Conditioning | None, labels: Tensor | None = None) -> None:
         self.plan, self.codes = plan, codes
+        self.labels = None if labels is None else labels.to(plan.device)
         self.workloads, self.kept = Workloads(plan.reuse), Kept()
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, t: int, use_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        plan, workload = self.plan, self.workloads(t, use_gradient and self.codes is not None)
+        plan = self.plan
+        workload = self.workloads(t, use_gradient and self.codes is not None and plan.gradient is not None)
         with plan.precision():
-            eps, gradient = plan.evaluate(x, plan.time_rows([t]), self.codes, workload, self.kept)
+            eps, gradient = plan.evaluate(x, plan.time_rows([t], self.labels), self.codes, workload, self.kept)
         plan.count(len(x), self.codes, workload)
         return eps.float(), None if gradient is None else gradient.float()
 

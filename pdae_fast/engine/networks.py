@@ -19,17 +19,18 @@ from .attention import resolve_attention
 from .blocks import FusedDecoder, FusedStages, make_skip, repeat
 from .convolution import native_bytes
 from .device import last_level_cache
-from .norms import Affine, Skip
+from .norms import Skip
 from .options import Rewrites
 from .plan import Plan
 from .reuse import Kept, Workload
+from .rewrites import Affine
 
 # Pixels of a batch up to which the two decoders leave most of a large GPU idle when they run one after the other.
 PARALLEL_PIXELS = 2**16
 
 
 class Conditioning(NamedTuple):
-    """z's projections for every norm of the G-decoder, float32 [K * B, W]; ``weights`` [K, B, 1, 1, 1] mix K codes."""
+    """z's projections for every norm that reads z, float32 [K * B, W]; ``weights`` [K, B, 1, 1, 1] mix K codes."""
 
     scale: Tensor
     shift: Tensor
@@ -72,6 +73,9 @@ class Networks(Plan):
                 else None
             )
         self._parts = [part for part in (self.trunk, self.eps, self.gradient) if part is not None]
+        # Columns of a row of the tables: those of every part, then the two factors that make eps of the output.
+        self._widths = [width for part in self._parts for width in part.table.row_widths]
+        self._widths += [] if unet.to_eps is None else [1, 1]
         self._cache = last_level_cache(device)
         self._times: dict[int, Tensor] = {}
         self._side = torch.cuda.Stream(device) if options.parallel_decoders else None
@@ -84,10 +88,10 @@ class Networks(Plan):
         config, blocks = self.unet.config, [m for m in self.unet.modules() if isinstance(m, AttentionBlock)]
         if not blocks:
             return None
-        rates = [r for r in config.attention_resolutions if r < 2 ** len(config.channel_multiplier)]
-        side = self.model.config.image_size // min([*rates, 2 ** (len(config.channel_multiplier) - 1)])
-        block = max(blocks, key=lambda b: b.norm.num_channels)
-        return 1, side * side, block.heads, block.norm.num_channels // block.heads
+        rates = [r for r in config.attention_resolutions if r < 2**config.levels]
+        side = self.model.config.image_size // min([*rates, 2 ** (config.levels - 1)])
+        block = max(blocks, key=lambda b: b.qkv.in_channels)
+        return 1, side * side, block.heads, block.qkv.in_channels // block.heads
 
     def awaited_bytes(self) -> int:
         """As :meth:`Plan.awaited_bytes`."""
@@ -99,30 +103,47 @@ class Networks(Plan):
     def prepare(self, times: Iterable[int]) -> None:
         """Compute the time tables of a schedule, one GEMM for each part; other times are added when they occur."""
         missing = sorted({int(t) for t in times} - self._times.keys())
-        if not missing:
-            return
-        emb = rewrites.time_embeddings(self.unet, torch.tensor(missing, device=self.device))
-        rows = torch.cat([torch.cat(part.table.at_times(emb), dim=1) for part in self._parts], dim=1)
-        self._times.update(zip(missing, rows.split(1), strict=True))
+        # Of a class-conditional network there is a row for every label too: they are made when they are needed.
+        if missing and self.unet.class_emb is None:
+            self._times.update(zip(missing, self._rows(missing).split(1), strict=True))
 
-    def time_rows(self, times: Iterable[int]) -> Tensor:
-        """float32 [S, W]: for every time the multipliers and addends of trunk, eps-decoder and G-decoder in a row."""
+    def _rows(self, times: list[int], labels: Tensor | None = None) -> Tensor:
+        t = torch.tensor(times, device=self.device)
+        emb = rewrites.time_embeddings(self.unet, t, labels)
+        columns = [values for part in self._parts for values in part.table.at_times(emb)]
+        if self.unet.to_eps is not None:
+            factors = torch.from_numpy(self.unet.to_eps[times]).to(self.device, torch.float32)
+            columns.append(factors.expand(len(emb), 2))
+        return torch.cat(columns, dim=1)
+
+    @torch.inference_mode()
+    def time_rows(self, times: Iterable[int], labels: Tensor | None = None) -> Tensor:
+        """float32 [S, W]: for every time what the norms of trunk, eps-decoder and G-decoder need of it, in a row; or
+        [B, W] for one time and labels int64 [B]."""
         times = [int(t) for t in times]
+        if labels is not None:
+            return self._rows(times, labels)
         self.prepare(times)
         return torch.cat([self._times[t] for t in times])
 
-    def _affines(self, row: Tensor) -> list[Affine]:
-        widths = [part.table.width for part in self._parts for _ in (0, 1)]
-        columns = row.split(widths, dim=1)
-        return list(zip(columns[::2], columns[1::2], strict=True))
+    def _affines(self, row: Tensor, codes: Conditioning | None) -> list[Affine]:
+        columns, found = iter(row.split(self._widths, dim=1)), []
+        conditioned = [part.table.width for part in self._parts if part.table.z is not None]
+        of_codes = iter(()) if codes is None else zip(*(v.split(conditioned, dim=1) for v in codes[:2]), strict=True)
+        for part in self._parts:
+            values = [next(columns) for _ in part.table.row_widths]
+            found.append(part.table.affine(values, None if part.table.z is None else next(of_codes, None)))
+        return found
 
     @torch.inference_mode()
     def conditioning(self, z: Tensor, weights: Tensor | None = None) -> Conditioning:
         """All projections of z [B, D], or of z [K, B, D] to be mixed with weights [K, B]: once per image."""
-        z = z.to(self.device).float()
-        label = self.unet.label_emb
-        emb_z = F.linear(z.reshape(-1, z.shape[-1]), label.weight.float(), label.bias.float())
-        scale, shift = self.gradient.table.of_codes(emb_z)
+        z = z.to(self.device).float().flatten(0, -2)
+        if isinstance(self.unet, PDAEDecoder):
+            label = self.unet.label_emb
+            z = F.linear(z, label.weight.float(), label.bias.float())
+        found = [part.table.of_codes(z) for part in self._parts if part.table.z is not None]
+        scale, shift = (torch.cat(values, dim=1) for values in zip(*found, strict=True))
         if weights is None:
             return Conditioning(scale, shift, None)
         return Conditioning(scale, shift, weights.to(self.device).float()[:, :, None, None, None])
@@ -137,17 +158,17 @@ class Networks(Plan):
         ``workload`` says what is computed and what is taken from ``kept``, where this evaluation leaves what later ones
         may take over; G is None when it says "none". A G that is run needs ``codes``.
         """
-        affines, run_gradient = self._affines(row), workload.gradient == "run"
+        affines, run_gradient = self._affines(row, codes), workload.gradient == "run"
         skips = self._features(x, affines[0], workload, kept, self.options.shared_statistics and run_gradient)
         if self._side is None or not run_gradient or len(x) * x.shape[2] * x.shape[3] > PARALLEL_PIXELS:
-            eps = self._decode_eps(skips, affines, workload, kept)
+            eps = self._decode_eps(x, row, skips, affines, workload, kept)
             gradient = self._decode_gradient(skips, affines, codes, workload, kept) if run_gradient else None
         else:
             # The side stream waits for the trunk and is waited for: memory that either frees is not reused too early.
             main = torch.cuda.current_stream(self.device)
             self._side.wait_stream(main)
             with torch.cuda.stream(self._side):
-                eps = self._decode_eps(skips, affines, workload, kept)
+                eps = self._decode_eps(x, row, skips, affines, workload, kept)
             gradient = self._decode_gradient(skips, affines, codes, workload, kept)
             main.wait_stream(self._side)
         if run_gradient and self.reuse.gradient > 1:
@@ -173,6 +194,7 @@ class Networks(Plan):
         """What the trunk leaves for the decoders, first to last: all maps, or the outer ones."""
         if workload.features == "kept":
             return [Skip(kept[f"skip {i}"]) for i in range(len(self.trunk.stages))]
+        x = 2 * x - 1 if self.unet.config.center_input_sample else x
         h, skips = x.to(self.dtype).contiguous(memory_format=torch.channels_last), []
         for i in range(len(self.trunk.stages) if workload.features == "all" else self.outer):
             h = self.trunk.run(i, h, affine)
@@ -199,17 +221,21 @@ class Networks(Plan):
             return decoder.outer(kept[name], repeated[: self.outer], affine)
         return decoder.outer(kept[name], repeat(skips, repeats), affine)
 
-    def _decode_eps(self, skips: list[Skip], affines: list[Affine], workload: Workload, kept: Kept) -> Tensor:
-        eps = self._decode(self.eps, "deep eps", skips, 1, affines[1], workload, kept)
-        return eps[:, : self.unet.config.input_channel]
+    def _decode_eps(
+        self, x: Tensor, row: Tensor, skips: list[Skip], affines: list[Affine], workload: Workload, kept: Kept
+    ) -> Tensor:
+        out = self._decode(self.eps, "deep eps", skips, 1, affines[1], workload, kept)
+        out = out[:, : self.unet.config.input_channel]
+        if self.unet.to_eps is None:
+            return out
+        of_x, of_out = row[:, -2:, None, None, None].unbind(1)
+        return of_x * x + of_out * out
 
     def _decode_gradient(
         self, skips: list[Skip], affines: list[Affine], codes: Conditioning, workload: Workload, kept: Kept
     ) -> Tensor:
-        multiplier, addend = affines[2]
         K = 1 if codes.weights is None else len(codes.weights)
-        affine = (codes.scale * multiplier, codes.scale * addend + codes.shift)
-        gradient = self._decode(self.gradient, "deep gradient", skips, K, affine, workload, kept)
+        gradient = self._decode(self.gradient, "deep gradient", skips, K, affines[2], workload, kept)
         if codes.weights is None:
             return gradient
         return (codes.weights * gradient.float().unflatten(0, (K, -1))).sum(0)

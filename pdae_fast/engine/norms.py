@@ -8,16 +8,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import kernels
 from ..config import NORM_GROUPS
 from . import rewrites
 from .options import Rewrites
-from .rewrites import EPS
-
-Affine = tuple[Tensor, Tensor]  # multiplier and addend on the normalised map, float32, each [1, C] or [B, C]
+from .rewrites import Affine
 
 
 class Skip(NamedTuple):
@@ -39,10 +37,19 @@ def materialise(x: Tensor | Join) -> Tensor:
 
 
 def normalise(
-    x: Tensor, affine: Affine, silu: bool = True, x_bias: Tensor | None = None, overwrite: bool = False
+    x: Tensor,
+    affine: Affine | tuple[Tensor, Tensor],
+    silu: bool = True,
+    x_bias: Tensor | None = None,
+    overwrite: bool = False,
+    groups: int = NORM_GROUPS,
+    eps: float = 1e-5,
 ) -> Tensor:
-    """SiLU(GN(x + x_bias) * multiplier + addend) by the framework; x may be used up where ``overwrite`` allows it."""
-    y = rewrites.group_norm(x if x_bias is None else x + x_bias.to(x.dtype)[:, None, None], *affine)
+    """SiLU(GN(x + x_bias) * multiplier + addend) by the framework; x may be used up where ``overwrite`` allows it.
+
+    x_bias is [C]: an offset of the affine is the caller's to give.
+    """
+    y = rewrites.group_norm(x if x_bias is None else x + x_bias.to(x.dtype)[:, None, None], *affine[:2], groups, eps)
     return F.silu(y, inplace=True) if silu else y
 
 
@@ -52,13 +59,19 @@ def _identity(channels: int, device: torch.device) -> Affine:
 
 
 def normalise_fused(
-    x: Tensor | Join, affine: Affine, silu: bool = True, x_bias: Tensor | None = None, overwrite: bool = False
+    x: Tensor | Join,
+    affine: Affine | tuple[Tensor, Tensor],
+    silu: bool = True,
+    x_bias: Tensor | None = None,
+    overwrite: bool = False,
+    groups: int = NORM_GROUPS,
+    eps: float = 1e-5,
 ) -> Tensor:
     """The same in one op, which also reads a :class:`Join` from its two parts.
 
     ``x_bias`` [C] is the bias that the convolution before x left out: it is added as x (h of a join) is read.
     """
-    multiplier, addend = affine
+    multiplier, addend = affine[:2]
     h, (skip, statistics) = x if isinstance(x, Join) else (x, (None, None))
     if len(multiplier) == 1:
         weight, bias, scale, shift = multiplier[0], addend[0], None, None
@@ -66,27 +79,40 @@ def normalise_fused(
         weight, bias = _identity(multiplier.shape[1], multiplier.device)
         scale, shift = multiplier, addend
     if statistics is None:
-        return kernels.group_norm(h, weight, bias, NORM_GROUPS, EPS, scale, shift, silu, skip, x_bias=x_bias)
+        return kernels.group_norm(h, weight, bias, groups, eps, scale, shift, silu, skip, x_bias=x_bias)
     own = kernels.channel_stats(h, x_bias=x_bias)
     return kernels.group_norm_apply(
-        h, own, weight, bias, NORM_GROUPS, EPS, scale, shift, silu, skip, statistics, x_bias=x_bias
+        h, own, weight, bias, groups, eps, scale, shift, silu, skip, statistics, x_bias=x_bias
     )
 
 
 def normalise_native(
-    x: Tensor | Join, affine: Affine, silu: bool = True, x_bias: Tensor | None = None, overwrite: bool = False
+    x: Tensor | Join,
+    affine: Affine | tuple[Tensor, Tensor],
+    silu: bool = True,
+    x_bias: Tensor | None = None,
+    overwrite: bool = False,
+    groups: int = NORM_GROUPS,
+    eps: float = 1e-5,
 ) -> Tensor:
     """The same by native code, in place where ``overwrite`` allows it. It is called directly: the framework's way to an
     operator takes as long as a small map."""
     h, skip = (x.h, x.skip.x) if isinstance(x, Join) else (x, None)
     if not kernels.native_fits(h, skip):
-        return normalise_fused(x, affine, silu, x_bias)
+        return normalise_fused(x, affine, silu, x_bias, groups=groups, eps=eps)
     in_place = overwrite and skip is None
-    return kernels.group_norm_native(h, *affine, NORM_GROUPS, EPS, silu, skip, x_bias, overwrite=in_place)
+    return kernels.group_norm_native(h, *affine[:2], groups, eps, silu, skip, x_bias, overwrite=in_place)
 
 
-def normaliser(options: Rewrites) -> Callable[..., Tensor]:
-    """The function above that a plan with these options runs."""
-    if options.native_norms:
-        return normalise_native
-    return normalise_fused if options.kernels else normalise
+def normaliser(options: Rewrites, norm: nn.GroupNorm) -> Callable[..., Tensor]:
+    """The function above that a plan with these options runs for ``norm``, whose affine is the caller's to give."""
+    run = normalise_native if options.native_norms else normalise_fused if options.kernels else normalise
+    return functools.partial(run, groups=norm.num_groups, eps=norm.eps)
+
+
+def fixed_normaliser(options: Rewrites, norm: nn.Module, silu: bool = True) -> Callable[[Tensor | Join], Tensor]:
+    """The same with the affine of ``norm`` itself, which may be the identity."""
+    if isinstance(norm, nn.Identity):
+        return norm
+    affine = Affine(norm.weight.detach().float()[None], norm.bias.detach().float()[None])
+    return functools.partial(normaliser(options, norm), affine=affine, silu=silu)

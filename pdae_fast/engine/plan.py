@@ -82,12 +82,25 @@ class Plan:
     def prepare(self, times: Iterable[int]) -> None:
         """Announce the time points of a schedule; plans with tables compute them at once."""
 
-    def field(self, z: Tensor | None = None, weights: Tensor | None = None) -> Evaluate:
+    def check_field(self, z: Tensor | None, weights: Tensor | None, labels: Tensor | None) -> None:
+        """UserError where `field` needs what is not given, or is given what its network does not read."""
+        if self.unet.z_width is not None and (z is None or weights is not None):
+            raise UserError(
+                "every block of a Diff-AE reads z: there is no prediction without one"
+                if z is None
+                else "codes are mixed in G, which a Diff-AE does not have"
+            )
+        self.unet.check_labels(labels)
+
+    def field(self, z: Tensor | None = None, weights: Tensor | None = None, labels: Tensor | None = None) -> Evaluate:
         """The field that samplers integrate, conditioned on ``z``.
 
         z None: eps_hat alone. z [B, D]: G of every image's own z. z [K, B, D] with weights [K, B]: the mixture
-        sum_k weights[k] G(x, z[k]), for which trunk and eps-decoder still run once.
+        sum_k weights[k] G(x, z[k]), for which trunk and eps-decoder still run once. Of a Diff-AE z [B, D] goes into
+        eps_hat, and there is no G. ``labels`` int64 [B] are those of a class-conditional prior.
         """
+        self.check_field(z, weights, labels)
+        labels = None if labels is None else labels.to(self.device)
         if z is not None:
             z = z.to(self.device)
             if z.ndim == 3:
@@ -100,10 +113,11 @@ class Plan:
 
         def run(x: Tensor, t: int, use_gradient: bool) -> tuple[Tensor, Tensor | None]:
             B = len(x)
-            features = self.unet.trunk(x, torch.full((B,), t, dtype=torch.int64, device=self.device))
+            times = torch.full((B,), t, dtype=torch.int64, device=self.device)
+            features = self.unet.trunk(x, times, labels, z if self.unet.z_width else None)
             eps = self.unet.decode_eps(features).float()
             self.evaluations.update(trunk=B, eps=B)
-            if z is None or not use_gradient or not self.reuse.wants_gradient(t):
+            if z is None or self.unet.z_width or not use_gradient or not self.reuse.wants_gradient(t):
                 return eps, None
             if z.ndim == 2:
                 self.evaluations["gradient"] += B
@@ -114,6 +128,8 @@ class Plan:
                 features.h.repeat(K, 1, 1, 1),
                 tuple(skip.repeat(K, 1, 1, 1) for skip in features.skips),
                 features.emb.repeat(K, 1),
+                features.x,
+                features.t,
             )
             gradients = self.unet.decode_gradient(repeated, z.flatten(0, 1)).float()
             return eps, (weights * gradients.unflatten(0, (K, B))).sum(0)
@@ -184,9 +200,9 @@ def activation_bytes(image_size: int, unet: UNetConfig, dtype: torch.dtype) -> i
     Measured for CelebA-64 in float32 on the CPU: 41 MiB an image for the modules, 28 for the fused plan; this says 41.
     """
     elements = 0
-    for level, multiplier in enumerate(unet.channel_multiplier):
+    for level, width in enumerate(unet.widths):
         pixels = (image_size >> level) ** 2
         blocks = unet.num_residual_blocks_of_a_block + 1
-        elements += multiplier * unet.base_channel * pixels * (blocks + 2)
-    widest = max(m * (image_size >> i) ** 2 for i, m in enumerate(unet.channel_multiplier)) * unet.base_channel
+        elements += width * pixels * (blocks + 2)
+    widest = max(width * (image_size >> i) ** 2 for i, width in enumerate(unet.widths))
     return (3 * elements + 12 * widest) * max(4, torch.empty((), dtype=dtype).element_size())

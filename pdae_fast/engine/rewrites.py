@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +11,22 @@ from torch.nn import functional as F
 
 from ..config import NORM_GROUPS
 from ..kernels.group_norm_torch import scalar_in_half
-from ..models.layers import AttentionBlock, ResBlock, timestep_embedding
+from ..models.layers import AttentionBlock, ResBlock, time_features
 from ..models.unet import UNet
 from .attention import sdpa
 
 Convolution = Callable[..., Tensor]
-EPS = 1e-5  # of every norm
+
+
+class Affine(NamedTuple):
+    """The norm of h: GN(h + offset) * multiplier + addend, GN without weights; float32, [1, C] or one row an image."""
+
+    multiplier: Tensor
+    addend: Tensor
+    offset: Tensor | None = None
+
+    def columns(self, wanted: slice) -> Affine:
+        return Affine(*(None if values is None else values[:, wanted] for values in self))
 
 
 def resblocks(module: nn.Module) -> list[ResBlock]:
@@ -23,58 +34,87 @@ def resblocks(module: nn.Module) -> list[ResBlock]:
 
 
 class AffineTable:
-    """All adaptive norms of a list of ResBlocks as one wide affine: column ranges of [*, sum C].
+    """All adaptive norms of a list of ResBlocks of one flavour as one wide affine: column ranges of [*, sum C].
 
     AdaGN computes (1 + z_s) (GN(h) (1 + s_t) + b_t) + z_b with GN(h) = w h_norm + b: for fixed t and z that is one
-    multiplication and one addition per (image, channel). Everything is float32.
+    multiplication and one addition per (image, channel). Where time is added before the norm, GN(h + b_t), it is an
+    offset to h instead. Everything is float32. With ``fold`` that offset contains the bias of the convolution before.
     """
 
-    def __init__(self, blocks: list[ResBlock]) -> None:
+    def __init__(self, blocks: list[ResBlock], fold: bool = False) -> None:
         widths = [block.out_layers[0].num_channels for block in blocks]
         ends = torch.tensor(widths).cumsum(0).tolist() if widths else []
         self.columns = [slice(end - width, end) for width, end in zip(widths, ends, strict=True)]
         self.weight = torch.cat([b.out_layers[0].weight.detach().float() for b in blocks])
         self.bias = torch.cat([b.out_layers[0].bias.detach().float() for b in blocks])
-        self.time = self._stack([b.emb_layers[1] for b in blocks])
+        self.scale_shift = blocks[0].scale_shift
+        weight, bias = self._stack([b.emb_layers[1] for b in blocks])
+        if fold and not self.scale_shift:
+            bias = bias + torch.cat([b.in_layers[2].bias.detach().float() for b in blocks])
+        self.time = weight, bias
         self.width = sum(widths)
         with_z = blocks[0].emb_z_layers is not None
         self.z = self._stack([b.emb_z_layers[1] for b in blocks]) if with_z else None
 
-    @staticmethod
-    def _stack(linears: list[nn.Linear]) -> tuple[Tensor, Tensor]:
-        """All scale rows, then all shift rows: weight [2 sum C, D], bias [2 sum C]."""
-        parts = [(layer.weight.detach().float().chunk(2), layer.bias.detach().float().chunk(2)) for layer in linears]
-        weight = torch.cat([w[half] for half in (0, 1) for w, _ in parts])
-        bias = torch.cat([b[half] for half in (0, 1) for _, b in parts])
+    def _stack(self, linears: list[nn.Linear]) -> tuple[Tensor, Tensor]:
+        """All scale rows, then all shift rows: weight [2 sum C, D], bias [2 sum C]; or those of one kind alone."""
+        count = sum(layer.out_features for layer in linears) // len(self.weight)
+        parts = [
+            (layer.weight.detach().float().chunk(count), layer.bias.detach().float().chunk(count)) for layer in linears
+        ]
+        weight = torch.cat([w[i] for i in range(count) for w, _ in parts])
+        bias = torch.cat([b[i] for i in range(count) for _, b in parts])
         return weight, bias
 
-    def at_times(self, emb: Tensor) -> tuple[Tensor, Tensor]:
-        """emb [S, D] -> multiplier and addend [S, sum C] on the normalised h: one GEMM for a whole schedule."""
-        scale, shift = F.linear(F.silu(emb), *self.time).chunk(2, dim=1)
+    def at_times(self, emb: Tensor) -> tuple[Tensor, ...]:
+        """emb [S, D] -> multiplier and addend [S, sum C] on the normalised h, or the offset [S, sum C] to h: one GEMM
+        for a whole schedule."""
+        rows = F.linear(F.silu(emb), *self.time)
+        if not self.scale_shift:
+            return (rows,)
+        scale, shift = rows.chunk(2, dim=1)
         return self.weight * (1 + scale), self.bias * (1 + scale) + shift
+
+    @property
+    def row_widths(self) -> list[int]:
+        """Columns of what `at_times` returns."""
+        return [self.width] * (2 if self.scale_shift else 1)
 
     def of_codes(self, emb_z: Tensor) -> tuple[Tensor, Tensor]:
         """emb_z [B, D] -> (1 + z_s) and z_b [B, sum C]: once per image."""
-        scale, shift = F.linear(F.silu(emb_z), *self.z).chunk(2, dim=1)
-        return 1 + scale, shift
+        scale, *shift = F.linear(F.silu(emb_z), *self.z).split(self.width, dim=1)
+        return 1 + scale, shift[0] if shift else torch.zeros_like(scale)
+
+    def affine(self, values: Sequence[Tensor], codes: tuple[Tensor, Tensor] | None = None) -> Affine:
+        """Multiplier, addend and offset, each [1, sum C] or [B, sum C], from rows of `at_times` and from `of_codes`."""
+        multiplier, addend, offset = (
+            (*values, None) if self.scale_shift else (self.weight[None], self.bias[None], *values)
+        )
+        if codes is not None:
+            scale, shift = codes
+            if 1 < len(multiplier) < len(scale):  # several codes for every image
+                multiplier, addend = (v.repeat(len(scale) // len(v), 1) for v in (multiplier, addend))
+            multiplier, addend = scale * multiplier, scale * addend + shift
+        return Affine(multiplier, addend, offset)
 
 
-def time_embeddings(unet: UNet, times: Tensor) -> Tensor:
-    """float32 [S, time_width] for int64 times [S]."""
+def time_embeddings(unet: UNet, times: Tensor, labels: Tensor | None = None) -> Tensor:
+    """float32 [S, time_width] for int64 times [S], or [B, time_width] for one time and labels [B]."""
     first, _, second = unet.time_embed
-    h = F.linear(timestep_embedding(times, unet.config.base_channel), first.weight.float(), first.bias.float())
-    return F.linear(F.silu(h), second.weight.float(), second.bias.float())
+    h = F.linear(time_features(unet.config, times), first.weight.float(), first.bias.float())
+    emb = F.linear(F.silu(h), second.weight.float(), second.bias.float())
+    return emb if labels is None else emb + unet.class_emb.weight.float()[labels]
 
 
-def group_norm(x: Tensor, multiplier: Tensor, addend: Tensor) -> Tensor:
+def group_norm(x: Tensor, multiplier: Tensor, addend: Tensor, groups: int = NORM_GROUPS, eps: float = 1e-5) -> Tensor:
     """GN(x) * multiplier + addend in x's dtype and layout by PyTorch's operator, which knows one affine for all images;
     the affine float32 [1, C], or [B, C] for one an image."""
     own = len(multiplier) > 1
     weight, bias = (None, None) if own else (multiplier[0], addend[0])
-    if scalar_in_half(x, NORM_GROUPS):
-        y = F.group_norm(x.float(), NORM_GROUPS, weight, bias).to(x.dtype)
+    if scalar_in_half(x, groups):
+        y = F.group_norm(x.float(), groups, weight, bias, eps).to(x.dtype)
     else:
-        y = F.group_norm(x, NORM_GROUPS, weight, bias)
+        y = F.group_norm(x, groups, weight, bias, eps)
     if own:
         y = torch.addcmul(addend.to(x.dtype)[:, :, None, None], y, multiplier.to(x.dtype)[:, :, None, None])
     return y
@@ -138,5 +178,7 @@ def attention_tokens(
         q, k, v = rows.view(B, H * W, block.heads, 3, d).unbind(3)
     h = attend(q, k, v).reshape(B, H, W, C)
     if projections is None:
-        return x + F.linear(h, block.proj_out.weight[:, :, 0], block.proj_out.bias).permute(0, 3, 1, 2)
-    return projections[1](h.permute(0, 3, 1, 2), x)
+        y = x + F.linear(h, block.proj_out.weight[:, :, 0], block.proj_out.bias).permute(0, 3, 1, 2)
+    else:
+        y = projections[1](h.permute(0, 3, 1, 2), x)
+    return y if block.divisor == 1 else y / block.divisor

@@ -47,7 +47,8 @@ class DeviceTrajectory:
                 weights = None if codes.weights is None else torch.empty(K, batch, 1, 1, 1, device=device)
                 self.codes = Conditioning(*buffers, weights)
         workloads = Workloads(plan.reuse)
-        self.workloads = [workloads(step.t, step.use_gradient and codes is not None) for step in steps]
+        has_gradient = codes is not None and plan.gradient is not None
+        self.workloads = [workloads(step.t, step.use_gradient and has_gradient) for step in steps]
         self.kept = Kept(static=plan.options.graphs)
         self.graphs: dict[Workload, graphs.Graph] = {}
 

@@ -21,7 +21,6 @@ from .. import cli
 from .. import config as configs
 from ..data import Batch, Subset, collate, open_dataset
 from ..data.bundled import bundled_for
-from ..data.preprocess import CROPS
 from ..data.spec import add_crop, crop_for
 from ..engine.cost import equivalents
 from ..engine.device import describe_device
@@ -282,7 +281,7 @@ def job_settings(run: Run, **values: Any) -> dict[str, Any]:
         "dtype": str(run.pipe.dtype).removeprefix("torch."),
         "plan": run.pipe.plan.name,
         "background": args.background,
-        "crop": crop_for(args.crop, run.model.config) or CROPS[0],
+        "crop": args.crop or run.model.config.crop,
         **values,
     }
 
@@ -295,7 +294,7 @@ def report(run: Run, broken: Broken | None = None, recipe: bool = True, **values
         "model": str(args.model),
         "assumed": list(run.model.notes),
         "input": run.spec,
-        "crop": crop_for(args.crop, run.model.config) or CROPS[0],
+        "crop": args.crop or run.model.config.crop,
         "images": len(run.dataset),
         **({"preset": args.preset, **pipe.recipe.describe()} if recipe else {}),
         "noise": pipe.noise,

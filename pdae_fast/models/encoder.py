@@ -32,7 +32,7 @@ class Encoder(nn.Module):
             layers.append(nn.Conv2d(width, out, 3, stride=2, padding=1))
             width, size = out, size // 2
             if size == ATTENTION_SIZE:
-                layers.append(AttentionBlock(width, ATTENTION_HEADS))
+                layers.append(AttentionBlock(width, ATTENTION_HEADS, group_norm(width)))
         layers += [group_norm(width), nn.SiLU(), nn.Flatten(), nn.Linear(width * FINAL_SIZE**2, latent_dim)]
         self.encoder = nn.Sequential(*layers)
 

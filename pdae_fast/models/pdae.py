@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import checkpoints
 from ..config import PDAEConfig, PriorConfig
 from ..errors import UserError
+from ..schedule import build_schedule
 from .encoder import Encoder
 from .latent import LatentMLP
 from .unet import PDAEDecoder, UNet
@@ -84,11 +85,11 @@ class Prior(_Pretrained):
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()
         self.config = config
-        self.unet = UNet(config.unet)
+        self.unet = UNet(config.unet, build_schedule(config.schedule).to_eps(config.prediction))
 
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """x_t [B, C, H, W], t int64 [B] -> eps_hat [B, C, H, W]."""
-        return self.unet(x_t, t)
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """x_t [B, C, H, W], t int64 [B] -> eps_hat [B, C, H, W]; labels y int64 [B] for a class-conditional prior."""
+        return self.unet(x_t, t, y)
 
     @classmethod
     def _adopt(cls, loaded: checkpoints.Loaded) -> PriorConfig:
@@ -111,7 +112,8 @@ class PDAE(_Pretrained):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config.image_size, config.unet.input_channel, config.latent_dim, config.encoder_channel)
-        self.decoder = PDAEDecoder(config.unet, config.latent_dim)
+        to_eps = build_schedule(config.schedule).to_eps(config.prediction)
+        self.decoder = PDAEDecoder(config.unet, config.latent_dim, to_eps)
         self.latent_denoiser = LatentMLP(config.latent) if config.latent else None
         self.classifier = nn.Linear(config.latent_dim, len(config.attributes)) if config.attributes else None
         if config.latent_statistics:
@@ -126,6 +128,8 @@ class PDAE(_Pretrained):
             unet=prior.config.unet,
             schedule=prior.config.schedule,
             noise=prior.config.noise,
+            prediction=prior.config.prediction,
+            crop=prior.config.crop,
             **settings,
         )
         model = cls(config)
@@ -143,9 +147,9 @@ class PDAE(_Pretrained):
         """x0 [B, C, H, W] in [-1, 1] -> z [B, latent_dim]."""
         return self.encoder(x0)
 
-    def forward(self, x_t: Tensor, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t [B, C, H, W], t int64 [B], z [B, latent_dim] -> (eps_hat, G), from one trunk pass."""
-        return self.decoder(x_t, t, z)
+    def forward(self, x_t: Tensor, t: Tensor, z: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x_t [B, C, H, W], t int64 [B], z [B, latent_dim] -> (eps_hat, G), from one trunk pass; y as in Prior."""
+        return self.decoder(x_t, t, z, y)
 
     @classmethod
     def _adopt(cls, loaded: checkpoints.Loaded) -> PDAEConfig:

@@ -2,74 +2,94 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..config import UNetConfig
-from .layers import ResBlock, Stage, attention, group_norm, timestep_embedding, zero_
+from ..errors import UserError
+from .layers import (
+    AttentionBlock,
+    Downsample,
+    ResBlock,
+    Stage,
+    Upsample,
+    attention,
+    group_norm,
+    time_features,
+    zero_,
+)
 
 
 class Features(NamedTuple):
-    """What one trunk pass leaves for the decoders: the deepest map, the skips (first to last), the time embedding."""
+    """What one trunk pass leaves for the decoders: the deepest map, the skips (first to last), the time embedding, the
+    x_t and t it was made of, from which eps follows where the network's output is something else, and the z of a
+    network whose every block reads it."""
 
     h: Tensor
     skips: tuple[Tensor, ...]
     emb: Tensor
+    x: Tensor | None = None
+    t: Tensor | None = None
+    z: Tensor | None = None
 
 
-def _build_trunk(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:
-    """Encoder half and the channel count of every skip it leaves."""
-    width = config.channel_multiplier[0] * config.base_channel
+def _build_trunk(config: UNetConfig, block: Callable[..., ResBlock]) -> nn.ModuleList:
+    """Encoder half; its stages leave maps of config.skip_widths() channels. ``block`` makes ResBlocks."""
+    width = config.stem_width
     blocks = nn.ModuleList([Stage(nn.Conv2d(config.input_channel, width, 3, padding=1))])
-    skips = [width]
-    for level, multiplier in enumerate(config.channel_multiplier):
-        out = multiplier * config.base_channel
+    for level, out in enumerate(config.widths):
         for _ in range(config.num_residual_blocks_of_a_block):
-            layers: list[nn.Module] = [ResBlock(width, out, config.time_width, config.dropout)]
+            layers: list[nn.Module] = [block(width, out)]
             width = out
             if 2**level in config.attention_resolutions:
                 layers.append(attention(config, width))
             blocks.append(Stage(*layers))
-            skips.append(width)
         if level < config.levels - 1:
-            blocks.append(Stage(ResBlock(width, width, config.time_width, config.dropout, resample="down")))
-            skips.append(width)
-    return blocks, skips
+            residual = config.downsample == "residual"
+            blocks.append(
+                Stage(block(width, width, resample="down") if residual else Downsample(width, config.downsample))
+            )
+    return blocks
 
 
-def _build_middle(config: UNetConfig, with_z: bool) -> Stage:
-    width = config.channel_multiplier[-1] * config.base_channel
-    return Stage(
-        ResBlock(width, width, config.time_width, config.dropout, with_z=with_z),
-        attention(config, width),
-        ResBlock(width, width, config.time_width, config.dropout, with_z=with_z),
-    )
+def _build_middle(config: UNetConfig, block: Callable[..., ResBlock]) -> Stage:
+    if config.middle == "none":
+        return Stage()
+    width, divisor = config.widths[-1], config.middle_scale_factor
+    layers: list[nn.Module] = [block(width, width, divisor=divisor) for _ in (0, 1)]
+    if config.middle == "attention":
+        norm = group_norm(width, config) if config.middle_attention_norm else nn.Identity()
+        heads, new_order = config.heads(width), config.use_new_attention_order
+        layers.insert(1, AttentionBlock(width, heads, norm, new_order, divisor))
+    return Stage(*layers)
 
 
-def _build_output(config: UNetConfig, skips: list[int], with_z: bool) -> nn.ModuleList:
-    skips = list(skips)
+def _build_output(config: UNetConfig, block: Callable[..., ResBlock]) -> nn.ModuleList:
+    skips = config.skip_widths()
     width = skips[-1]
     blocks = nn.ModuleList()
-    for level, multiplier in reversed(list(enumerate(config.channel_multiplier))):
-        out = multiplier * config.base_channel
+    for level, out in reversed(list(enumerate(config.widths))):
         for i in range(config.num_residual_blocks_of_a_block + 1):
-            layers: list[nn.Module] = [
-                ResBlock(width + skips.pop(), out, config.time_width, config.dropout, with_z=with_z)
-            ]
+            layers: list[nn.Module] = [block(width + skips.pop(), out)]
             width = out
             if 2**level in config.attention_resolutions:
-                layers.append(attention(config, width))
+                layers.append(attention(config, width, output=True))
             if level > 0 and i == config.num_residual_blocks_of_a_block:
-                layers.append(ResBlock(width, width, config.time_width, config.dropout, resample="up", with_z=with_z))
+                residual = config.upsample == "residual"
+                layers.append(block(width, width, resample="up") if residual else Upsample(width, config.upsample))
             blocks.append(Stage(*layers))
     return blocks
 
 
 def _build_head(config: UNetConfig, out_channels: int) -> nn.Sequential:
-    width = config.channel_multiplier[0] * config.base_channel
-    return nn.Sequential(group_norm(width), nn.SiLU(), zero_(nn.Conv2d(width, out_channels, 3, padding=1)))
+    width = config.widths[0]
+    return nn.Sequential(group_norm(width, config), nn.SiLU(), zero_(nn.Conv2d(width, out_channels, 3, padding=1)))
 
 
 def _decode(
@@ -82,42 +102,77 @@ def _decode(
 
 
 class UNet(nn.Module):
-    """eps_theta(x_t, t): the prior, with the parameter names of guided-diffusion, Diff-AE and PDAE files."""
+    """eps_theta(x_t, t): the prior, with the parameter names of guided-diffusion, Diff-AE and PDAE files.
 
-    def __init__(self, config: UNetConfig) -> None:
+    ``to_eps`` [T, 2] are the factors of x_t and of the network's output that make eps of them (Schedule.to_eps); None
+    where the output is eps. With ``z_width`` every block reads z [B, z_width] as a scale, as in Diff-AE.
+    """
+
+    def __init__(self, config: UNetConfig, to_eps: np.ndarray | None = None, z_width: int | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.to_eps, self.z_width = config, to_eps, z_width
         self.time_embed = nn.Sequential(
             nn.Linear(config.base_channel, config.time_width),
             nn.SiLU(),
             nn.Linear(config.time_width, config.time_width),
         )
-        self.input_blocks, self.skip_channels = _build_trunk(config)
-        self.middle_block = _build_middle(config, with_z=False)
-        self.output_blocks = _build_output(config, self.skip_channels, with_z=False)
+        self.class_emb = nn.Embedding(config.num_classes, config.time_width) if config.num_classes else None
+        block = functools.partial(ResBlock, config, z_width=z_width, z_shift=False)
+        self.input_blocks = _build_trunk(config, block)
+        self.middle_block = _build_middle(config, block)
+        self.output_blocks = _build_output(config, block)
         self.out = _build_head(config, config.out_channels)
 
     @property
     def dtype(self) -> torch.dtype:
         return self.time_embed[0].weight.dtype
 
-    def trunk(self, x: Tensor, t: Tensor) -> Features:
-        """The shared encoder half; x [B, C, H, W], t int64 [B] (values may differ within the batch)."""
-        emb = self.time_embed(timestep_embedding(t, self.config.base_channel).to(self.dtype))
-        h, skips = x.to(self.dtype), []
-        for block in self.input_blocks:
-            h = block(h, emb)
-            skips.append(h)
-        return Features(h, tuple(skips), emb)
+    def embed(self, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """t int64 [B], and of a class-conditional network labels y int64 [B] -> [B, time_width]."""
+        self.check_labels(y)
+        emb = self.time_embed(time_features(self.config, t).to(self.dtype))
+        return emb if y is None else emb + self.class_emb(y)
 
-    def decode_eps(self, features: Features) -> Tensor:
-        """eps_hat [B, C, H, W]; a learned variance, if the prior has one, is dropped."""
-        out = _decode(self.middle_block, self.output_blocks, self.out, features)
+    def check_labels(self, y: Tensor | None) -> None:
+        """UserError unless there are labels exactly where this network is class-conditional."""
+        if (self.class_emb is None) != (y is None):
+            raise UserError(
+                "y: this network is not class-conditional; expected no labels"
+                if self.class_emb is None
+                else f"y is missing: this network is class-conditional; expected labels from 0 to "
+                f"{self.config.num_classes - 1}"
+            )
+
+    def trunk(self, x: Tensor, t: Tensor, y: Tensor | None = None, z: Tensor | None = None) -> Features:
+        """The shared encoder half; x [B, C, H, W], t and y int64 [B] (values may differ within the batch), and z
+        [B, z_width] where blocks read it."""
+        emb = self.embed(t, y)
+        h, skips = x.to(self.dtype), []
+        if self.config.center_input_sample:
+            h = 2 * h - 1
+        z = None if z is None else z.to(self.dtype)
+        for block in self.input_blocks:
+            h = block(h, emb, z)
+            skips.append(h)
+        return Features(h, tuple(skips), emb, x, t, z)
+
+    def decode(self, features: Features) -> Tensor:
+        """The network's output [B, C, H, W]; a learned variance, if the prior has one, is dropped."""
+        out = _decode(self.middle_block, self.output_blocks, self.out, features, features.z)
         return out[:, : self.config.input_channel]
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x_t [B, C, H, W], t int64 [B] -> eps_hat [B, C, H, W]."""
-        return self.decode_eps(self.trunk(x, t))
+    def decode_eps(self, features: Features) -> Tensor:
+        """eps_hat [B, C, H, W], whatever the network's output means."""
+        out = self.decode(features)
+        if self.to_eps is None:
+            return out
+        factors = torch.from_numpy(self.to_eps).to(out.device)[features.t].to(out.dtype)
+        of_x, of_out = factors[:, :, None, None, None].unbind(1)
+        return of_x * features.x.to(out.dtype) + of_out * out
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, z: Tensor | None = None) -> Tensor:
+        """x_t [B, C, H, W], t int64 [B] -> eps_hat [B, C, H, W]; y and z as in `trunk`."""
+        return self.decode_eps(self.trunk(x, t, y, z))
 
 
 class PDAEDecoder(UNet):
@@ -128,21 +183,31 @@ class PDAEDecoder(UNet):
 
     TRAINED = ("label_emb", "shift_middle_block", "shift_output_blocks", "shift_out")
 
-    def __init__(self, config: UNetConfig, latent_dim: int) -> None:
-        super().__init__(config)
+    def __init__(self, config: UNetConfig, latent_dim: int, to_eps: np.ndarray | None = None) -> None:
+        super().__init__(config, to_eps)
         self.label_emb = nn.Linear(latent_dim, config.time_width)
-        self.shift_middle_block = _build_middle(config, with_z=True)
-        self.shift_output_blocks = _build_output(config, self.skip_channels, with_z=True)
-        self.shift_out = _build_head(config, config.input_channel)
+        # G is new weights, so it is the paper's whatever the prior's flavour; it has the prior's widths.
+        own = dataclasses.replace(
+            config,
+            use_scale_shift_norm=True,
+            upsample="residual",
+            middle="attention",
+            middle_attention_norm=True,
+            middle_scale_factor=1.0,
+        )
+        block = functools.partial(ResBlock, own, z_width=own.time_width)
+        self.shift_middle_block = _build_middle(own, block)
+        self.shift_output_blocks = _build_output(own, block)
+        self.shift_out = _build_head(own, own.input_channel)
 
     def decode_gradient(self, features: Features, z: Tensor) -> Tensor:
         """G [B, C, H, W] for z [B, latent_dim]."""
         emb_z = self.label_emb(z.to(self.dtype))
         return _decode(self.shift_middle_block, self.shift_output_blocks, self.shift_out, features, emb_z)
 
-    def forward(self, x: Tensor, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t [B, C, H, W], t int64 [B], z [B, latent_dim] -> (eps_hat, G), each [B, C, H, W]."""
-        features = self.trunk(x, t)
+    def forward(self, x: Tensor, t: Tensor, z: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x_t [B, C, H, W], t int64 [B], z [B, latent_dim] -> (eps_hat, G), each [B, C, H, W]; y as in UNet."""
+        features = self.trunk(x, t, y)
         return self.decode_eps(features), self.decode_gradient(features, z)
 
     def trained_parameters(self) -> list[nn.Parameter]:

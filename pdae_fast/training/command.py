@@ -19,7 +19,6 @@ from ..config import NORM_GROUPS, LatentConfig, PDAEConfig, presets
 from ..data import Labels, open_dataset, read_attributes, readable
 from ..data.attributes import class_names, file_labels
 from ..data.latents import Latents, LatentSet, cache_path, encode_dataset, split, weights_fingerprint
-from ..data.preprocess import CROPS
 from ..data.spec import crop_for
 from ..engine import resolve_device
 from ..errors import UserError
@@ -62,7 +61,14 @@ def _architecture(args) -> PDAEConfig:
 
 
 def build_model(args) -> Prior | PDAE:
-    """The model to train: fresh, or around the prior of --init-from."""
+    """The model to train: fresh, or around the prior of --init-from. Its configuration remembers --crop."""
+    model = _built(args)
+    if args.crop:
+        model.config = dataclasses.replace(model.config, crop=args.crop)
+    return model
+
+
+def _built(args) -> Prior | PDAE:
     torch.manual_seed(args.seed)
     if args.task == "prior":
         if args.init_from:
@@ -145,13 +151,6 @@ def _say_broken(broken: list[tuple[str, str]], first: bool) -> None:
         print(f"left out: {name}: {reason}", file=sys.stderr)
     if len(broken) > SHOWN and first:
         print(f"left out: {len(broken) - SHOWN} more broken images", file=sys.stderr)
-
-
-def _crop_record(args, task: Any) -> None:
-    """Another crop is another data set. What is off is not recorded: runs from before it existed can be resumed."""
-    crop = crop_for(args.crop, task.config)
-    if crop not in (None, CROPS[0]):
-        task.record["--crop"] = crop
 
 
 def _image_task(args, device: torch.device):
@@ -329,7 +328,6 @@ def _train(args, group: Group) -> None:
         else:
             labels = _labels(args, latents)
             task, dataset, judged = codes.classifier_task(model, latents, labels, args.holdout, args.seed)
-    _crop_record(args, task)
     trainer = Trainer(
         task,
         dataset,

@@ -105,7 +105,7 @@ class FrozenHalf(nn.Module):
     def __init__(self, decoder: PDAEDecoder, channels_last: bool = False) -> None:
         super().__init__()
         with torch.device("meta"):
-            self.unet = UNet(decoder.config)
+            self.unet = UNet(decoder.config, decoder.to_eps)
         own = decoder.state_dict()
         # A copy of its own also where the decoder is bfloat16 already: it must not follow the training.
         state = {name: own[name].to(torch.bfloat16, copy=True) for name in self.unet.state_dict()}
@@ -123,8 +123,9 @@ class FrozenHalf(nn.Module):
             features = self.unet.trunk(x_t, t)
             eps = self.unet.decode_eps(features)
         if wide:
-            h, skips, emb = features
-            features = Features(h.float(), tuple(skip.float() for skip in skips), emb.float())
+            features = features._replace(
+                h=features.h.float(), skips=tuple(skip.float() for skip in features.skips), emb=features.emb.float()
+            )
         return features, eps.float()
 
 
@@ -153,12 +154,19 @@ class TrainedResBlock(ResBlock):
         return group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=True)
 
     def _norm_out(self, h: Tensor, emb: Tensor, emb_z: Tensor | None) -> Tensor:
-        scale, shift = self.emb_layers(emb).chunk(2, dim=1)
-        scale = 1 + scale
+        norm, rows = self.out_layers[0], self.emb_layers(emb)
+        if not self.scale_shift:
+            h = h + rows[:, :, None, None]
+            if self.emb_z_layers is None:
+                return group_norm(h, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=True)
+            scale, shift = torch.ones_like(rows), torch.zeros_like(rows)
+        else:
+            scale, shift = rows.chunk(2, dim=1)
+            scale = 1 + scale
         if self.emb_z_layers is not None:
-            scale_z, shift_z = self.emb_z_layers(emb_z).chunk(2, dim=1)
-            scale, shift = (1 + scale_z) * scale, (1 + scale_z) * shift + shift_z
-        norm = self.out_layers[0]
+            scale_z, *shift_z = self.emb_z_layers(emb_z).split(scale.shape[1], dim=1)
+            scale, shift = (1 + scale_z) * scale, (1 + scale_z) * shift
+            shift = shift + shift_z[0] if shift_z else shift
         return group_norm(h, norm.weight, norm.bias, norm.num_groups, norm.eps, scale=scale, shift=shift, silu=True)
 
 

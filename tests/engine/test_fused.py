@@ -17,7 +17,7 @@ from pdae_fast.engine.fused import FusedPlan
 from pdae_fast.engine.norms import Join, Skip, normalise, normalise_fused, normalise_native
 from pdae_fast.engine.options import Rewrites
 from pdae_fast.engine.plan import Plan
-from pdae_fast.models.layers import AttentionBlock, ResBlock
+from pdae_fast.models.layers import AttentionBlock, ResBlock, group_norm
 
 CPU = torch.device("cpu")
 NETWORKS = {
@@ -131,7 +131,7 @@ def test_the_model_is_left_alone():
 
 
 def test_affine_table_is_adagn():
-    blocks = [fill(ResBlock(32, c, 24, with_z=True)) for c in (32, 64)]
+    blocks = [fill(ResBlock(UNetConfig(time_channel=24), 32, c, z_width=24)) for c in (32, 64)]
     table = rewrites.AffineTable(blocks)
     emb, emb_z, h = noise(1, 24), noise(2, 24, seed=1), {c: noise(2, c, 3, 3, seed=c) for c in (32, 64)}
     multiplier, addend = table.at_times(emb)
@@ -225,7 +225,7 @@ def test_phase_convolutions_equal_upsampling_first(H, W):
 
 @pytest.mark.parametrize("new_order", [False, True])
 def test_attention_on_tokens(new_order):
-    block, x = fill(AttentionBlock(64, 4, new_order)), noise(2, 64, 3, 5)
+    block, x = fill(AttentionBlock(64, 4, group_norm(64), new_order)), noise(2, 64, 3, 5)
     with torch.no_grad():
         last = x.contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(rewrites.attention_tokens(block, last, block.norm), block(x), atol=1e-5, rtol=1e-5)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from flavours import BASE, FLAVOURS, PREDICTIONS
 from golden_rule import relative
 from helpers import TINY, images, tiny_pdae, tiny_prior
-from pdae_fast import UNetConfig
+from pdae_fast import UNetConfig, UserError
 from pdae_fast.export.graphs import NORMS, FixedNorm, Norm, build_graphs, conditioning_width
 from pdae_fast.samplers.ddim import ddim_step
 from pdae_fast.schedule import build_schedule
@@ -74,6 +75,45 @@ def test_a_prior_alone():
     assert relative(out - x, expected_step(prior, x, None, schedule.inversion(6)[2]) - x) < 2e-5
 
 
+@pytest.mark.parametrize("form", NORMS)
+@pytest.mark.parametrize("changes", FLAVOURS.values(), ids=FLAVOURS)
+@torch.no_grad()
+def test_every_flavour(changes, form):
+    config = dataclasses.replace(TINY, unet=UNetConfig(**{**BASE, **changes}))
+    model = tiny_pdae(config)
+    x, z = images(2, config), torch.randn(2, config.latent_dim, generator=torch.Generator().manual_seed(1))
+    graphs, step = graphs_of(model, form), build_schedule(config.schedule).decoding(4)[1]
+    out = graphs["decode_step"](x, graphs["conditioning"](z), torch.tensor([1]))
+    assert relative(out - x, expected_step(model, x, z, step) - x) < 2e-5
+
+
+@pytest.mark.parametrize("settings", PREDICTIONS.values(), ids=PREDICTIONS)
+@torch.no_grad()
+def test_every_prediction(settings):
+    config = dataclasses.replace(TINY, **settings)
+    prior = tiny_prior(config)
+    x, schedule = images(2, config), build_schedule(config.schedule)
+    graph = graphs_of(prior)["decode_step"]
+    for i, step in enumerate(schedule.decoding(4)):
+        out = graph(x, torch.tensor([i]))
+        # Where little signal is left, x0 is a small difference of x and eps: rounding counts 1 / sqrt(alpha_bar) times.
+        bound = 2e-5 * max(1, 0.02 / step.alpha_bar**0.5)
+        assert relative(out - x, expected_step(prior, x, None, step) - x) < bound
+
+
+@torch.no_grad()
+def test_a_label_is_part_of_the_graph():
+    config = dataclasses.replace(TINY, unet=dataclasses.replace(TINY.unet, num_classes=4, use_scale_shift_norm=False))
+    prior, x, schedule = tiny_prior(config), images(2, config), build_schedule(config.schedule)
+    found = build_graphs(prior, schedule, 4, 4, torch.float32, "group", label=3)["decode_step"](x, torch.tensor([0]))
+    step = schedule.decoding(4)[0]
+    eps = prior(x, torch.full((2,), step.t), torch.tensor([3, 3]))
+    expected = ddim_step(x, eps, None, step.alpha_bar, step.alpha_bar_next)
+    assert relative(found - x, expected - x) < 2e-5
+    with pytest.raises(UserError, match="class-conditional"):
+        build_graphs(prior, schedule, 4, 4, torch.float32, "group")
+
+
 @torch.no_grad()
 def test_each_image_gets_its_own_conditioning():
     model = tiny_pdae()
@@ -97,7 +137,7 @@ def test_norms_on_biased_inputs_against_float64(form, shape):
     for affine in ((C,), (N, C)):
         multiplier, addend = torch.randn(2, *affine, generator=generator)
         expected = normal * multiplier.double()[..., None, None] + addend.double()[..., None, None]
-        assert relative(Norm(C, form)(x, multiplier, addend), expected) < 2e-6
+        assert relative(Norm(nn.GroupNorm(32, C), form)(x, multiplier, addend), expected) < 2e-6
     layer = nn.GroupNorm(32, C)
     nn.init.normal_(layer.weight)
     nn.init.normal_(layer.bias)
@@ -125,9 +165,9 @@ def test_half_precision_keeps_norms_and_tables_in_float32(dtype):
             assert module.weight.dtype == dtype
         if isinstance(module, FixedNorm):
             assert module.weight.dtype == torch.float32
-    assert step.multipliers.dtype == step.addends.dtype == step.coefficients.dtype == torch.float32
+    assert step.rows.dtype == step.coefficients.dtype == torch.float32
     # Taken from the weights before they were rounded.
-    assert torch.equal(step.multipliers, graphs_of(model)["decode_step"].multipliers)
+    assert torch.equal(step.rows, graphs_of(model)["decode_step"].rows)
     assert {p.dtype for p in graphs["conditioning"].parameters()} == {torch.float32}
 
 

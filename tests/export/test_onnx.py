@@ -1,6 +1,7 @@
 """`python -m pdae_fast.export onnx`: what it writes, and what a mistake prints."""
 
 import collections
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from flavours import BASE, FLAVOURS, GOOGLE, PREDICTIONS
 from helpers import TINY_FULL, tiny_pdae, tiny_prior
-from pdae_fast import UserError, cli
+from pdae_fast import UNetConfig, UserError, cli
 from pdae_fast.export import manifest as manifests
 
 onnx = pytest.importorskip("onnx")
@@ -55,6 +57,27 @@ def test_the_command_writes_a_checked_export(tmp_path, model_dir, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     printed = capsys.readouterr().out
     assert "decode_step.onnx" in printed and "opset 22" in printed and "error" in printed
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "label"),
+    [
+        (GOOGLE, {}, None),
+        (FLAVOURS["improved"], PREDICTIONS["v"], None),
+        ({**FLAVOURS["course"], "num_classes": 4}, {}, 2),
+    ],
+    ids=["google", "improved-v", "course-classes"],
+)
+def test_flavours_are_compared_with_their_modules(tmp_path, changes, settings, label):
+    config = dataclasses.replace(TINY_FULL, unet=UNetConfig(**{**BASE, **changes}), **settings)
+    manifest = export_onnx(tiny_pdae(config), tmp_path / "out", ExportSettings(steps=4, label=label))
+    assert manifest["label"] == label
+    for name in ("conditioning", "decode_step", "invert_step"):
+        assert manifest["parity"][name]["relative_error"] < 1e-4
+    for wrong in (None, 4) if label is not None else (1,):
+        with pytest.raises(UserError, match="class-conditional"):
+            export_onnx(tiny_pdae(config), tmp_path / "other", ExportSettings(steps=4, label=wrong))
+    assert not (tmp_path / "other").exists()
 
 
 def test_every_graph_was_compared(exported):

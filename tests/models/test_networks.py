@@ -10,7 +10,7 @@ from golden_rule import fill, relative
 from helpers import TINY_UNET
 from pdae_fast import PDAE, PDAEConfig, UNetConfig, presets
 from pdae_fast.models import Encoder, PDAEDecoder, UNet
-from pdae_fast.models.layers import AttentionBlock, ResBlock, timestep_embedding
+from pdae_fast.models.layers import AttentionBlock, ResBlock, group_norm, timestep_embedding
 
 
 def group_norm_float64(x, weight, bias, groups=32):
@@ -30,7 +30,7 @@ def numpy64(module):
 @pytest.mark.parametrize("heads", [1, 4])
 def test_attention_layouts_against_float64(heads, new_order):
     C, side = 64, 3
-    block = fill(AttentionBlock(C, heads, new_order))
+    block = fill(AttentionBlock(C, heads, group_norm(C), new_order))
     x = torch.randn(2, C, side, side, generator=torch.Generator().manual_seed(1))
     w, tokens = numpy64(block), side * side
     h = group_norm_float64(x.double().numpy(), w["norm.weight"], w["norm.bias"]).reshape(2, C, tokens)
@@ -52,7 +52,7 @@ def test_attention_layouts_against_float64(heads, new_order):
 
 @pytest.mark.parametrize("resample", [None, "down", "up"])
 def test_resblock_applies_time_before_z(resample):
-    block = fill(ResBlock(32, 32, 16, resample=resample, with_z=True)).double()
+    block = fill(ResBlock(UNetConfig(time_channel=16), 32, 32, resample=resample, z_width=16)).double()
     g = torch.Generator().manual_seed(2)
     x = torch.randn(2, 32, 4, 4, generator=g, dtype=torch.float64)
     emb, emb_z = (torch.randn(2, 16, generator=g, dtype=torch.float64) for _ in range(2))

@@ -17,7 +17,7 @@ from typing import Any
 
 from .arguments import ImageRangeWarning, seed_option
 from .errors import UserError
-from .files import atomic_write
+from .files import atomic_write, claims
 
 DEFAULT_MODEL = "fashion32"
 # What a user's machine may say to any write; the rest of OSError would be a defect here and keeps its traceback.
@@ -139,7 +139,7 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
 
     previous = signal.signal(signal.SIGTERM, terminate)
     try:
-        with warnings.catch_warnings():
+        with claims(), warnings.catch_warnings():
             # Commands read their images from files, and know their range.
             warnings.simplefilter("ignore", ImageRangeWarning)
             # A broken image is counted and named; what libraries think of the others, a user can do nothing about.
@@ -156,7 +156,7 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     except OSError as error:
         if error.errno not in SYSTEM_REFUSES:
             raise
-        print(f"error: {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as reason:
         print("interrupted; files written so far are complete", file=sys.stderr)

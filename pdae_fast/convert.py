@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -31,9 +32,10 @@ from .checkpoints.foreign import located
 from .checkpoints.official import limits, official_paths, refuse, save_official
 from .config import PriorConfig
 from .errors import UserError
-from .files import make_folder
+from .files import LOCK, claim_folder, claim_place, is_unfinished, left_by_kill, make_folder
 from .models import Autoencoder, Prior
 
+_WORK = "convert"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 # Options of this command, beside the shared ones, that go to checkpoints.load as they are.
 _READING = (
@@ -78,11 +80,13 @@ def _convert(argv: list[str] | None) -> None:
     out = Path(args.out).expanduser()
     if args.to == "pdae_fast":
         _check_directory(out, args.overwrite)
+        claim_folder(out, _WORK)
     options = cli.foreign_options(args) | {name: getattr(args, name) for name in _READING if hasattr(args, name)}
     loaded = checkpoints.load(args.source, **options)
     model = _build(loaded)
     dtype = _DTYPES[args.dtype]
     if args.to == "pdae_fast":
+        _retire(out / CONFIG_NAME, model)
         model.save_pretrained(out, dtype)
         written = [out]
     else:
@@ -101,13 +105,17 @@ def _export(
     if args.to == "diffusers":
         if out.exists() and not out.is_dir():
             raise UserError(f"{out}: a file; expected a directory to write into")
-        _check_files(diffusers_paths(out), args)
+        _check_files(diffusers_paths(out), args, left_by_kill(out, _WORK))
+        claim_folder(out, _WORK)
         save_diffusers(out, config, state, dtype)
         return [out]
     if out.suffix not in _SUFFIXES[args.to]:
         raise UserError(f"{out}: expected the name of a {_SUFFIXES[args.to][0]} file to write with --to {args.to}")
-    _check_files([out] if args.to == "guided" else official_paths(out, config).values(), args)
+    paths = [out] if args.to == "guided" else list(official_paths(out, config).values())
+    _check_files(paths, args, any(left_by_kill(path, _WORK, inside=False) for path in paths))
     make_folder(out.parent)
+    for path in paths:
+        claim_place(path, _WORK)
     if args.to == "official":
         return list(save_official(out, config, state, dtype).values())
     save_guided(out, config, state, dtype)
@@ -123,7 +131,10 @@ def _build(loaded: Loaded) -> Autoencoder | Prior:
 def _check_directory(out: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: a file; expected a directory to write into (--to official writes a file)")
-    if overwrite or not out.is_dir() or not any(out.iterdir()):
+    # What a killed conversion left is its own.
+    if overwrite or not out.is_dir() or left_by_kill(out, _WORK):
+        return
+    if all(path.name == LOCK or is_unfinished(path.name) for path in out.iterdir()):
         return
     try:
         config.load(out / CONFIG_NAME)
@@ -133,12 +144,21 @@ def _check_directory(out: Path, overwrite: bool) -> None:
         ) from None
 
 
-def _check_files(paths: Iterable[Path], args: argparse.Namespace) -> None:
+def _retire(path: Path, model: PDAE | Prior) -> None:
+    """Remove an earlier configuration that is not the model's: it must not stand beside the new weights for a moment.
+    The new one is written last."""
+    with suppress(OSError):
+        if path.read_text(encoding="utf-8", errors="replace") != config.dumps(model.config):
+            path.unlink()
+
+
+def _check_files(paths: Sequence[Path], args: argparse.Namespace, unfinished: bool) -> None:
+    """UserError for files that are there, unless a killed conversion left them (``unfinished``)."""
     source = Path(args.source).expanduser()
     for path in paths:
         if path.exists() and source.exists() and path.samefile(source):
             raise UserError(f"{path}: the source itself; expected another file to write")
-        if path.exists() and not args.overwrite:
+        if path.exists() and not args.overwrite and not unfinished:
             raise UserError(f"{path}: exists; expected a new file (or --overwrite)")
 
 

@@ -9,6 +9,7 @@ import sys
 from pdae_fast import cli
 from pdae_fast.arguments import seed_option
 from pdae_fast.data.avatars import make_avatars
+from pdae_fast.files import claim_folder
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -32,6 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--workers", type=int, default=_processors(), help="processes that draw; the result is the same")
     add("--quiet", action="store_true", help="no progress bar, no summary")
     args = p.parse_args(argv)
+    claim_folder(args.out)
     report = make_avatars(args.out, args.count, args.size, args.seed, args.pairs, args.workers, args.quiet)
     if not args.quiet:
         print(f"{args.out}: {report.drawn} images drawn, {report.kept} were there")

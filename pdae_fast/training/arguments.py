@@ -8,6 +8,7 @@ import dataclasses
 from .. import cli
 from ..arguments import seed_option
 from ..config import PREDICTIONS, LatentConfig, presets
+from ..data.spec import add_crop
 from .settings import DEFAULTS, TrainSettings
 from .step import STEP_HELP, UNET_ONLY
 from .target_codes import PCA
@@ -62,6 +63,14 @@ def _options(p: argparse.ArgumentParser, task: str) -> None:
         metavar="MODEL",
         required=codes,
         help=f"{what}: bundled name, directory, foreign checkpoint",
+    )
+    add_crop(p)
+    p.add_argument(
+        "--on-error",
+        choices=("skip", "fail"),
+        default="skip" if codes else "fail",
+        help="what a broken image does; skip: the run is that of the readable images alone"
+        + (", each of which is decoded once before it begins" * (not codes)),
     )
     if task in ENCODING:
         _encoding_options(p)
@@ -175,7 +184,6 @@ def _holdout_option(p: argparse.ArgumentParser) -> None:
 
 
 def _code_options(p: argparse.ArgumentParser, task: str) -> None:
-    p.add_argument("--on-error", choices=("skip", "fail"), default="skip", help="what a broken image does")
     if task == "latent":
         p.add_argument("--hidden", type=int, default=LatentConfig.hidden, help="width of the MLP")
         p.add_argument("--layers", type=int, default=LatentConfig.layers, help="layers of the MLP")

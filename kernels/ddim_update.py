@@ -34,14 +34,14 @@ def ddim_coefficients(alpha_bar_now, alpha_bar_next) -> Tensor:
     """Float32 CPU table [S, 6] for `ddim_update` from two sequences of S float64 values of ᾱ: at each step's
     start and at its end.
 
-    Computed in float64 and rounded once. Raises ValueError unless both are one-dimensional, equally long and
-    in (0, 1].
+    Computed in float64 and rounded once; an end may be 0, which leaves ε'' itself. Raises ValueError unless both
+    are one-dimensional, equally long and in (0, 1] and [0, 1].
     """
     now, following = (np.asarray(a, dtype=np.float64) for a in (alpha_bar_now, alpha_bar_next))
     if now.ndim != 1 or now.shape != following.shape:
         raise ValueError(f"ddim_coefficients: need two sequences of one length, got {now.shape} and {following.shape}")
-    if not (np.all((now > 0) & (now <= 1)) and np.all((following > 0) & (following <= 1))):
-        raise ValueError("ddim_coefficients: every alpha_bar must lie in (0, 1]")
+    if not (np.all((now > 0) & (now <= 1)) and np.all((following >= 0) & (following <= 1))):
+        raise ValueError("ddim_coefficients: every alpha_bar must lie in (0, 1], at the ends in [0, 1]")
     ratio = np.sqrt((1 - now) / now)
     # At ᾱ = 1 there is no noise to re-derive: a zero leaves ε' as it is.
     inverse = np.divide(1.0, ratio, out=np.zeros_like(ratio), where=ratio > 0)

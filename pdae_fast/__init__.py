@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoints import available
-    from .config import LatentConfig, PDAEConfig, PriorConfig, ScheduleConfig, UNetConfig, presets
+    from .config import DiffAEConfig, LatentConfig, PDAEConfig, PriorConfig, ScheduleConfig, UNetConfig, presets
     from .errors import UserError
-    from .models import PDAE, Prior
+    from .models import PDAE, DiffAE, Prior
     from .pipeline import Pipeline
     from .samplers import Recipe
 
@@ -15,6 +15,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PDAE",
+    "DiffAE",
+    "DiffAEConfig",
     "LatentConfig",
     "PDAEConfig",
     "Pipeline",
@@ -32,9 +34,12 @@ __all__ = [
 # without PyTorch, and importing a submodule runs this file.
 _HOME = {
     "available": "checkpoints",
-    **dict.fromkeys(("LatentConfig", "PDAEConfig", "PriorConfig", "ScheduleConfig", "UNetConfig", "presets"), "config"),
+    **dict.fromkeys(
+        ("DiffAEConfig", "LatentConfig", "PDAEConfig", "PriorConfig", "ScheduleConfig", "UNetConfig", "presets"),
+        "config",
+    ),
     "UserError": "errors",
-    **dict.fromkeys(("PDAE", "Prior"), "models"),
+    **dict.fromkeys(("DiffAE", "PDAE", "Prior"), "models"),
     "Pipeline": "pipeline",
     "Recipe": "samplers",
 }

@@ -280,8 +280,8 @@ def check_noise(noise: Any) -> None:
     _require(noise in NOISES, f"noise {noise!r} is not known; expected {' or '.join(NOISES)}")
 
 
-def _check_process(config: PriorConfig | PDAEConfig) -> None:
-    """What a prior's and a PDAE's configuration share."""
+def _check_process(config: AnyConfig) -> None:
+    """What the configurations of all models share."""
     _check_image_size(config.image_size, config.unet)
     check_noise(config.noise)
     _one_of("prediction", config.prediction, PREDICTIONS)
@@ -290,6 +290,18 @@ def _check_process(config: PriorConfig | PDAEConfig) -> None:
         not config.schedule.zero_terminal_snr or config.prediction != "epsilon",
         "a network that predicts eps says nothing about the image where alpha_bar is 0; expected v_prediction or "
         "sample with zero_terminal_snr",
+    )
+
+
+def _check_codes(config: PDAEConfig | DiffAEConfig) -> None:
+    """What the configurations of autoencoders share."""
+    _require(
+        _as_int(config.latent_dim) and config.latent_dim >= 1,
+        f"latent_dim must be a positive integer, not {config.latent_dim!r}",
+    )
+    _require(
+        config.latent is None or config.latent.latent_dim == config.latent_dim,
+        f"the latent DPM is {config.latent and config.latent.latent_dim}-dimensional but z is {config.latent_dim}",
     )
 
 
@@ -350,17 +362,10 @@ class PDAEConfig:
             size >= 32 and size & (size - 1) == 0,
             f"the encoder needs an image_size that is a power of two from 32 up, not {size}",
         )
-        _require(
-            _as_int(self.latent_dim) and self.latent_dim >= 1,
-            f"latent_dim must be a positive integer, not {self.latent_dim!r}",
-        )
+        _check_codes(self)
         _require(
             _as_int(self.encoder_channel) and self.encoder_channel >= 1 and self.encoder_channel % NORM_GROUPS == 0,
             f"encoder_channel must be a multiple of {NORM_GROUPS}, not {self.encoder_channel!r}",
-        )
-        _require(
-            self.latent is None or self.latent.latent_dim == self.latent_dim,
-            f"the latent DPM is {self.latent and self.latent.latent_dim}-dimensional but z is {self.latent_dim}",
         )
 
     @property
@@ -368,11 +373,53 @@ class PDAEConfig:
         return PriorConfig(self.image_size, self.unet, self.schedule, self.noise, self.prediction, self.crop)
 
 
-_KINDS: dict[str, type] = {"pdae": PDAEConfig, "prior": PriorConfig}
+@dataclass(frozen=True)
+class DiffAEConfig:
+    """Diff-AE (arXiv 2111.15640): a U-Net whose every block reads z, and its encoder, half a U-Net.
+
+    ``encoder_multiplier`` are the encoder's widths as multiples of ``unet.base_channel``, level by level; the rest of
+    its shape is the U-Net's, attention at the same rates included. The rest is as in PDAEConfig.
+    """
+
+    image_size: int = 128
+    latent_dim: int = 512
+    unet: UNetConfig = field(
+        default_factory=lambda: UNetConfig(
+            base_channel=128, channel_multiplier=(1, 1, 2, 3, 4), attention_resolutions=(8,), time_channel=512
+        )
+    )
+    encoder_multiplier: tuple[int | float, ...] = (1, 1, 2, 3, 4, 4)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    latent: LatentConfig | None = None
+    attributes: tuple[str, ...] = ()
+    latent_statistics: bool = False
+    noise: str = "normal"
+    prediction: str = "epsilon"
+    crop: str = "centre"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "attributes", tuple(self.attributes))
+        _check_process(self)
+        _check_codes(self)
+        try:
+            encoder = self.encoder
+        except UserError as error:
+            raise UserError(f"encoder_multiplier: {error}") from None
+        object.__setattr__(self, "encoder_multiplier", encoder.channel_multiplier)
+        _check_image_size(self.image_size, encoder)
+
+    @property
+    def encoder(self) -> UNetConfig:
+        """Of the U-Net whose input half and middle the encoder is."""
+        return dataclasses.replace(self.unet, channel_multiplier=self.encoder_multiplier)
+
+
+AnyConfig = PDAEConfig | PriorConfig | DiffAEConfig
+_KINDS: dict[str, type] = {"pdae": PDAEConfig, "prior": PriorConfig, "diffae": DiffAEConfig}
 _NESTED: dict[str, type] = {"unet": UNetConfig, "schedule": ScheduleConfig, "latent": LatentConfig}
 
 
-def to_dict(config: PDAEConfig | PriorConfig) -> dict[str, Any]:
+def to_dict(config: AnyConfig) -> dict[str, Any]:
     """``config`` as JSON-ready values, with its kind and the format version."""
     kind = next(k for k, cls in _KINDS.items() if type(config) is cls)
     return {"format": FORMAT_VERSION, "kind": kind, **dataclasses.asdict(config)}
@@ -397,7 +444,7 @@ def _build(cls: type, values: Any, where: str) -> Any:
         raise UserError(f"{where}: a field has the wrong type ({error})") from None
 
 
-def from_dict(values: dict[str, Any], where: str = "config") -> PDAEConfig | PriorConfig:
+def from_dict(values: dict[str, Any], where: str = "config") -> AnyConfig:
     """The inverse of :func:`to_dict`. Raises UserError naming the field that is wrong."""
     _require(isinstance(values, dict), f"{where}: expected a JSON object, found {type(values).__name__}")
     values = dict(values)
@@ -407,11 +454,11 @@ def from_dict(values: dict[str, Any], where: str = "config") -> PDAEConfig | Pri
     return _build(_KINDS[kind], values, where)
 
 
-def dumps(config: PDAEConfig | PriorConfig) -> str:
+def dumps(config: AnyConfig) -> str:
     return json.dumps(to_dict(config), indent=2) + "\n"
 
 
-def load(path: str | Path) -> PDAEConfig | PriorConfig:
+def load(path: str | Path) -> AnyConfig:
     """Read a ``config.json``. Raises UserError when it is missing, not JSON, or describes no model known here."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .arguments import as_int, as_number
 from .config import ScheduleConfig
 from .errors import UserError
 
@@ -48,7 +49,10 @@ def _zero_terminal(betas: np.ndarray) -> np.ndarray:
     return 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
 
 
-SPACINGS = ("uniform", "quadratic", "logsnr", "karras")
+SPACINGS = ("uniform", "quadratic", "logsnr", "karras", "strided", "respaced")
+# guided-diffusion's: N points are N steps, for every point is evaluated. Decoding ends at alpha_bar = 1, with x0_hat
+# itself, and DDIM upward at alpha_bar = 0, with eps itself. With the others N steps join N + 1 points and end there.
+WHOLE = ("strided", "respaced")
 KARRAS_RHO = 7  # arXiv 2206.00364, section 3
 
 
@@ -111,7 +115,7 @@ class Schedule:
         return np.stack([1 / spread, -signal / spread], axis=1) if prediction == "sample" else None
 
     def timesteps(self, steps: int, spacing: str = "uniform") -> np.ndarray:
-        """Time points of an S-step trajectory, ascending from 0 to T-1 (see `last`), int64 [<= S+1].
+        """Time points of an S-step trajectory, ascending from 0 to T-1 (see `last`), int64 [<= S+1], [S] if in WHOLE.
 
         "uniform": unique(int(linspace(0, T-1, S+1))), as published. "quadratic": the same with the square of
         linspace(0, 1, S+1) (DDIM, arXiv 2010.02502, appendix D.2): more points where there is little noise. "logsnr":
@@ -119,9 +123,16 @@ class Schedule:
         sigma^(1/7), sigma = sqrt((1 - alpha_bar) / alpha_bar) (EDM, arXiv 2206.00364, eq. 5). The networks know whole
         t only, so the last three are rounded to the nearest, and points that fall together are one: at many steps
         there are then fewer of them than asked for, and as many evaluations fewer.
+
+        Two are guided-diffusion's, whose points are S (see WHOLE). "strided" ("ddimS" there, and Diff-AE's): every
+        n-th from 0, up to no more than T-1, n being the smallest for which they are S; UserError where no n is.
+        "respaced": S evenly from 0 to T-1, rounded.
         """
-        if not 1 <= steps <= self.last + 1:
-            raise UserError(f"steps must be between 1 and {self.last + 1}, not {steps}")
+        steps = as_int("steps", steps, 1, self.last + 1)
+        if spacing == "strided":
+            return self._strided(steps)
+        if spacing == "respaced":
+            return np.rint(np.arange(steps) * (self.last / max(1, steps - 1))).astype(np.int64)
         share = np.linspace(0, 1, steps + 1)
         if spacing == "uniform":
             return np.unique(np.linspace(0, self.last, steps + 1).astype(np.int64))
@@ -135,6 +146,17 @@ class Schedule:
             return self._nearest(-KARRAS_RHO * np.log(low + share * (high - low)))
         raise UserError(f"spacing {spacing!r} is not known; expected {', '.join(SPACINGS[:-1])} or {SPACINGS[-1]}")
 
+    def _strided(self, steps: int) -> np.ndarray:
+        count = self.last + 1
+        stride = -(-count // steps)
+        if -(-count // stride) != steps:
+            fewer, more = -(-count // stride), -(-count // (stride - 1))
+            raise UserError(
+                f"steps {steps}: no stride gives so many of {count} time points; expected {fewer} or {more} with the "
+                "spacing strided"
+            )
+        return np.arange(0, count, stride)
+
     def _nearest(self, half_log_snr: np.ndarray) -> np.ndarray:
         # It falls with t, and np.interp wants rising abscissae.
         t = np.interp(-half_log_snr, -self.half_log_snr, np.arange(self.last + 1))
@@ -145,42 +167,42 @@ class Schedule:
 
         G is used only while the remaining step index is at least int(stop_percent * steps): 0 uses it always, 1 never.
         """
-        points, stop = self.timesteps(steps, spacing), _stop(stop_percent, steps)
-        return tuple(
-            self._step(points[i + 1], points[i], use_gradient=i >= stop) for i in range(len(points) - 2, -1, -1)
-        )
+        points = self.timesteps(steps, spacing)
+        ends = self.alpha_bar[points[:-1]]
+        if spacing in WHOLE:
+            ends = np.append(1.0, ends)
+        return self._down(points[-len(ends) :], ends, _stop(stop_percent, steps))
 
     def ancestral(self, steps: int, stop_percent: float = 0.0, spacing: str = "uniform") -> Trajectory:
         """The steps of Algorithm 2, from T - 1 down to alpha_bar = 1: all T of them, or those of a respaced process.
 
-        Unlike `decoding` it takes the last step too, from t = 0 to the clean image: S points, S evaluations.
+        Whatever the spacing it takes the last step too, from t = 0 to the clean image: S points, S evaluations.
         """
         if steps < 2:
             raise UserError(f"ancestral sampling needs at least 2 steps, not {steps}")
-        points, stop = self.timesteps(steps - 1, spacing), _stop(stop_percent, steps)
-        ends = (1.0, *(float(self.alpha_bar[t]) for t in points[:-1]))
-        return tuple(
-            Step(int(points[i]), float(self.alpha_bar[points[i]]), ends[i], use_gradient=i >= stop)
-            for i in range(len(points) - 1, -1, -1)
-        )
+        points = self.timesteps(steps if spacing in WHOLE else steps - 1, spacing)
+        return self._down(points, np.append(1.0, self.alpha_bar[points[:-1]]), _stop(stop_percent, steps))
 
     def inversion(self, steps: int, spacing: str = "uniform") -> Trajectory:
-        """The same steps upward, the clean image taken to be at t = 0 (section 3.2 of the paper)."""
+        """The same steps upward, the clean image taken to be at the first point (section 3.2 of the paper)."""
         points = self.timesteps(steps, spacing)
-        return tuple(
-            self._step(now, following, use_gradient=True)
-            for now, following in zip(points[:-1], points[1:], strict=True)
-        )
+        ends = self.alpha_bar[points[1:]]
+        if spacing in WHOLE:
+            ends = np.append(ends, 0.0)
+        return tuple(self._step(t, end, True) for t, end in zip(points[: len(ends)], ends, strict=True))
 
-    def _step(self, now: int, following: int, use_gradient: bool) -> Step:
-        return Step(int(now), float(self.alpha_bar[now]), float(self.alpha_bar[following]), use_gradient)
+    def _down(self, points: np.ndarray, ends: np.ndarray, stop: int) -> Trajectory:
+        """From each of ``points`` to the alpha_bar in ``ends``, last one first; G from step index ``stop`` on."""
+        steps = [self._step(t, end, i >= stop) for i, (t, end) in enumerate(zip(points, ends, strict=True))]
+        return tuple(reversed(steps))
+
+    def _step(self, t: int, end: float, use_gradient: bool) -> Step:
+        return Step(int(t), float(self.alpha_bar[t]), float(end), use_gradient)
 
 
 def _stop(stop_percent: float, steps: int) -> int:
     """The least remaining step index at which G is still used."""
-    if not 0 <= stop_percent <= 1:
-        raise UserError(f"stop_percent must be between 0 and 1, not {stop_percent}")
-    return int(stop_percent * steps)
+    return int(as_number("stop_percent", stop_percent, 0, 1) * steps)
 
 
 @functools.lru_cache(maxsize=8)
@@ -212,13 +234,17 @@ def build_schedule(config: ScheduleConfig) -> Schedule:
 
 
 class Tables(nn.Module):
-    """The constants of ``schedule`` that training gathers at t, float32 [T], rounded once from float64.
+    """The constants of ``schedule`` that training gathers at t, float32 [T], rounded once from float64; ``to_eps``
+    [T, 2], the factors that make eps of what a network of that ``prediction`` says (Schedule.to_eps), or None.
 
     Buffers, so that they go where the networks go and no step has to copy them there; no part of any state dict.
     """
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: Schedule, prediction: str = "epsilon") -> None:
         super().__init__()
+        to_eps = schedule.to_eps(prediction)
+        factors = None if to_eps is None else torch.from_numpy(to_eps).float()
+        self.register_buffer("to_eps", factors, persistent=False)
         for name, values in (
             ("signal", schedule.alpha_bar**0.5),
             ("spread", (1 - schedule.alpha_bar) ** 0.5),
@@ -228,8 +254,8 @@ class Tables(nn.Module):
             self.register_buffer(name, torch.from_numpy(values.copy()).float(), persistent=False)
 
 
-def as_tables(schedule: Schedule | Tables, device: torch.device) -> Tables:
-    return schedule if isinstance(schedule, Tables) else Tables(schedule).to(device)
+def as_tables(schedule: Schedule | Tables, device: torch.device, prediction: str = "epsilon") -> Tables:
+    return schedule if isinstance(schedule, Tables) else Tables(schedule, prediction).to(device)
 
 
 def column(values: Tensor, t: Tensor, ndim: int = 4) -> Tensor:

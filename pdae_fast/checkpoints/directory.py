@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import config as configs
-from ..config import PDAEConfig, PriorConfig
+from ..config import AnyConfig
 from ..errors import UserError
 from ..files import atomic_write
 
@@ -30,7 +30,7 @@ class Loaded:
     the file nor the user said and was assumed.
     """
 
-    config: PDAEConfig | PriorConfig
+    config: AnyConfig
     state: dict[str, Tensor]
     origin: str
     kind: str = "a saved directory"
@@ -87,7 +87,7 @@ def load_directory(directory: Path) -> Loaded:
 
 def save_directory(
     directory: str | Path,
-    config: PDAEConfig | PriorConfig,
+    config: AnyConfig,
     state: Mapping[str, Tensor],
     dtype: torch.dtype = torch.float32,
 ) -> None:

@@ -77,6 +77,7 @@ _DIFFAE_KEYS = {
     "dropout": "dropout",
     "T": "timesteps",
     "beta_scheduler": "schedule",
+    "style_ch": "latent_dim",
 }
 # ermongroup/ddim's; attn_resolutions holds feature-map sizes.
 _DDIM_KEYS = {

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
-import pickle
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +18,12 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from pdae_fast.checkpoints.directory import save_torch
+from pdae_fast.config import DiffAEConfig
 from pdae_fast.data.sample import BrokenImage
 from pdae_fast.data.stream import none_read, stream
 from pdae_fast.errors import UserError
-from pdae_fast.files import make_folder
-from pdae_fast.models import PDAE
+from pdae_fast.files import clear_unfinished, make_folder
+from pdae_fast.models import Autoencoder
 from pdae_fast.pipeline import Pipeline
 
 FORMAT = "pdae_fast-latents-1"
@@ -48,7 +50,7 @@ class Latents(NamedTuple):
 
 
 def encode_dataset(
-    model: Pipeline | PDAE,
+    model: Pipeline | Autoencoder,
     dataset: Any,
     cache: str | os.PathLike | None = None,
     *,
@@ -60,8 +62,8 @@ def encode_dataset(
 ) -> Latents:
     """z = E(x_0) of every image of ``dataset``, with a progress bar, or from ``cache``.
 
-    model: a Pipeline, or a PDAE that is run in float32 on ``device`` with ``batch_size`` images at a time (default:
-    chosen for the device). dataset: any of `pdae_fast.data`: len, names and dataset[i] -> Sample.
+    model: a Pipeline, or an autoencoder that is run in float32 on ``device`` with ``batch_size`` images at a time
+    (default: chosen for the device). dataset: any of `pdae_fast.data`: len, names and dataset[i] -> Sample.
     cache: a folder, made where it is missing, that holds one file for each pair of encoder and data set. The file's
     name follows from both fingerprints (see `encoder_fingerprint` and `data_fingerprint`), so another encoder or other
     images are encoded anew and never mistaken. It is written whole, at the end.
@@ -70,8 +72,8 @@ def encode_dataset(
     Raises UserError also when no image can be read, when z is not finite, and when the system refuses to write.
     """
     pdae = model.model if isinstance(model, Pipeline) else model
-    if not isinstance(pdae, PDAE):
-        raise UserError("encoding a data set needs a PDAE autoencoder, not a prior alone")
+    if not isinstance(pdae, Autoencoder):
+        raise UserError("encoding a data set needs an autoencoder (PDAE or DiffAE), not a prior alone")
     if on_error not in ("skip", "fail"):
         raise UserError(f"on_error must be 'skip' or 'fail', not {on_error!r}")
     if not len(dataset):
@@ -102,16 +104,21 @@ def kept(
     require: whose latents they are, in words; UserError instead of making them.
     """
     path = None if cache is None else cache_path(cache, encoder, images)
-    found = None if path is None else _read(path, encoder, images)
+    there = path is not None and path.exists()
+    found = _read(path, encoder, images) if there else None
     if found is not None:
         return found
     if require:
-        raise UserError(f"{path or 'no cache given'}: no latents of these {require}")
+        what = "damaged, so that there are " if there else ""
+        raise UserError(f"{path or 'no cache given'}: {what}no latents of these {require}")
+    if there:
+        print(f"note: {path}: damaged or of an earlier version; made again", file=sys.stderr)
     if path is not None:
         make_folder(path.parent)  # before the work, not after it
+        clear_unfinished(path.parent)
     found = make()
     if path is not None:
-        save_torch(path, {"format": FORMAT, **found._asdict()})
+        save_torch(path, {"format": FORMAT, **found._asdict(), "digest": _digest(found)})
     return found
 
 
@@ -120,13 +127,14 @@ def cache_path(cache: str | os.PathLike, encoder: str, images: str) -> Path:
     return Path(cache) / f"{hashlib.sha256(f'{encoder} {images}'.encode()).hexdigest()[:20]}.pt"
 
 
-def encoder_fingerprint(model: PDAE, dtype: str = "float32") -> str:
+def encoder_fingerprint(model: Autoencoder, dtype: str = "float32") -> str:
     """40 hexadecimal digits of all that decides z for a given image: the encoder's shape, its weights, its dtype.
 
     The decoder, a latent DPM and a classifier have no part in it: adding them keeps the latents valid.
     """
     config = model.config
-    shape = [config.image_size, config.unet.input_channel, config.latent_dim, config.encoder_channel, dtype]
+    own = dataclasses.asdict(config.encoder) if isinstance(config, DiffAEConfig) else config.encoder_channel
+    shape = [config.image_size, config.unet.input_channel, config.latent_dim, own, dtype]
     return weights_fingerprint(model.encoder, shape)
 
 
@@ -219,19 +227,30 @@ def encode_all(
 
 
 def _read(path: Path, encoder: str, images: str) -> Latents | None:
-    """The latents in ``path``; None when there is no such file, or one that is damaged: it is then made again."""
-    if not path.is_file():
-        return None
+    """The latents in ``path``; None when they are damaged, or are others: they are then made again."""
     try:
         # Mapped, not read: a large data set's codes need not fit the memory, and loader workers share them.
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if found.pop("format") != FORMAT:
-            return None
+        own, digest = found.pop("format"), found.pop("digest")
         latents = Latents(**found)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, AttributeError, KeyError, TypeError):
+        whole = own == FORMAT and (latents.encoder, latents.images) == (encoder, images)
+        return latents if whole and _digest(latents) == digest else None
+    except MemoryError:
+        raise
+    except Exception:  # damaged bytes make the readers of zip files and pickles raise almost anything
         return None
-    whole = len(latents.z) == len(latents.names) == len(latents.labels)
-    return latents if whole and (latents.encoder, latents.images) == (encoder, images) else None
+
+
+def _digest(latents: Latents) -> str:
+    """40 hexadecimal digits of all that ``latents`` are."""
+    tensors = {"z": latents.z, "mean": latents.mean, "std": latents.std}
+    about = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
+    about |= {"names": latents.names, "labels": latents.labels, "broken": [list(pair) for pair in latents.broken]}
+    digest = hashlib.sha256(json.dumps([about, latents.encoder, latents.images]).encode())
+    for tensor in tensors.values():
+        for part in tensor.split(ROWS):
+            digest.update(part.contiguous().numpy())
+    return digest.hexdigest()[:40]
 
 
 class LatentSet(Dataset):

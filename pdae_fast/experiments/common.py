@@ -19,12 +19,13 @@ from tqdm import tqdm
 
 from .. import cli
 from .. import config as configs
-from ..data import Batch, collate, open_dataset
+from ..data import Batch, Subset, collate, open_dataset
 from ..data.bundled import bundled_for
+from ..data.spec import add_crop, crop_for
 from ..engine.cost import equivalents
 from ..engine.device import describe_device
 from ..errors import UserError
-from ..models import PDAE
+from ..models import PDAE, Autoencoder
 from ..pipeline import Pipeline
 from ..samplers import Recipe
 
@@ -33,6 +34,7 @@ MODES = {
     "random": "random x_T",
     "prior": "random x_T without G",
 }
+NEED_G = ("prior", "trajectory")  # of the modes, and of the kinds of interpolation
 Broken = Sequence[tuple[str, str]]  # names of images that could not be read, with the reasons
 
 # -- options -------------------------------------------------------------------------------------------------------
@@ -44,6 +46,7 @@ def add_options(p: argparse.ArgumentParser, out: str, labels: bool = False) -> N
     Recipe.add_options(p)
     p.add_argument("--on-error", choices=("skip", "fail"), default="skip", help="what a broken image does")
     p.add_argument("--background", default="255,255,255", help="R,G,B that shows behind transparent images")
+    add_crop(p)
     p.add_argument("--limit", type=int, help="use only the first N images")
     if labels:
         p.add_argument("--attributes", metavar="FILE", help="CelebA's attribute list, or a CSV file (see docs/data.md)")
@@ -58,7 +61,7 @@ class Run:
     """What a command works with. ``spec`` is the data as it was named."""
 
     args: argparse.Namespace
-    model: PDAE
+    model: Autoencoder
     pipe: Pipeline
     dataset: Any
     spec: list[str]
@@ -84,7 +87,7 @@ def open_run(
     which not every recipe can. Nothing is written. Raises UserError for everything a user can get wrong.
     """
     recipe = Recipe.from_args(args) if recipe is None else recipe
-    model = PDAE.from_pretrained(args.model, **cli.foreign_options(args))
+    model = Autoencoder.from_pretrained(args.model, **cli.foreign_options(args))
     pipe = Pipeline(model, recipe, args.device, args.dtype, args.batch_size, plan=args.plan, attention=args.attention)
     if infers:
         recipe.up(pipe.schedule)
@@ -98,15 +101,36 @@ def open_run(
     return Run(args, model, pipe, limited(dataset, limit), spec)
 
 
-def data_spec(args: argparse.Namespace, model: PDAE, default: Sequence[str | os.PathLike] | None = None) -> list[str]:
+def data_spec(
+    args: argparse.Namespace, model: Autoencoder, default: Sequence[str | os.PathLike] | None = None
+) -> list[str]:
     chosen = args.input or default or [bundled_for(str(args.model), model.image_shape[0])]
     return [os.fspath(path) for path in chosen]
 
 
-def open_data(args: argparse.Namespace, model: PDAE, spec: Sequence[str], split: str) -> Any:
-    """The images of ``spec`` in the shape that ``model`` takes, unlimited."""
+def open_data(args: argparse.Namespace, model: Autoencoder, spec: Sequence[str], split: str) -> Any:
+    """The images of ``spec`` in the shape that ``model`` takes, unlimited, but for those under --out."""
     channels, size, _ = model.image_shape
-    return open_dataset(spec, size, channels, split=split, background=_colour(args.background))
+    crop = crop_for(args.crop, model.config)
+    return open_dataset(
+        spec, size, channels, split=split, background=_colour(args.background), crop=crop, without=args.out
+    )
+
+
+def check_g(model: Autoencoder, what: str) -> None:
+    """UserError where ``what`` needs a prior and its G, and ``model`` has none."""
+    if not isinstance(model, PDAE):
+        raise UserError(f"{what} needs a prior and its G; expected a PDAE, not a Diff-AE, whose every block reads z")
+
+
+def possible(model: Autoencoder, option: str, given: Sequence[str] | None, default: Sequence[str]) -> list[str]:
+    """The different values of ``option`` that were given, or those of ``default`` that ``model`` can do."""
+    if given is None:
+        return [name for name in default if isinstance(model, PDAE) or name not in NEED_G]
+    for name in given:
+        if name in NEED_G:
+            check_g(model, f"{option} {name}")
+    return list(dict.fromkeys(given))
 
 
 def limited(dataset: Any, limit: int | None) -> Any:
@@ -122,22 +146,6 @@ def _colour(text: str) -> tuple[int, ...]:
     if len(values) != 3 or not all(0 <= v <= 255 for v in values):
         raise UserError(f"--background {text!r} is not a colour; expected R,G,B with values 0 to 255")
     return values
-
-
-class Subset:
-    """Some images of a data set, in the order of ``indices``; itself a data set."""
-
-    def __init__(self, dataset: Any, indices: Sequence[int]) -> None:
-        self.dataset, self.indices = dataset, indices
-        self.names = [dataset.names[i] for i in indices]
-        labels = getattr(dataset, "labels", None)
-        self.labels = None if labels is None else labels[list(indices)]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset[self.indices[index]]
 
 
 def load(dataset: Any, indices: Sequence[int]) -> Batch:
@@ -252,7 +260,7 @@ def progress(pipe: Pipeline, total: float, name: str, quiet: bool) -> Iterator[C
             pipe.progress = previous
 
 
-def fingerprint(model: PDAE) -> str:
+def fingerprint(model: Autoencoder) -> str:
     """16 hexadecimal digits of the configuration and every weight."""
     digest = hashlib.sha256(configs.dumps(model.config).encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -292,6 +300,7 @@ def job_settings(run: Run, **values: Any) -> dict[str, Any]:
         "dtype": str(run.pipe.dtype).removeprefix("torch."),
         "plan": run.pipe.plan.name,
         "background": args.background,
+        "crop": args.crop or run.model.config.crop,
         **values,
     }
 
@@ -304,6 +313,7 @@ def report(run: Run, broken: Broken | None = None, recipe: bool = True, **values
         "model": str(args.model),
         "assumed": list(run.model.notes),
         "input": run.spec,
+        "crop": args.crop or run.model.config.crop,
         "images": len(run.dataset),
         **({"preset": args.preset, **pipe.recipe.describe()} if recipe else {}),
         "noise": pipe.noise,

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import cli
 from ..data import none_read, save_grid
 from ..errors import UserError
-from ..files import atomic_write
+from ..files import atomic_write, claim_folder
 from ..metrics import METRICS
 from ..pipeline import Pipeline
 from ..processes import Group, processes
@@ -177,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     p = cli.parser("evaluate", about, conflict_handler="resolve")
     common.add_options(p, out="evaluation")
     add = p.add_argument
-    add("--modes", nargs="+", choices=list(MODES), default=list(MODES), help="what to decode from")
+    add("--modes", nargs="+", choices=list(MODES), help="what to decode from (default: all)")
     add("--steps", nargs="+", type=int, help=f"rows of so many steps (default: {STEPS}, or none beside --preset)")
     add("--preset", nargs="+", choices=list(RECIPES), help="rows with the settings of these presets")
     add("--alexnet", metavar="FILE", help="torchvision's AlexNet weights, for LPIPS (default: where torch keeps them)")
@@ -185,15 +185,14 @@ def _parser() -> argparse.ArgumentParser:
     return p
 
 
-def _cases(args: argparse.Namespace) -> list[Case]:
-    """The rows: every mode for each number of steps, then for each preset, whose own values the options leave alone."""
+def _recipes(args: argparse.Namespace) -> list[tuple[Recipe, str | None]]:
+    """For the rows, one for each number of steps, then the presets, whose own values the options leave alone."""
     steps = args.steps if args.steps is not None else ([] if args.preset else STEPS)
     given = Recipe.given(args)
     recipes = [(Recipe(**{**given, "steps": n}), None) for n in steps]
     decided = ("steps", "spacing", "iterations", "solver")
     others = {name: value for name, value in given.items() if name not in decided}
-    recipes += [(Recipe.of(name, **others), name) for name in args.preset or ()]
-    return list(dict.fromkeys(Case(mode, recipe, name) for recipe, name in recipes for mode in args.modes))
+    return recipes + [(Recipe.of(name, **others), name) for name in args.preset or ()]
 
 
 def _quality(run: common.Run) -> tuple[dict[str, Metric], dict[str, str]]:
@@ -227,10 +226,12 @@ def _reference(run: common.Run, images: Any, network: FeatureNetwork, group: Gro
 def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     frechet.check_options(args)
-    cases = _cases(args)
+    recipes = _recipes(args)
     with processes() as group:
         args.device = group.device(args.device)
-        run = common.open_run(args, default_limit=DEFAULT_IMAGES, recipe=cases[0].recipe, infers=False)
+        run = common.open_run(args, default_limit=DEFAULT_IMAGES, recipe=recipes[0][0], infers=False)
+        modes = common.possible(run.model, "--modes", args.modes, list(MODES))
+        cases = list(dict.fromkeys(Case(mode, recipe, name) for recipe, name in recipes for mode in modes))
         # Every mistake shows before anything is written.
         one = sum(common.evaluations(case.pipeline(run.pipe), case.mode) for case in cases)
         quality, absent = _quality(run)
@@ -239,6 +240,8 @@ def main(argv: list[str] | None = None) -> None:
         job = common.job_settings(run, rows=[case.describe() for case in cases], quality=list(quality))
         if network:
             job["fid"] = [args.fid, common.file_digest(args.fid_network)]
+        if group.first:
+            claim_folder(run.out)
         journal = Journal(run.out, job, len(run.dataset), run.pipe.batch_size, group)
         with common.progress(run.pipe, journal.left() * one, "evaluate", args.quiet or not group.first):
             journal.run(

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from .. import cli
 from ..data import save_grid, save_images
 from ..errors import UserError
-from ..files import make_folder
+from ..files import claim_folder
 from ..pipeline import Pipeline
 from . import common
 from .image_classifier import ImageClassifier, cached_classifier, predict
@@ -101,7 +101,7 @@ def accept(p: np.ndarray, u: np.ndarray) -> np.ndarray:
 class Draws:
     """z from the latent DPM of ``pipe``, numbered, drawn in blocks when they are asked for, and kept."""
 
-    def __init__(self, pipe: Pipeline, steps: int | None = None, clamp: bool = True, seed: int = 0) -> None:
+    def __init__(self, pipe: Pipeline, steps: int | None = None, clamp: bool | None = None, seed: int = 0) -> None:
         self._options = (steps, clamp, seed)
         self._pipe, self._blocks = pipe, [torch.empty(0, pipe.model.config.latent_dim)]
         self.count = 0
@@ -275,10 +275,10 @@ def main(argv: list[str] | None = None) -> None:
             for setting in settings:
                 _choose(args, targets, name, setting)
 
+    claim_folder(run.out)
     train, test, how = find_parts(run, run.out / "latents", args.holdout, check=check)
     names = _names(args, train.targets)
-    make_folder(run.out)
-    draws = Draws(pipe, args.latent_steps, not args.no_latent_clamp, args.seed)
+    draws = Draws(pipe, args.latent_steps, args.latent_clamp, args.seed)
     chosen = [_accept(run, draws, train, name, setting) for name in names for setting in settings]
     judges = {name: _judge(run, train, test, name) for name in names}
     total = (len(chosen) + 1) * args.count * common.evaluations(pipe, "random")

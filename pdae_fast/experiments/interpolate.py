@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import cli, metrics
 from ..data import save_grid, save_images
 from ..errors import UserError
-from ..files import make_folder
+from ..files import claim_folder
 from ..pipeline import INTERPOLATIONS, Pipeline
 from ..samplers.noise import slerp
 from . import animation, common, timing
@@ -185,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
         help="names or numbers of two images of the input; may be repeated (default: the first ones two by two)",
     )
     add("--points", type=int, default=9, help="frames from A to B, both ends included")
-    add("--kinds", nargs="+", choices=INTERPOLATIONS, default=list(INTERPOLATIONS), help="what is interpolated")
+    add("--kinds", nargs="+", choices=INTERPOLATIONS, help="what is interpolated (default: both)")
     add("--animate", metavar="FORMAT", help="also write films: gif, or mp4 where imageio and ffmpeg are installed")
     add("--compare", action="store_true", help="time the shared trunk of trajectories against one-by-one calls")
     return p
@@ -197,11 +197,13 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--points must be at least 2, not {args.points}")
     if args.animate:
         animation.check_format(args.animate)
-    kinds = list(dict.fromkeys(args.kinds))
     run = common.open_run(args)
+    kinds = common.possible(run.model, "--kinds", args.kinds, INTERPOLATIONS)
+    if args.compare:
+        common.check_g(run.model, "--compare")
     pairs = find_pairs(run.dataset.names, args.pair)
     weights = torch.linspace(0, 1, args.points)
-    make_folder(run.out)
+    claim_folder(run.out)
     ends, down = len({i for pair in pairs for i in pair}), common.evaluations(run.pipe, "random")
     total = ends * common.evaluations(run.pipe, "inferred")
     total += len(pairs) * args.points * len(kinds) * down

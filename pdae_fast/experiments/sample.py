@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import cli
 from ..data import save_grid, save_images, stream
 from ..errors import UserError
-from ..files import make_folder
+from ..files import claim_folder
 from ..pipeline import Pipeline
 from . import common, frechet
 from .common import Cost
@@ -37,7 +37,7 @@ def sample(
     *,
     stop_percent: float = 0.3,
     latent_steps: int | None = None,
-    latent_clamp: bool = True,
+    latent_clamp: bool | None = None,
     seed: int = 0,
 ) -> Iterator[Samples]:
     """``count`` images by `Pipeline.sample` in blocks; the same images however large the blocks are."""
@@ -153,21 +153,19 @@ def add_drawing_options(p: argparse.ArgumentParser) -> None:
     """How z is drawn from the latent DPM and decoded."""
     add = p.add_argument
     add("--stop-percent", type=float, default=0.3, help="last part of the trajectory that G is left out of, 0 to 1")
-    add("--latent-steps", type=int, help="steps of the latent DPM (default: --steps)")
-    add("--no-latent-clamp", action="store_true", help="do not clamp z_T and every estimate of z_0 to +-1")
+    add("--latent-steps", type=int, help="steps of the latent DPM (default: --steps; 200 for a Diff-AE)")
+    add(
+        "--latent-clamp",
+        action=argparse.BooleanOptionalAction,
+        help="clamp z_T and every estimate of z_0 to +-1 (default: for a PDAE, not for a Diff-AE)",
+    )
 
 
 def check_drawing(pipe: Pipeline, args: argparse.Namespace) -> dict[str, Any]:
     """The values of `add_drawing_options` for a report; UserError where they, or the model, cannot be used."""
-    pipe.sample_latents(1, 1)  # without a latent DPM this says so
+    trajectory, clamp = pipe.latent_settings(args.latent_steps, args.latent_clamp)
     pipe.recipe.down(pipe.schedule, args.stop_percent)
-    latent_steps = args.latent_steps or pipe.recipe.steps
-    pipe.schedule.timesteps(latent_steps)
-    return {
-        "stop_percent": args.stop_percent,
-        "latent_steps": latent_steps,
-        "latent_clamp": not args.no_latent_clamp,
-    }
+    return {"stop_percent": args.stop_percent, "latent_steps": len(trajectory), "latent_clamp": clamp}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -191,9 +189,11 @@ def main(argv: list[str] | None = None) -> None:
     run = common.open_run(args, infers=False)
     pipe = run.pipe
     drawing = check_drawing(pipe, args)
+    if args.prior_only:
+        common.check_g(run.model, "--prior-only")
     reference = find_reference(run)
     features = _fid(run) if args.fid else None
-    make_folder(run.out)
+    claim_folder(run.out)
     ways: dict[str, Callable[[], Iterator[Samples]]] = {
         "latent": lambda: sample(pipe, args.count, seed=args.seed, **drawing)
     }

@@ -1,8 +1,20 @@
 """The networks, with reference semantics and official parameter names."""
 
+from .diffae import DiffAE
 from .encoder import Encoder
 from .latent import LatentMLP
-from .pdae import PDAE, Prior
-from .unet import Features, PDAEDecoder, UNet
+from .pdae import PDAE, Autoencoder, Prior
+from .unet import Features, HalfUNet, PDAEDecoder, UNet
 
-__all__ = ["PDAE", "Encoder", "Features", "LatentMLP", "PDAEDecoder", "Prior", "UNet"]
+__all__ = [
+    "PDAE",
+    "Autoencoder",
+    "DiffAE",
+    "Encoder",
+    "Features",
+    "HalfUNet",
+    "LatentMLP",
+    "PDAEDecoder",
+    "Prior",
+    "UNet",
+]

@@ -115,6 +115,29 @@ class ResBlock(nn.Module):
         return act(h)
 
 
+class HalfBlock(nn.Module):
+    """The first half of a ResBlock, which neither time nor z reaches: (skip(x) + Conv3(SiLU(GN(x)))) / ``divisor``.
+
+    ``resample`` "down" acts as in ResBlock.
+    """
+
+    def __init__(
+        self, config: UNetConfig, channels: int, out_channels: int, resample: str | None = None, divisor: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.pool = nn.AvgPool2d(2) if resample == "down" else nn.Identity()
+        self.divisor = divisor
+        self.in_layers = nn.Sequential(
+            group_norm(channels, config), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm, act, conv = self.in_layers
+        out = self.skip_connection(self.pool(x)) + conv(self.pool(act(norm(x))))
+        return out if self.divisor == 1 else out / self.divisor
+
+
 class AttentionBlock(nn.Module):
     """(x + proj(attention(qkv(GN(x))))) / divisor over H*W tokens.
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import checkpoints
-from ..config import PDAEConfig, PriorConfig
+from ..config import DiffAEConfig, PDAEConfig, PriorConfig
 from ..errors import UserError
+from ..isolation import undisturbed
 from ..schedule import build_schedule
 from .encoder import Encoder
 from .latent import LatentMLP
@@ -27,6 +28,7 @@ class _Pretrained(nn.Module):
     notes: tuple[str, ...] = ()
 
     @classmethod
+    @undisturbed()
     def from_pretrained(cls: type[_Model], source: str | Path, **options: Any) -> _Model:
         """Load a bundled name, a directory written by :meth:`save_pretrained`, or a foreign checkpoint file.
 
@@ -46,7 +48,7 @@ class _Pretrained(nn.Module):
     def from_state(cls: type[_Model], config: Any, state: dict[str, Tensor], where: str) -> _Model:
         """Build the model and fill it with ``state`` (names of this module); UserError unless they fit exactly."""
         with torch.device("meta"):
-            model = cls(config)
+            model = cls._class_of(config)(config)
         expected = model.state_dict()
         missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
         if missing or unexpected:
@@ -64,6 +66,10 @@ class _Pretrained(nn.Module):
                 )
         model.load_state_dict({k: v.float().clone() for k, v in state.items()}, assign=True)
         return model.eval()
+
+    @classmethod
+    def _class_of(cls: type[_Model], config: Any) -> type[_Model]:
+        return cls
 
     @classmethod
     def _adopt(cls, loaded: checkpoints.Loaded) -> Any:
@@ -95,6 +101,8 @@ class Prior(_Pretrained):
     def _adopt(cls, loaded: checkpoints.Loaded) -> PriorConfig:
         if isinstance(loaded.config, PriorConfig):
             return loaded.config
+        if isinstance(loaded.config, DiffAEConfig):
+            raise UserError(f"{loaded.origin} is a Diff-AE, whose U-Net needs z; expected a prior, or a PDAE")
         # A PDAE contains its frozen prior: keep just that.
         trained = tuple(f"decoder.{name}." for name in PDAEDecoder.TRAINED)
         loaded.state = {
@@ -105,8 +113,44 @@ class Prior(_Pretrained):
         return loaded.config.prior
 
 
-class PDAE(_Pretrained):
+class Autoencoder(_Pretrained):
+    """A model with an encoder, and what may sit on top of its z: latent DPM, classifier, statistics.
+
+    ``Autoencoder.from_pretrained`` loads whichever of the classes derived from it the source is.
+    """
+
+    encoder: nn.Module
+    CONFIG: type | None = None  # of a derived class
+
+    def _add_tops(self, config: PDAEConfig | DiffAEConfig) -> None:
+        self.latent_denoiser = LatentMLP(config.latent) if config.latent else None
+        self.classifier = nn.Linear(config.latent_dim, len(config.attributes)) if config.attributes else None
+        if config.latent_statistics:
+            self.register_buffer("latent_mean", torch.zeros(config.latent_dim))
+            self.register_buffer("latent_std", torch.ones(config.latent_dim))
+
+    def encode(self, x0: Tensor) -> Tensor:
+        """x0 [B, C, H, W] in [-1, 1] -> z [B, latent_dim]."""
+        return self.encoder(x0)
+
+    @classmethod
+    def _class_of(cls: type[_Model], config: Any) -> type[_Model]:
+        return next(kind for kind in (cls, *cls.__subclasses__()) if kind.CONFIG is type(config))
+
+    @classmethod
+    def _adopt(cls, loaded: checkpoints.Loaded) -> PDAEConfig | DiffAEConfig:
+        if isinstance(loaded.config, PriorConfig):
+            raise UserError(
+                f"{loaded.origin} is a prior (a diffusion model without G and encoder); expected an autoencoder. "
+                "Train a PDAE on it with `python -m pdae_fast.train pdae --init-from`"
+            )
+        return loaded.config
+
+
+class PDAE(Autoencoder):
     """E_phi, the frozen eps_theta, G_psi, and what may sit on top of z (latent DPM, classifier, statistics)."""
+
+    CONFIG = PDAEConfig
 
     def __init__(self, config: PDAEConfig) -> None:
         super().__init__()
@@ -114,11 +158,7 @@ class PDAE(_Pretrained):
         self.encoder = Encoder(config.image_size, config.unet.input_channel, config.latent_dim, config.encoder_channel)
         to_eps = build_schedule(config.schedule).to_eps(config.prediction)
         self.decoder = PDAEDecoder(config.unet, config.latent_dim, to_eps)
-        self.latent_denoiser = LatentMLP(config.latent) if config.latent else None
-        self.classifier = nn.Linear(config.latent_dim, len(config.attributes)) if config.attributes else None
-        if config.latent_statistics:
-            self.register_buffer("latent_mean", torch.zeros(config.latent_dim))
-            self.register_buffer("latent_std", torch.ones(config.latent_dim))
+        self._add_tops(config)
 
     @classmethod
     def from_prior(cls, prior: Prior, **settings: Any) -> PDAE:
@@ -143,19 +183,12 @@ class PDAE(_Pretrained):
         prior.unet.load_state_dict({k: own[k] for k in prior.unet.state_dict()})
         return prior.eval()
 
-    def encode(self, x0: Tensor) -> Tensor:
-        """x0 [B, C, H, W] in [-1, 1] -> z [B, latent_dim]."""
-        return self.encoder(x0)
-
     def forward(self, x_t: Tensor, t: Tensor, z: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x_t [B, C, H, W], t int64 [B], z [B, latent_dim] -> (eps_hat, G), from one trunk pass; y as in Prior."""
         return self.decoder(x_t, t, z, y)
 
     @classmethod
     def _adopt(cls, loaded: checkpoints.Loaded) -> PDAEConfig:
-        if not isinstance(loaded.config, PDAEConfig):
-            raise UserError(
-                f"{loaded.origin} is a prior (a diffusion model without G and encoder); expected a PDAE autoencoder. "
-                "Train one on it with `python -m pdae_fast.train pdae --init-from`"
-            )
-        return loaded.config
+        if isinstance(loaded.config, DiffAEConfig):
+            raise UserError(f"{loaded.origin} is a Diff-AE; expected a PDAE (load it with pdae_fast.DiffAE)")
+        return super()._adopt(loaded)

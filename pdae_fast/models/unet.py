@@ -1,4 +1,5 @@
-"""The ADM U-Net: alone (the prior eps_theta), and with the second decoder that estimates G (the PDAE decoder)."""
+"""The ADM U-Net: alone (the prior eps_theta), with the second decoder that estimates G (the PDAE decoder), and its half
+that encodes (Diff-AE's encoder)."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from ..errors import UserError
 from .layers import (
     AttentionBlock,
     Downsample,
+    HalfBlock,
     ResBlock,
     Stage,
     Upsample,
@@ -39,8 +41,8 @@ class Features(NamedTuple):
     z: Tensor | None = None
 
 
-def _build_trunk(config: UNetConfig, block: Callable[..., ResBlock]) -> nn.ModuleList:
-    """Encoder half; its stages leave maps of config.skip_widths() channels. ``block`` makes ResBlocks."""
+def _build_trunk(config: UNetConfig, block: Callable[..., nn.Module]) -> nn.ModuleList:
+    """Encoder half; its stages leave maps of config.skip_widths() channels. ``block`` makes residual blocks."""
     width = config.stem_width
     blocks = nn.ModuleList([Stage(nn.Conv2d(config.input_channel, width, 3, padding=1))])
     for level, out in enumerate(config.widths):
@@ -58,7 +60,7 @@ def _build_trunk(config: UNetConfig, block: Callable[..., ResBlock]) -> nn.Modul
     return blocks
 
 
-def _build_middle(config: UNetConfig, block: Callable[..., ResBlock]) -> Stage:
+def _build_middle(config: UNetConfig, block: Callable[..., nn.Module]) -> Stage:
     if config.middle == "none":
         return Stage()
     width, divisor = config.widths[-1], config.middle_scale_factor
@@ -70,7 +72,7 @@ def _build_middle(config: UNetConfig, block: Callable[..., ResBlock]) -> Stage:
     return Stage(*layers)
 
 
-def _build_output(config: UNetConfig, block: Callable[..., ResBlock]) -> nn.ModuleList:
+def _build_output(config: UNetConfig, block: Callable[..., nn.Module]) -> nn.ModuleList:
     skips = config.skip_widths()
     width = skips[-1]
     blocks = nn.ModuleList()
@@ -218,3 +220,26 @@ class PDAEDecoder(UNet):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.split(".")[0] in self.TRAINED)
         return self
+
+
+class HalfUNet(nn.Module):
+    """Diff-AE's encoder: input half and middle of a U-Net of half blocks, then global average pooling.
+
+    x0 [B, C, H, W] in [-1, 1] -> z [B, latent_dim]; H and W can be halved as often as ``config`` has levels above one.
+    """
+
+    def __init__(self, config: UNetConfig, latent_dim: int) -> None:
+        super().__init__()
+        block = functools.partial(HalfBlock, config)
+        self.input_blocks = _build_trunk(config, block)
+        self.middle_block = _build_middle(config, block)
+        width = config.widths[-1]
+        self.out = nn.Sequential(
+            group_norm(width, config), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(width, latent_dim, 1)
+        )
+
+    def forward(self, x0: Tensor) -> Tensor:
+        h = x0.to(self.out[3].weight.dtype)
+        for block in self.input_blocks:
+            h = block(h)
+        return self.out(self.middle_block(h)).flatten(1)

@@ -41,7 +41,7 @@ def estimate_noise(field: Field, x: Tensor, step: Step, clamp: float | None = 1.
     """u(x): the noise that leads from the clamped x0_hat to x, a function of x alone. One evaluation of ``field``."""
     eps, gradient = field(x, step.t, step.use_gradient)
     eps = shifted_eps(eps, gradient, step.alpha_bar)
-    if clamp is None:
+    if clamp is None or step.alpha_bar == 1:  # where x is x0_hat, nothing else is to be had from it
         return eps
     scaled, ratio = x / step.alpha_bar**0.5, (1 / step.alpha_bar - 1) ** 0.5
     return (scaled - (scaled - ratio * eps).clamp(-clamp, clamp)) / ratio

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import operator
 from dataclasses import dataclass
 from typing import Any
 
+from ..arguments import as_int, as_number
 from ..config import NOISES, check_noise
 from ..errors import UserError
-from ..schedule import SPACINGS, Schedule, Trajectory
+from ..schedule import SPACINGS, WHOLE, Schedule, Trajectory
 from .reuse import Reuse
 from .solvers import SOLVERS, Solver, find_solver
 
@@ -22,7 +22,8 @@ class Recipe:
     Args:
         steps: of a decoding.
         encode_steps: DDIM steps upward that infer x_T, where ``iterations`` is 0; None: as many as ``steps``.
-        spacing: of the time points: "uniform" as published, "quadratic", "logsnr" or "karras" (Schedule.timesteps).
+        spacing: of the time points: "uniform" as published, "quadratic", "logsnr" or "karras"; "strided" or "respaced",
+            which go all the way to alpha_bar 1 and 0 as guided-diffusion and Diff-AE do (Schedule.timesteps).
         iterations: how x_T is inferred. 0: DDIM steps upward, as published. From 1 on: each of the steps that decode is
             solved for its start by so many evaluations (inversion.invert_implicit); these are DDIM steps. None: 1
             where that is possible, and 0 with ``encode_steps``, another solver, noise in the steps or kept work.
@@ -50,7 +51,8 @@ class Recipe:
         solver = self.method
         self._set("reuse", Reuse.parse(self.reuse))
         for name in ("steps", "encode_steps", "iterations"):
-            self._set(name, _whole(name, getattr(self, name), optional=name != "steps"))
+            value = getattr(self, name)
+            self._set(name, None if value is None and name != "steps" else as_int(name, value))
         for name, value in (("steps", self.steps), ("encode_steps", self.encode_steps)):
             if value is not None and value < 1:
                 raise UserError(f"{name} must be between 1 and 1000 (the model's time points), not {value}")
@@ -58,10 +60,13 @@ class Recipe:
             raise UserError(
                 f"spacing {self.spacing!r} is not known; expected {', '.join(SPACINGS[:-1])} or {SPACINGS[-1]}"
             )
+        if self.spacing in WHOLE and not (solver.solved or solver.draws):
+            raise UserError(
+                f"the spacing {self.spacing} ends at alpha_bar 1, where {self.solver} cannot go; expected ddim"
+            )
         if self.noise is not None:
             check_noise(self.noise)
-        if isinstance(self.eta, bool) or not isinstance(self.eta, (int, float)) or not 0 <= self.eta <= 1:
-            raise UserError(f"eta must be a number between 0 and 1, not {self.eta!r}")
+        self._set("eta", as_number("eta", self.eta, 0, 1))
         if self.eta and not solver.solved:
             raise UserError(f"eta belongs to ddim and cannot be combined with {self.solver}")
         if self.iterations is None:
@@ -125,8 +130,8 @@ class Recipe:
         add("--encode-steps", type=int, help="DDIM steps upward that infer x_T (with --iterations 0; default: --steps)")
         add(
             "--spacing",
-            help="time points: uniform as published; quadratic, karras or logsnr have more of them at low noise "
-            "(default: uniform)",
+            help="time points: uniform as published; quadratic, karras or logsnr have more of them at low noise; "
+            "strided (Diff-AE's) or respaced end at the clean image and at pure noise (default: uniform)",
         )
         add(
             "--solver",
@@ -233,17 +238,6 @@ class Recipe:
         return 1 + self.iterations * steps if self.iterations else steps
 
 
-def _whole(name: str, value: Any, optional: bool) -> int | None:
-    if value is None and optional:
-        return None
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise UserError(f"{name} must be a whole number, not {value!r}") from None
-
-
 # What each leaves of the error is in docs/reconstruct.md. Fewer steps are another, coarser decoder, which does not show
 # where x_T is solved for it.
 RECIPES: dict[str, Recipe] = {
@@ -252,4 +246,5 @@ RECIPES: dict[str, Recipe] = {
     "balanced": Recipe(steps=13, spacing="quadratic", iterations=2),
     "exact": Recipe(steps=30, spacing="quadratic", iterations=5),
     "reversible": Recipe(steps=19, solver="belm"),
+    "diffae": Recipe(steps=20, encode_steps=250, spacing="strided"),  # as Diff-AE does
 }

@@ -6,7 +6,9 @@ import argparse
 import dataclasses
 
 from .. import cli
-from ..config import LatentConfig, presets
+from ..arguments import seed_option
+from ..config import PREDICTIONS, LatentConfig, presets
+from ..data.spec import add_crop
 from .settings import DEFAULTS, TrainSettings
 from .step import STEP_HELP, UNET_ONLY
 from .target_codes import PCA
@@ -15,8 +17,9 @@ ABOUT = {
     "prior": "train a diffusion model, the prior that PDAE starts from",
     "encoder": "train the encoder alone by regression onto known codes, a warm start for pdae",
     "pdae": "train encoder and G on a frozen prior",
-    "latent": "train a latent DPM on the latents of a PDAE, so that it can sample",
-    "classifier": "train a linear attribute classifier on the latents of a PDAE, so that it can manipulate",
+    "diffae": "train a Diff-AE, encoder and conditional U-Net together",
+    "latent": "train a latent DPM on the latents of an autoencoder, so that it can sample",
+    "classifier": "train a linear attribute classifier on the latents of an autoencoder, so that it can manipulate",
 }
 
 HELP = {
@@ -31,13 +34,24 @@ HELP = {
     "amp": "off, or bfloat16 for the networks",
     "seed": "of initial weights, data order and noise",
 }
+# Of a new prior: the field of UNetConfig or PriorConfig, and what it is.
+NEW_PRIOR = {
+    "norm_groups": (int, None, "groups of every norm; 8 where a level has 32 channels, so that it can see colour"),
+    "num_classes": (int, None, "classes of a class-conditional network, whose images need labels"),
+    "prediction": (str, PREDICTIONS, "what the network predicts"),
+}
+FLAGS = {"num_classes": "--classes"}
 ENCODING = ("encoder", "latent", "classifier")  # tasks that know a code of every image, of images as they are
 
 
 def _options(p: argparse.ArgumentParser, task: str) -> None:
     """The options of one task."""
     codes = task in ("latent", "classifier")
-    what = "autoencoder whose latents to train on" if codes else "prior to start from"
+    what = (
+        "autoencoder whose latents to train on"
+        if codes
+        else f"{'Diff-AE' if task == 'diffae' else 'prior'} to start from"
+    )
     p.add_argument(
         "--data",
         required=True,
@@ -50,17 +64,35 @@ def _options(p: argparse.ArgumentParser, task: str) -> None:
         required=codes,
         help=f"{what}: bundled name, directory, foreign checkpoint",
     )
+    add_crop(p)
+    p.add_argument(
+        "--on-error",
+        choices=("skip", "fail"),
+        default="skip" if codes else "fail",
+        help="what a broken image does; skip: the run is that of the readable images alone"
+        + (", each of which is decoded once before it begins" * (not codes)),
+    )
     if task in ENCODING:
         _encoding_options(p)
     if codes:
         _code_options(p, task)
     else:
+        usual = "that of the prior, or the paper's encoder" if task in ("pdae", "encoder") else "fashion32"
         p.add_argument(
             "--architecture",
-            default="fashion32",
             metavar="NAME|JSON",
-            help=f"of the networks: {', '.join(presets)}, or a config.json",
+            help=f"of the networks: {', '.join(presets)}, or a config.json (default: {usual})",
         )
+        if task == "prior":
+            for name, (kind, choices, text) in NEW_PRIOR.items():
+                flag = FLAGS.get(name, f"--{name.replace('_', '-')}")
+                p.add_argument(flag, dest=name, type=kind, choices=choices, help=f"{text} (without --init-from)")
+        else:
+            p.add_argument("--latent-dim", type=int, help="dimensions of z (default: those of --architecture)")
+            if task != "diffae":
+                p.add_argument("--encoder-channel", type=int, help="width of the encoder (default: of --architecture)")
+        if task != "diffae":
+            _label_options(p, task)
     if task == "encoder":
         _encoder_options(p)
     elif not codes:
@@ -93,7 +125,8 @@ def _options(p: argparse.ArgumentParser, task: str) -> None:
         if isinstance(field.default, bool):
             p.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=HELP[field.name])
         else:
-            p.add_argument(flag, type=type(field.default), default=default, help=HELP[field.name])
+            kind = seed_option if field.name == "seed" else type(field.default)
+            p.add_argument(flag, type=kind, default=default, help=HELP[field.name])
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     p.add_argument("--workers", type=int, default=0, help="processes that load images")
@@ -108,6 +141,16 @@ def _options(p: argparse.ArgumentParser, task: str) -> None:
         if not (task in ENCODING and name in UNET_ONLY):
             speed.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
     cli.add_foreign_options(p)
+
+
+def _label_options(p: argparse.ArgumentParser, task: str) -> None:
+    """How a class-conditional prior is told the classes of the images."""
+    p.add_argument("--label", type=int, metavar="K", help="class-conditional prior: the class of all images")
+    if task != "encoder":
+        p.add_argument(
+            "--attributes", metavar="FILE", help="class-conditional prior: an attribute file, one column for each class"
+        )
+        p.add_argument("--columns", nargs="+", metavar="NAME", help="its columns, in the order of the classes")
 
 
 def _encoding_options(p: argparse.ArgumentParser) -> None:
@@ -141,7 +184,6 @@ def _holdout_option(p: argparse.ArgumentParser) -> None:
 
 
 def _code_options(p: argparse.ArgumentParser, task: str) -> None:
-    p.add_argument("--on-error", choices=("skip", "fail"), default="skip", help="what a broken image does")
     if task == "latent":
         p.add_argument("--hidden", type=int, default=LatentConfig.hidden, help="width of the MLP")
         p.add_argument("--layers", type=int, default=LatentConfig.layers, help="layers of the MLP")

@@ -1,5 +1,5 @@
-"""From a trained PDAE and its latents to the two tasks on z, the latent DPM and the attribute classifier; and how good
-the classifier is on held-out images."""
+"""From a trained autoencoder and its latents to the two tasks on z, the latent DPM and the attribute classifier; and
+how good the classifier is on held-out images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..config import LatentConfig
 from ..data import Labels
 from ..data.latents import Latents, LatentSet, split
 from ..errors import UserError
-from ..models import PDAE
+from ..models import Autoencoder
 from ..models.latent import LatentMLP
 from .tasks import ClassifierTask, LatentTask
 
@@ -27,25 +27,25 @@ INSTALL = "AUROC needs scikit-learn: pip install 'pdae_fast[experiments]'"
 
 
 def latent_task(
-    pdae: PDAE, latents: Latents, hidden: int = 2048, layers: int = 10, seed: int = 0
+    model: Autoencoder, latents: Latents, hidden: int = 2048, layers: int = 10, seed: int = 0
 ) -> tuple[LatentTask, LatentSet]:
-    """A fresh latent DPM for ``pdae``, and what it is trained on: all latents, normalised by their own statistics.
+    """A fresh latent DPM for ``model``, and what it is trained on: all latents, normalised by their own statistics.
 
     Those statistics become the model's. A classifier that is there already is kept: it reads normalised latents, so
     where the statistics change it is rewritten to give the same logits for the same z.
     """
-    config = LatentConfig(pdae.config.latent_dim, hidden, layers)
+    config = LatentConfig(model.config.latent_dim, hidden, layers)
     torch.manual_seed(seed)
     fresh = LatentMLP(config)
-    extended = _extend(pdae, "latent_denoiser", fresh, latents.mean, latents.std, latent=config)
-    if pdae.classifier is not None and pdae.config.latent_statistics:
-        _renormalise(extended.classifier, pdae.latent_mean, pdae.latent_std, latents.mean, latents.std)
+    extended = _extend(model, "latent_denoiser", fresh, latents.mean, latents.std, latent=config)
+    if model.classifier is not None and model.config.latent_statistics:
+        _renormalise(extended.classifier, model.latent_mean, model.latent_std, latents.mean, latents.std)
     task = LatentTask(extended, {"encoder weights": latents.encoder, "images": latents.images})
     return task, LatentSet(latents.z, latents.mean, latents.std)
 
 
 def classifier_task(
-    pdae: PDAE, latents: Latents, labels: Labels, holdout: float = 0.1, seed: int = 0
+    model: Autoencoder, latents: Latents, labels: Labels, holdout: float = 0.1, seed: int = 0
 ) -> tuple[ClassifierTask, LatentSet, LatentSet]:
     """A fresh classifier with one output for each column of ``labels``, the latents it is trained on, and those that
     are held out (the training ones where ``holdout`` is 0).
@@ -55,11 +55,11 @@ def classifier_task(
     """
     if len(labels.indices) < 2:
         raise UserError(f"a classifier needs at least 2 images with labels, not {len(labels.indices)}")
-    own = pdae.config.latent_statistics
-    mean, std = (pdae.latent_mean, pdae.latent_std) if own else (latents.mean, latents.std)
+    own = model.config.latent_statistics
+    mean, std = (model.latent_mean, model.latent_std) if own else (latents.mean, latents.std)
     torch.manual_seed(seed)
-    fresh = nn.Linear(pdae.config.latent_dim, len(labels.columns))
-    extended = _extend(pdae, "classifier", fresh, mean, std, attributes=tuple(labels.columns))
+    fresh = nn.Linear(model.config.latent_dim, len(labels.columns))
+    extended = _extend(model, "classifier", fresh, mean, std, attributes=tuple(labels.columns))
     rows = torch.as_tensor(labels.indices)
     parts = []
     for places in split(len(rows), holdout, seed):
@@ -89,14 +89,16 @@ def class_labels(latents: Latents, class_names: Sequence[str]) -> Labels:
     return Labels(values, [class_names[c] for c in present], indices, missing, [])
 
 
-def _extend(pdae: PDAE, part: str, module: nn.Module, mean: Tensor, std: Tensor, **changes: object) -> PDAE:
-    """``pdae`` with ``module`` as its ``part``, latent statistics, and a configuration that says so (a copy)."""
-    config = dataclasses.replace(pdae.config, latent_statistics=True, **changes)
-    state = {name: tensor for name, tensor in pdae.state_dict().items() if not name.startswith(f"{part}.")}
+def _extend(
+    model: Autoencoder, part: str, module: nn.Module, mean: Tensor, std: Tensor, **changes: object
+) -> Autoencoder:
+    """``model`` with ``module`` as its ``part``, latent statistics, and a configuration that says so (a copy)."""
+    config = dataclasses.replace(model.config, latent_statistics=True, **changes)
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(f"{part}.")}
     state |= {f"{part}.{name}": tensor for name, tensor in module.state_dict().items()}
     state |= {"latent_mean": mean, "latent_std": std}
-    extended = PDAE.from_state(config, state, part)
-    extended.notes = pdae.notes
+    extended = type(model).from_state(config, state, part)
+    extended.notes = model.notes
     return extended
 
 

@@ -14,69 +14,40 @@ from typing import Any
 import torch
 
 from .. import cli
-from .. import config as configs
-from ..config import NORM_GROUPS, LatentConfig, PDAEConfig, presets
-from ..data import Labels, open_dataset, read_attributes
+from ..config import LatentConfig
+from ..data import Labels, open_dataset, read_attributes, readable
 from ..data.attributes import class_names, file_labels
 from ..data.latents import Latents, LatentSet, cache_path, encode_dataset, split, weights_fingerprint
+from ..data.spec import crop_for
 from ..engine import resolve_device
 from ..errors import UserError
-from ..files import make_folder
-from ..models import PDAE, Prior
+from ..files import claim_folder
+from ..models import PDAE, Autoencoder, Prior
 from ..processes import Group, processes
 from . import codes, target_codes, warm_start
 from .arguments import parse
+from .build import build_model
 from .curves import plot_curves
 from .distributed import say_once
+from .labels import ImageLabels, image_labels
 from .previews import IMAGES, ImagePreview, SamplePreview, tensorboard
-from .settings import TrainSettings
+from .settings import ON_IMAGES, TrainSettings
 from .state import CHECKPOINT_NAME, load
 from .step import STEP_HELP, StepOptions
 from .target_codes import COMPONENTS
-from .tasks import TASKS
+from .tasks import TASKS, ImagesWithRows
 from .trainer import Trainer
 
+IMAGES_ALONE = ("prior", "encoder", "pdae", "diffae")  # tasks that read the images again and again, not codes of them
 SHOWN = 5  # broken images that are named one by one
 # Each group of a norm is then one channel, whose mean is taken away at the input, the output and between.
 NARROW = (
-    f"note: with base_channel {NORM_GROUPS} every channel is normalised alone, and the network can hardly tell or set "
-    f"an image's overall brightness and colour; {2 * NORM_GROUPS} can (see docs/training.md)"
+    "note: with {width} channels in {groups} groups every channel is normalised alone, and the network can hardly tell "
+    "or set an image's overall brightness and colour; --norm-groups 8 or twice the width can (see docs/training.md)"
 )
-
-
-def _architecture(args) -> PDAEConfig:
-    if args.architecture in presets:
-        return presets[args.architecture]
-    path = Path(args.architecture)
-    if not path.exists():
-        raise UserError(
-            f"--architecture {args.architecture}: neither an architecture ({', '.join(presets)}) nor a config.json"
-        )
-    config = configs.load(path)
-    if not isinstance(config, PDAEConfig):
-        raise UserError(f"{path}: describes a prior; expected the config.json of a PDAE")
-    return config
-
-
-def build_model(args) -> Prior | PDAE:
-    """The model to train: fresh, or around the prior of --init-from."""
-    torch.manual_seed(args.seed)
-    if args.task == "prior":
-        if args.init_from:
-            return Prior.from_pretrained(args.init_from, **cli.foreign_options(args))
-        return Prior(_architecture(args).prior)
-    if not args.init_from:
-        raise UserError(
-            f"train {args.task} needs a pre-trained prior: give --init-from NAME, DIR or FILE (or train prior first)"
-        )
-    prior = Prior.from_pretrained(args.init_from, **cli.foreign_options(args))
-    config = _architecture(args)
-    if args.task == "pdae" and args.freeze_encoder:
-        return warm_start.around(PDAE.from_pretrained(args.start_from), prior, args.start_from)
-    model = PDAE.from_prior(prior, latent_dim=config.latent_dim, encoder_channel=config.encoder_channel)
-    if args.task == "pdae" and args.start_from:
-        warm_start.take_trained_half(model, PDAE.from_pretrained(args.start_from), args.start_from)
-    return model
+LEARNED_SIGMA = (
+    "note: the learned variance of this prior is not trained further; its rows of the last convolution stay as they are"
+)
 
 
 def _check(args) -> None:
@@ -85,8 +56,7 @@ def _check(args) -> None:
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     out = Path(args.out)
-    if not args.resume and (out / CHECKPOINT_NAME).exists():
-        raise UserError(f"{out} already holds a run; add --resume to continue it, or choose another --out")
+    _check_new(args)
     for name in ("init_from", "start_from", "target"):
         source = getattr(args, name, None)
         if source and out.is_dir() and Path(source).is_dir() and out.samefile(source):
@@ -121,17 +91,72 @@ def _check(args) -> None:
             read_attributes(args.attributes, args.columns)
 
 
+def _check_new(args) -> None:
+    if not args.resume and (Path(args.out) / CHECKPOINT_NAME).exists():
+        raise UserError(f"{args.out} already holds a run; add --resume to continue it, or choose another --out")
+
+
+def _dataset(args, model: Prior | Autoencoder, shape_of: Autoencoder | None = None) -> Any:
+    """The images of --data, without the broken ones where training could not know of them otherwise, for ``model``; of
+    the shape that ``shape_of`` takes, if it is given."""
+    channels, size, _ = (shape_of or model).image_shape
+    crop = crop_for(args.crop, model.config)
+    dataset = open_dataset(args.data, size, channels, split="train", crop=crop, without=args.out)
+    if args.on_error == "skip" and args.task in IMAGES_ALONE:
+        dataset, broken = readable(dataset, args.quiet)
+        _say_broken(broken, args.first and shape_of is None)
+    return dataset
+
+
+def _say_broken(broken: list[tuple[str, str]], first: bool) -> None:
+    for name, reason in broken[:SHOWN] if first else ():
+        print(f"left out: {name}: {reason}", file=sys.stderr)
+    if len(broken) > SHOWN and first:
+        print(f"left out: {len(broken) - SHOWN} more broken images", file=sys.stderr)
+
+
 def _image_task(args, device: torch.device):
-    """Task, data set and preview of train prior and train pdae."""
+    """Task, data set and preview of train prior, train pdae and train diffae."""
     model = build_model(args)
-    channels, size, _ = model.image_shape
-    dataset = open_dataset(args.data, size, channels, split="train")
+    dataset = _dataset(args, model)
+    labels = _image_labels(args, model, dataset)
     preview = None
     if args.sample_every:
         shown = torch.stack([dataset[i].image for i in range(min(IMAGES, len(dataset)))])
         preview = ImagePreview(shown, device, args.seed)
     options = {"freeze_encoder": args.freeze_encoder} if args.task == "pdae" else {}
-    return TASKS[args.task](model, args.velocity, **options), dataset, preview
+    task = TASKS[args.task](model, args.velocity, **options)
+    if labels:
+        task.record |= labels.record
+        dataset = ImagesWithRows(dataset, labels.values, range(len(dataset)))
+    _say_notes(args, model, [f"labels: {labels.source}"] if labels else [])
+    return task, dataset, preview
+
+
+def _image_labels(args, model: Prior | Autoencoder, dataset: Any) -> ImageLabels | None:
+    """The labels of ``dataset`` that a class-conditional prior needs, else None."""
+    classes = model.config.unet.num_classes
+    if classes is None:
+        for name in ("label", "attributes", "columns"):
+            if getattr(args, name, None) is not None:
+                raise UserError(f"--{name} gives a class-conditional prior its labels; this prior has no classes")
+        return None
+    if args.sample_every:
+        raise UserError("--sample-every draws no pictures of a class-conditional prior; leave it out")
+    return image_labels(dataset, classes, args.label, args.attributes, args.columns)
+
+
+def _say_notes(args, model: Prior | Autoencoder, notes: list[str]) -> None:
+    """What a user should know of the model to train."""
+    if args.quiet:
+        return
+    for line in [*(f"assumed about the model: {note}" for note in model.notes), *notes]:
+        print(line)
+    unet = model.config.unet
+    if args.task != "pdae" and not args.init_from and min(unet.widths) <= unet.norm_groups:
+        print(NARROW.format(width=min(unet.widths), groups=unet.norm_groups))
+    if args.task in ("prior", "diffae") and unet.learn_sigma:
+        print(LEARNED_SIGMA)
 
 
 @contextmanager
@@ -145,7 +170,6 @@ def _in_turn(group: Group) -> Iterator[None]:
 
 
 def _cache(args) -> Path:
-    make_folder(args.out)  # an --out that cannot be is better known before the encoding
     return Path(args.latents) if args.latents else Path(args.out).absolute().parent / "latents"
 
 
@@ -157,8 +181,10 @@ def _say(args, cache: Path, latents: Latents) -> None:
 def _encoder_task(args, device: torch.device, group: Group):
     """Task, training images and held-out images of train encoder, all with their codes."""
     model = build_model(args)
-    channels, size, _ = model.image_shape
-    dataset = open_dataset(args.data, size, channels, split="train")
+    dataset = _dataset(args, model)
+    _check_feature_label(args, model.config.unet.num_classes)
+    _say_notes(args, model, [])
+    data = partial(_dataset, args, model)
     with _in_turn(group):
         options = {"cache": _cache(args), "require": args.cached_only, "quiet": args.quiet}
         encoding = options | {"batch_size": args.encode_batch_size, "device": device}
@@ -167,20 +193,32 @@ def _encoder_task(args, device: torch.device, group: Group):
             start = _g_to_start_from(args, model)
             find = target_codes.pca_codes
             if args.target == target_codes.FEATURES:
-                find = partial(target_codes.feature_codes, model.decoder, device=device)
+                T = model.config.schedule.timesteps
+                find = partial(target_codes.feature_codes, model.decoder, device=device, T=T, label=args.label)
             options |= {"count": args.target_images, "seed": args.seed}
             latents = find(dataset, model.config.latent_dim, **options)
             if start is not None:
-                sources, g = _g_for_codes(args, model, start, latents, encoding)
+                sources, g = _g_for_codes(args, model, start, latents, data(start), encoding)
         else:
             start = PDAE.from_pretrained(args.target)
-            latents = target_codes.model_codes(model, start, args.target, args.data, **encoding)
+            latents = target_codes.model_codes(model, start, args.target, data(start), **encoding)
             reason = warm_start.take_g(model, start)
             g = f"G is not taken from {args.target}: {reason}" if reason else f"G is that of {args.target}"
         if g and not args.quiet:
             print(g)
         _say(args, options["cache"], latents)
     return warm_start.encoder_task(model, dataset, latents, args.holdout, args.seed, sources)
+
+
+def _check_feature_label(args, classes: int | None) -> None:
+    """A class-conditional trunk reads all images under one label."""
+    needed = classes is not None and args.target == target_codes.FEATURES
+    if needed and (args.label is None or not 0 <= args.label < classes):
+        raise UserError(
+            f"--target features of a class-conditional prior needs --label K from 0 to {classes - 1}, not {args.label}"
+        )
+    if args.label is not None and not needed:
+        raise UserError("--label is for --target features of a class-conditional prior")
 
 
 def _g_to_start_from(args, model: PDAE) -> PDAE | None:
@@ -193,10 +231,12 @@ def _g_to_start_from(args, model: PDAE) -> PDAE | None:
     return start
 
 
-def _g_for_codes(args, model: PDAE, start: PDAE, latents: Latents, encoding: dict[str, Any]) -> tuple[str, str]:
+def _g_for_codes(
+    args, model: PDAE, start: PDAE, latents: Latents, dataset: Any, encoding: dict[str, Any]
+) -> tuple[str, str]:
     """Give ``model`` the G of ``start`` for the codes ``latents``; a fingerprint of what decides it, and a line."""
     flag = f"--start-from {args.start_from}"
-    known = target_codes.own_codes(model, start, flag, args.data, **encoding)
+    known = target_codes.own_codes(model, start, flag, dataset, **encoding)
     if known.names != latents.names:
         raise UserError(f"{flag}: it has codes of other images than --target; expected the same of both")
     sources = weights_fingerprint(model.decoder, [weights_fingerprint(start.decoder), known.encoder])
@@ -207,11 +247,10 @@ def _g_for_codes(args, model: PDAE, start: PDAE, latents: Latents, encoding: dic
     )
 
 
-def _latents(args, device: torch.device, group: Group) -> tuple[PDAE, Latents]:
+def _latents(args, device: torch.device, group: Group) -> tuple[Autoencoder, Latents]:
     """The autoencoder of --init-from and the latents of --data by it, kept beside the run."""
-    model = PDAE.from_pretrained(args.init_from, **cli.foreign_options(args))
-    channels, size, _ = model.image_shape
-    dataset = open_dataset(args.data, size, channels, split="train")
+    model = Autoencoder.from_pretrained(args.init_from, **cli.foreign_options(args))
+    dataset = _dataset(args, model)
     cache = _cache(args)
     latents = encode_dataset(
         model,
@@ -223,10 +262,7 @@ def _latents(args, device: torch.device, group: Group) -> tuple[PDAE, Latents]:
         require=args.cached_only,
         quiet=args.quiet,
     )
-    for name, reason in latents.broken[:SHOWN] if group.first else ():
-        print(f"left out: {name}: {reason}", file=sys.stderr)
-    if len(latents.broken) > SHOWN and group.first:
-        print(f"left out: {len(latents.broken) - SHOWN} more broken images", file=sys.stderr)
+    _say_broken(latents.broken, group.first)
     _say(args, cache, latents)
     return model, latents
 
@@ -243,7 +279,7 @@ def _labels(args, latents: Latents) -> Labels:
     return labels
 
 
-def _report(args, trainer: Trainer, judged: LatentSet | warm_start.ImagesWithCodes) -> str:
+def _report(args, trainer: Trainer, judged: LatentSet | ImagesWithRows) -> str:
     """Write metrics.json of the classifier or encoder that users get; returns its table."""
     model = trainer.task.export(trainer.ema)
     if args.task == "encoder":
@@ -280,12 +316,13 @@ def _train(args, group: Group) -> None:
     out, device = Path(args.out), resolve_device(group.device(args.device))
     options = StepOptions(**{name: getattr(args, name, False) for name in STEP_HELP})
     options.check(args.task, device, group.size)
-    args.quiet = args.quiet or not group.first
+    if group.first:
+        claim_folder(out)
+        _check_new(args)  # again: a run may have ended since
+    args.quiet, args.first = args.quiet or not group.first, group.first
     judged = preview = None
-    if args.task in ("prior", "pdae"):
+    if args.task in ON_IMAGES:
         task, dataset, preview = _image_task(args, device)
-        if args.task == "prior" and not args.quiet and task.config.unet.base_channel == NORM_GROUPS:
-            print(NARROW)
     elif args.task == "encoder":
         task, dataset, judged = _encoder_task(args, device, group)
     else:
@@ -315,7 +352,9 @@ def _train(args, group: Group) -> None:
         group=group,
     )
     if args.resume:
-        trainer.resume()
+        fewer = trainer.resume(args.on_error == "skip" and args.task in IMAGES_ALONE)
+        if fewer and group.first:
+            print(f"note: {fewer} images fewer than the saved run saw; it goes on with those left", file=sys.stderr)
     stopped = trainer.run()
     if stopped:
         if group.first:

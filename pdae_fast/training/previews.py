@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..data import save_grid
 from ..errors import UserError
-from ..models import PDAE, Prior
+from ..models import PDAE, Autoencoder, Prior
 from ..pipeline import Pipeline
 
 IMAGES = 8
@@ -17,12 +17,12 @@ STEPS = 20
 
 
 class ImagePreview:
-    """Draws samples (Prior) or ``images`` [N, C, H, W] and their reconstructions (PDAE)."""
+    """Draws samples (Prior) or ``images`` [N, C, H, W] and their reconstructions (autoencoder)."""
 
     def __init__(self, images: Tensor, device: torch.device, seed: int) -> None:
         self.images, self.device, self.seed = images, device, seed
 
-    def __call__(self, model: Prior | PDAE, step: int, path: Path) -> None:
+    def __call__(self, model: Prior | Autoencoder, step: int, path: Path) -> None:
         pipe = Pipeline(model, steps=STEPS, device=self.device, dtype="float32")
         if isinstance(model, Prior):
             save_grid([pipe.decode(count=len(self.images), seed=self.seed)], path, ["samples"])
@@ -32,18 +32,19 @@ class ImagePreview:
             "input": self.images,
             "inferred x_T": pipe.decode(z, pipe.invert(self.images, z)),
             "random x_T": pipe.decode(z, seed=self.seed),
-            "without G": pipe.decode(count=len(self.images), seed=self.seed),
         }
+        if isinstance(model, PDAE):
+            rows["without G"] = pipe.decode(count=len(self.images), seed=self.seed)
         save_grid(list(rows.values()), path, list(rows))
 
 
 class SamplePreview:
-    """Draws images from the latent DPM of a PDAE."""
+    """Draws images from the latent DPM of an autoencoder."""
 
     def __init__(self, device: torch.device, seed: int) -> None:
         self.device, self.seed = device, seed
 
-    def __call__(self, model: PDAE, step: int, path: Path) -> None:
+    def __call__(self, model: Autoencoder, step: int, path: Path) -> None:
         pipe = Pipeline(model, steps=STEPS, device=self.device, dtype="float32")
         save_grid([pipe.sample(IMAGES, seed=self.seed)], path, ["samples"])
 

@@ -7,9 +7,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from ..arguments import as_seed
 from ..errors import UserError
 
-TASKS = ("prior", "encoder", "pdae", "latent", "classifier")
+TASKS = ("prior", "encoder", "pdae", "diffae", "latent", "classifier")
+ON_IMAGES = ("prior", "pdae", "diffae")  # which may be mirrored
 # Where a task's usual values are not those of TrainSettings. The latent DPM's batch is the paper's (Table 2); the
 # classifier is a convex problem of one layer; the encoder's warm start is plain regression, which ends where its rate
 # has fallen to nothing.
@@ -17,6 +19,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "prior": {},
     "encoder": {"steps": 1000, "batch_size": 64, "lr": 1e-3, "lr_schedule": "cosine", "warmup": 100, "flip": False},
     "pdae": {},
+    "diffae": {},
     "latent": {"batch_size": 512, "flip": False},
     "classifier": {"steps": 10_000, "batch_size": 512, "lr": 1e-3, "flip": False},
 }
@@ -52,6 +55,7 @@ class TrainSettings:
                 raise UserError(message)
 
         require(self.task in TASKS, f"task {self.task!r} is not known; expected one of {', '.join(TASKS)}")
+        as_seed(self.seed)
         for name in ("steps", "batch_size", "accumulate"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         require(self.lr > 0 and math.isfinite(self.lr), f"lr must be a positive number, not {self.lr}")
@@ -62,7 +66,7 @@ class TrainSettings:
         require(self.warmup >= 0, f"warmup must not be negative, not {self.warmup}")
         require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), not {self.ema_decay}")
         require(
-            not self.flip or self.task in ("prior", "pdae"),
+            not self.flip or self.task in ON_IMAGES,
             f"flip mirrors images; {self.task} is trained on latents of images as they are (flip=False)",
         )
         require(self.amp in ("off", "bfloat16"), f"amp must be off or bfloat16, not {self.amp!r}")

@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..kernels import group_norm
 from ..models.layers import ResBlock, Stage
 from ..models.unet import Features, PDAEDecoder, UNet
+from .settings import ON_IMAGES
 from .tasks import PDAETask, Task
 
 STEP_HELP = {
@@ -50,7 +51,7 @@ class StepOptions:
             raise UserError(f"--{name.replace('_', '-')} {reason}")
 
         for name in UNET_ONLY:
-            if getattr(self, name) and task not in ("prior", "pdae"):
+            if getattr(self, name) and task not in ON_IMAGES:
                 refuse(name, f"is for the U-Net, which train {task} does not train")
         if self.frozen_bfloat16 and task != "pdae":
             refuse("frozen_bfloat16", f"needs a frozen half, which train {task} does not have")
@@ -105,7 +106,7 @@ class FrozenHalf(nn.Module):
     def __init__(self, decoder: PDAEDecoder, channels_last: bool = False) -> None:
         super().__init__()
         with torch.device("meta"):
-            self.unet = UNet(decoder.config, decoder.to_eps)
+            self.unet = UNet(decoder.config)
         own = decoder.state_dict()
         # A copy of its own also where the decoder is bfloat16 already: it must not follow the training.
         state = {name: own[name].to(torch.bfloat16, copy=True) for name in self.unet.state_dict()}
@@ -116,17 +117,18 @@ class FrozenHalf(nn.Module):
         self.eval()  # no dropout; PDAETask.train() leaves it so
 
     @torch.no_grad()
-    def forward(self, x_t: Tensor, t: Tensor) -> tuple[Features, Tensor]:
-        """x_t [B, C, H, W], t int64 [B] -> features (bfloat16 under autocast, else float32) and eps_hat."""
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> tuple[Features, Tensor]:
+        """x_t [B, C, H, W], t int64 [B], y as in UNet -> features (bfloat16 under autocast, else float32) and the
+        network's output, float32."""
         wide = not torch.is_autocast_enabled(x_t.device.type)
         with torch.autocast(x_t.device.type, enabled=False):
-            features = self.unet.trunk(x_t, t)
-            eps = self.unet.decode_eps(features)
+            features = self.unet.trunk(x_t, t, y)
+            out = self.unet.decode(features)
         if wide:
             features = features._replace(
                 h=features.h.float(), skips=tuple(skip.float() for skip in features.skips), emb=features.emb.float()
             )
-        return features, eps.float()
+        return features, out.float()
 
 
 class CheckpointedStage(Stage):

@@ -30,7 +30,8 @@ PCA, FEATURES = "pca", "features"
 COMPONENTS = (PCA, FEATURES)  # the targets that are no model
 PCA_SIZE = 64  # leading components are smooth: larger images are averaged down to this first
 FEATURE_SIZE = 8  # so are those of features; a level of 256 channels is then 16,384 numbers an image
-FEATURE_TIME = 20  # t at which the trunk reads the clean image: it has learned to see fine things in hardly any noise
+# t at which the trunk reads the clean image, of 1000: it has learned to see fine things in hardly any noise.
+FEATURE_TIME = 20
 FLOOR = 1e-10  # of the largest variance: what lies below is rounding
 BATCH = 64
 
@@ -59,39 +60,46 @@ def feature_codes(
     cache: str | os.PathLike | None = None,
     *,
     device: torch.device | str = "cpu",
+    T: int = 1000,
+    label: int | None = None,
     **options: Any,
 ) -> Latents:
     """The ``dim`` leading principal components of the features that the frozen trunk of ``unet`` finds in the images of
     ``dataset``, each divided by its standard deviation.
 
-    The trunk reads the clean image as x_t of t = 20. Of every resolution its last activation is taken and averaged down
-    to 8 x 8; all resolutions weigh the same (each is divided by the root of its total variance). Such features tell
-    small things apart that hardly show in the variance of pixels, as has been found of diffusion models in general
-    (Baranchuk et al., arXiv 2112.03126). The fit holds 4 bytes for 64 times the channels of ``count`` images: 0.6 GB
-    for 10,000 and the bundled ``avatars64``, 2.9 GB for the paper's CelebA-64 network. options, errors: see
-    `_components`.
+    The trunk reads the clean image as x_t of t = 20 (of ``T`` = 1000), under ``label`` where it knows classes. Of every
+    resolution its last activation is taken and averaged down to 8 x 8; all resolutions weigh the same (each is divided
+    by the root of its total variance). Such features tell small things apart that hardly show in the variance of
+    pixels, as has been found of diffusion models in general (Baranchuk et al., arXiv 2112.03126). The fit holds 4 bytes
+    for 64 times the channels of ``count`` images: 0.6 GB for 10,000 and the bundled ``avatars64``, 2.9 GB for the
+    paper's CelebA-64 network. options, errors: see `_components`.
     """
-    unet = unet.to(device).eval()
+    unet, time = unet.to(device).eval(), round(FEATURE_TIME * T / 1000)
 
     @torch.inference_mode()
     def describe(x0: Tensor) -> list[Tensor]:
         x0 = x0.to(device)
-        t = torch.full((len(x0),), FEATURE_TIME, device=device)
-        last = {skip.shape[-1]: skip for skip in unet.trunk(x0, t).skips}
+        t = torch.full((len(x0),), time, device=device)
+        y = None if label is None else torch.full((len(x0),), label, device=device)
+        last = {skip.shape[-1]: skip for skip in unet.trunk(x0, t, y).skips}
         pooled = [F.adaptive_avg_pool2d(skip.float(), min(FEATURE_SIZE, size)) for size, skip in last.items()]
         return [level.flatten(1).cpu() for level in pooled]
 
     trunk = weights_fingerprint(unet.input_blocks, weights_fingerprint(unet.time_embed))
-    return _components(describe, ["features", FEATURE_SIZE, FEATURE_TIME, trunk], dataset, dim, cache, **options)
+    rule = ["features", FEATURE_SIZE, time, trunk]
+    if label is not None:
+        rule += [label, weights_fingerprint(unet.class_emb)]
+    return _components(describe, rule, dataset, dim, cache, **options)
 
 
 def model_codes(
-    model: PDAE, start: PDAE, name: str, data: str, cache: str | os.PathLike | None = None, **options: Any
+    model: PDAE, start: PDAE, name: str, data: Any, cache: str | os.PathLike | None = None, **options: Any
 ) -> Latents:
     """z = E(x_0) by the encoder of ``start``, a PDAE called ``name``, for ``model`` to learn: not normalised.
 
-    The images of ``data`` are read at the size of ``start``, that is by the same Lanczos filter from the same files as
-    in its own training, whatever size ``model`` has. options: as `encode_dataset`.
+    data: as `open_dataset` takes it, or a data set of the shape that ``start`` takes. The images are read at the size
+    of ``start``, that is by the same Lanczos filter from the same files as in its own training, whatever size ``model``
+    has. options: as `encode_dataset`.
     Raises UserError when the two have other channels or latent dimensions.
     """
     own, other = model.config.latent_dim, start.config.latent_dim
@@ -101,14 +109,15 @@ def model_codes(
 
 
 def own_codes(
-    model: PDAE, start: PDAE, what: str, data: str, cache: str | os.PathLike | None = None, **options: Any
+    model: PDAE, start: PDAE, what: str, data: Any, cache: str | os.PathLike | None = None, **options: Any
 ) -> Latents:
     """`model_codes` of whatever dimension ``start`` has. what: for the error, where the two have other channels."""
     channels, size, _ = start.image_shape
     own = model.config.unet.input_channel
     if own != channels:
         raise UserError(f"{what}: its input_channel is {channels}; the model to train has {own}")
-    return encode_dataset(start, open_dataset(data, size, channels, split="train"), cache, on_error="fail", **options)
+    dataset = open_dataset(data, size, channels, split="train") if isinstance(data, (str, os.PathLike)) else data
+    return encode_dataset(start, dataset, cache, on_error="fail", **options)
 
 
 # -- principal components ----------------------------------------------------------------------------------------------

@@ -7,28 +7,44 @@ the rest and knows none of them.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from ..config import PDAEConfig, PriorConfig
-from ..models import PDAE, Prior
+from ..config import AnyConfig, DiffAEConfig, PDAEConfig
+from ..models import PDAE, Autoencoder, Prior
 from ..schedule import Tables, build_schedule
-from .objective import classifier_loss, encoder_loss, latent_loss, pdae_loss, prior_loss
+from .objective import classifier_loss, encoder_loss, latent_loss, pdae_loss, simple_loss
 
 
 def _images(samples: list[Any]) -> Tensor:
     return torch.stack([sample.image for sample in samples])
 
 
-def _images_with_codes(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    images, codes = zip(*pairs, strict=True)
-    return torch.stack(images), torch.stack(codes)
+def _images_with_rows(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    images, rows = zip(*pairs, strict=True)
+    return torch.stack(images), torch.stack(rows)
 
 
 def _as_they_are(batch: Any) -> Any:
     return batch
+
+
+class ImagesWithRows(Dataset):
+    """The images ``indices`` of ``dataset`` with their rows of ``table``, codes [N, D] or class labels [N]."""
+
+    def __init__(self, dataset: Any, table: Tensor, indices: Sequence[int]) -> None:
+        self.dataset, self.table, self.indices = dataset, table, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
+        index = int(self.indices[place])
+        return self.dataset[index].image, self.table[index]
 
 
 class Task(nn.Module):
@@ -49,7 +65,7 @@ class Task(nn.Module):
         self.record = dict(record or {})
 
     @property
-    def config(self) -> PriorConfig | PDAEConfig:
+    def config(self) -> AnyConfig:
         """Configuration of what :meth:`export` gives."""
         return self.model.config
 
@@ -62,39 +78,51 @@ class Task(nn.Module):
         """The loss, a scalar, of what :meth:`draw` gave, on the model's device."""
         raise NotImplementedError
 
-    def export(self, ema: nn.Module) -> Prior | PDAE:
+    def export(self, ema: nn.Module) -> Prior | Autoencoder:
         """What users load, with the weights of ``ema`` (a copy of ``model``)."""
         return ema
 
 
 class _ImageTask(Task):
-    """Noise prediction on images that may be mirrored; ``velocity`` as in `objective`."""
+    """Noise prediction on images that may be mirrored, which come with their labels (`ImagesWithRows`) where the prior
+    is class-conditional; ``velocity`` as in `objective`."""
 
-    def __init__(self, model: Prior | PDAE, velocity: float = 0.0, record: dict[str, Any] | None = None) -> None:
+    def __init__(self, model: Prior | Autoencoder, velocity: float = 0.0, record: dict[str, Any] | None = None) -> None:
         # What is off is not recorded: runs from before it existed can be resumed.
         super().__init__(model, (record or {}) | ({"--velocity": velocity} if velocity else {}))
         self.velocity = velocity
         self.schedule = build_schedule(model.config.schedule)
-        self.tables = Tables(self.schedule)
+        self.tables = Tables(self.schedule, model.config.prediction)
+        self.times = self.schedule.T
+        if model.config.unet.num_classes is not None:
+            self.collate = _images_with_rows
 
-    def draw(self, images: Tensor, generator: torch.Generator, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """images [B, C, H, W] -> (images, t [B], noise [B, C, H, W])."""
+    def draw(self, batch: Any, generator: torch.Generator, flip: bool) -> tuple[Tensor, ...]:
+        """images [B, C, H, W] -> (images, t [B], noise [B, C, H, W]); (images, labels [B]) -> these and the labels."""
+        images, *labels = (batch,) if isinstance(batch, Tensor) else batch
         B = len(images)
-        t = torch.randint(0, self.schedule.T, (B,), generator=generator)
+        t = torch.randint(0, self.times, (B,), generator=generator)
         noise = torch.randn(images.shape, generator=generator)
         if flip:
             flipped = torch.rand(B, generator=generator) < 0.5
             images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
-        return images, t, noise
+        return images, t, noise, *labels
 
 
 class PriorTask(_ImageTask):
-    """The pre-trained diffusion model itself: all of a Prior."""
+    """The pre-trained diffusion model itself: all of a Prior but a learned variance. Nothing here reads that, and no
+    gradient reaches its rows of the last convolution: they stay as they are."""
 
     name = "prior"
 
-    def forward(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        return prior_loss(self.model, self.tables, x0, t, noise, self.velocity)
+    def forward(self, x0: Tensor, t: Tensor, noise: Tensor, y: Tensor | None = None) -> Tensor:
+        return simple_loss(self.model, self.tables, x0, t, noise, self.velocity, y)
+
+
+class DiffAETask(PriorTask):
+    """Encoder and conditional U-Net of a Diff-AE, trained together."""
+
+    name = "diffae"
 
 
 class PDAETask(_ImageTask):
@@ -105,6 +133,7 @@ class PDAETask(_ImageTask):
 
     def __init__(self, model: PDAE, velocity: float = 0.0, freeze_encoder: bool = False) -> None:
         super().__init__(model, velocity, {"--freeze-encoder": True} if freeze_encoder else None)
+        self.times = self.schedule.last + 1  # beyond it x_t is noise alone, and no G says anything of x0
         model.requires_grad_(False)
         model.encoder.requires_grad_(not freeze_encoder)
         model.decoder.freeze_prior()
@@ -119,29 +148,29 @@ class PDAETask(_ImageTask):
         self.model.encoder.train(mode)
         return self
 
-    def forward(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        return pdae_loss(self.model, self.tables, x0, t, noise, self.frozen, self.velocity)
+    def forward(self, x0: Tensor, t: Tensor, noise: Tensor, y: Tensor | None = None) -> Tensor:
+        return pdae_loss(self.model, self.tables, x0, t, noise, self.frozen, self.velocity, y)
 
 
 class _PartTask(Task):
-    """One network of ``pdae``: it is trained alone, and put back for users."""
+    """One network of ``model``, an autoencoder: it is trained alone, and put back for users."""
 
     part: str
 
-    def __init__(self, pdae: PDAE, record: dict[str, Any] | None = None) -> None:
+    def __init__(self, model: Autoencoder, record: dict[str, Any] | None = None) -> None:
         # A copy: export() puts averaged weights into the original while this one goes on learning.
-        super().__init__(copy.deepcopy(getattr(pdae, self.part)), record)
+        super().__init__(copy.deepcopy(getattr(model, self.part)), record)
         # In a tuple, where it is no submodule: it is neither trained nor moved to the device.
-        self._whole = (pdae,)
+        self._whole = (model,)
 
     @property
-    def config(self) -> PDAEConfig:
+    def config(self) -> PDAEConfig | DiffAEConfig:
         return self._whole[0].config
 
-    def export(self, ema: nn.Module) -> PDAE:
-        (pdae,) = self._whole
-        getattr(pdae, self.part).load_state_dict(ema.state_dict())
-        return pdae
+    def export(self, ema: nn.Module) -> Autoencoder:
+        (model,) = self._whole
+        getattr(model, self.part).load_state_dict(ema.state_dict())
+        return model
 
 
 class EncoderTask(_PartTask):
@@ -149,7 +178,7 @@ class EncoderTask(_PartTask):
 
     name = "encoder"
     part = "encoder"
-    collate = staticmethod(_images_with_codes)
+    collate = staticmethod(_images_with_rows)
 
     def draw(self, batch: tuple[Tensor, Tensor], generator: torch.Generator, flip: bool) -> tuple[Tensor, Tensor]:
         """(images [B, C, H, W], codes [B, latent_dim]); nothing is random."""
@@ -167,14 +196,14 @@ class _CodeTask(_PartTask):
 
 
 class LatentTask(_CodeTask):
-    """The latent DPM of ``pdae``, which has one in its configuration."""
+    """The latent DPM of an autoencoder that has one in its configuration."""
 
     name = "latent"
     part = "latent_denoiser"
 
-    def __init__(self, pdae: PDAE, record: dict[str, Any] | None = None) -> None:
-        super().__init__(pdae, record)
-        self.schedule = build_schedule(pdae.config.latent.schedule)
+    def __init__(self, model: Autoencoder, record: dict[str, Any] | None = None) -> None:
+        super().__init__(model, record)
+        self.schedule = build_schedule(model.config.latent.schedule)
         self.tables = Tables(self.schedule)
 
     def draw(self, z: Tensor, generator: torch.Generator, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,7 +216,7 @@ class LatentTask(_CodeTask):
 
 
 class ClassifierTask(_CodeTask):
-    """The linear attribute classifier of ``pdae``, which has attributes in its configuration."""
+    """The linear attribute classifier of an autoencoder that has attributes in its configuration."""
 
     name = "classifier"
     part = "classifier"
@@ -201,5 +230,5 @@ class ClassifierTask(_CodeTask):
 
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (PriorTask, EncoderTask, PDAETask, LatentTask, ClassifierTask)
+    task.name: task for task in (PriorTask, EncoderTask, PDAETask, DiffAETask, LatentTask, ClassifierTask)
 }

@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from .. import cli
+from ..config import PriorConfig
 from ..data.latents import Latents, split, weights_fingerprint
 from ..errors import UserError
 from ..models import PDAE, Prior
 from .target_codes import BATCH
-from .tasks import EncoderTask
+from .tasks import EncoderTask, ImagesWithRows
 
 # -- what is taken over ------------------------------------------------------------------------------------------------
 
@@ -39,7 +40,7 @@ def take_trained_half(model: PDAE, start: PDAE, name: str) -> None:
 
 def around(start: PDAE, prior: Prior, name: str) -> PDAE:
     """``start``, with everything that sits on its codes, around another prior of the same shape."""
-    for field in ("image_size", "unet", "schedule"):
+    for field in ("image_size", "unet", "schedule", "prediction"):
         own, other = getattr(prior.config, field), getattr(start.config, field)
         if own != other:
             raise UserError(f"--start-from {name}: its {field} is {other}; the prior of --init-from has {own}")
@@ -47,15 +48,27 @@ def around(start: PDAE, prior: Prior, name: str) -> PDAE:
     return start
 
 
+def misfit(own: PriorConfig, other: PriorConfig, but: Sequence[str] = ()) -> tuple[str, Any, Any] | None:
+    """The first field, ``but`` aside, in which two priors compute something else, with the values of both; or None."""
+    # Dropout has no weights and no part in what a trained network computes.
+    fields = [
+        {
+            "image_size": config.image_size,
+            **dataclasses.asdict(dataclasses.replace(config.unet, dropout=0.0)),
+            "schedule": config.schedule,
+            "prediction": config.prediction,
+        }
+        for config in (own, other)
+    ]
+    differing = (name for name, value in fields[0].items() if name not in but and fields[1][name] != value)
+    return next(((name, fields[0][name], fields[1][name]) for name in differing), None)
+
+
 def g_misfit(model: PDAE, start: PDAE) -> str | None:
     """In words why the G of ``start`` does not fit ``model``, whatever its z and image size are; None if it does."""
-    # Dropout has no weights and no part in what a trained network computes.
-    own, other = (dataclasses.asdict(dataclasses.replace(m.config.unet, dropout=0.0)) for m in (model, start))
-    own["schedule"], other["schedule"] = model.config.schedule, start.config.schedule
-    for field, value in own.items():
-        if other[field] != value:
-            return f"its {field} is {other[field]}, that of the model to train {value}"
-    return None
+    # Image size and prediction are nothing to G, which reads the trunk and speaks of eps.
+    found = misfit(model.config.prior, start.config.prior, but=("image_size", "prediction"))
+    return found and f"its {found[0]} is {found[2]}, that of the model to train {found[1]}"
 
 
 def take_g(model: PDAE, start: PDAE) -> str | None:
@@ -100,23 +113,9 @@ def _copy_g(model: PDAE, start: PDAE, but: Sequence[str] = ()) -> None:
 # -- the task ----------------------------------------------------------------------------------------------------------
 
 
-class ImagesWithCodes(Dataset):
-    """The images ``indices`` of ``dataset`` with their rows of z: (x_0 [C, H, W], z [D])."""
-
-    def __init__(self, dataset: Any, z: Tensor, indices: Sequence[int]) -> None:
-        self.dataset, self.z, self.indices = dataset, z, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
-        index = int(self.indices[place])
-        return self.dataset[index].image, self.z[index]
-
-
 def encoder_task(
     model: PDAE, dataset: Any, latents: Latents, holdout: float = 0.1, seed: int = 0, decoder: str | None = None
-) -> tuple[EncoderTask, ImagesWithCodes, ImagesWithCodes]:
+) -> tuple[EncoderTask, ImagesWithRows, ImagesWithRows]:
     """The encoder of ``model`` with what it is trained on, the images of ``dataset`` and their ``latents``, and those
     that are held out (the training ones where ``holdout`` is 0). UserError where the two do not belong together.
 
@@ -132,12 +131,12 @@ def encoder_task(
         "decoder weights": decoder or weights_fingerprint(model.decoder),
         "held-out images": len(held),
     }
-    parts = [ImagesWithCodes(dataset, latents.z, part) for part in (train, held if len(held) else train)]
+    parts = [ImagesWithRows(dataset, latents.z, part) for part in (train, held if len(held) else train)]
     return EncoderTask(model, record), *parts
 
 
 @torch.inference_mode()
-def evaluate(encoder: nn.Module, pairs: ImagesWithCodes, device: torch.device) -> dict[str, Any]:
+def evaluate(encoder: nn.Module, pairs: ImagesWithRows, device: torch.device) -> dict[str, Any]:
     """How much of the codes of ``pairs`` the ``encoder`` finds: 1 - (squared error) / (variance), for all dimensions
     together and for each; None where a dimension does not vary. Computed in float64."""
     encoder = encoder.to(device).eval()

@@ -164,7 +164,7 @@ BAD = {
             d / "last.ckpt",
             {"state_dict": {"ema_model.time_embed.time_embed.0.weight": torch.zeros(2, 2)}, "global_step": 1},
         ),
-        ("a Diff-AE autoencoder", "a different model from PDAE"),
+        ("the U-Net of a Diff-AE alone", "--encoder FILE"),
     ),
     "diffae-conditioned": (
         lambda s, d: fabricate.save(
@@ -174,7 +174,7 @@ BAD = {
                 | {"ema_model.input_blocks.1.0.cond_emb_layers.1.weight": torch.zeros(2, 2)}
             },
         ),
-        ("a Diff-AE autoencoder",),
+        ("the U-Net of a Diff-AE alone",),
     ),
     "diffae-classifier": (
         lambda s, d: fabricate.save(d / "last.ckpt", {"state_dict": {"classifier.weight": torch.zeros(4, 4)}}),
@@ -270,7 +270,7 @@ BAD = {
             "--latent",
             fabricate.save(d / "c.pt", fabricate.classifier(s)[1]),
         ),
-        ("a PDAE attribute classifier; expected a PDAE latent DPM",),
+        ("a PDAE attribute classifier; expected a latent DPM",),
     ),
     "statistics-of-zero": (
         lambda s, d: (

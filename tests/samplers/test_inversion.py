@@ -166,7 +166,7 @@ def test_random_networks_through_the_pipeline():
         (lambda p, x: p.with_recipe(encode_steps=5), "leave out --encode-steps"),
         (
             lambda p, x: Pipeline(p.model, spacing="cubic"),
-            "'cubic' is not known; expected uniform, quadratic, logsnr or karras",
+            "'cubic' is not known; expected uniform, quadratic, logsnr, karras, strided or respaced",
         ),
     ],
 )

@@ -61,6 +61,7 @@ def test_iterations_follow_from_the_rest(fields, iterations):
         Recipe(steps=4, encode_steps=9),
         Recipe(steps=4, spacing="karras", solver="dpm++3m"),
         Recipe(steps=900, spacing="quadratic", iterations=0),  # points fall together
+        Recipe(steps=5, spacing="strided", iterations=2),
     ],
     ids=str,
 )
@@ -89,7 +90,7 @@ def test_evaluations_are_those_that_run(recipe):
 
 def test_the_presets_cost_what_the_documents_say():
     found = {name: recipe.evaluations(SCHEDULE, inferred=True) for name, recipe in RECIPES.items()}
-    assert found == {"published": 200, "fast": 31, "balanced": 40, "exact": 181, "reversible": 39}
+    assert found == {"published": 200, "fast": 31, "balanced": 40, "exact": 181, "reversible": 39, "diffae": 270}
     assert Recipe().evaluations(SCHEDULE, inferred=True) == 201
     assert Recipe(encode_steps=1000).evaluations(SCHEDULE, inferred=True) == 1099
     assert Recipe(solver="ddpm", steps=1000).evaluations(SCHEDULE, inferred=False) == 1000
@@ -178,6 +179,8 @@ def test_noise_in_the_steps_is_an_images_own(model, fields):
         ({"eta": float("nan")}, "eta must be a number between 0 and 1"),
         ({"eta": 0.5, "iterations": 1}, "draw noise"),
         ({"spacing": "cubic"}, "'cubic' is not known"),
+        ({"spacing": "strided", "solver": "belm"}, "spacing strided ends at alpha_bar 1, where belm cannot go"),
+        ({"spacing": "respaced", "solver": "unipc2"}, "where unipc2 cannot go; expected ddim"),
         ({"solver": "plms"}, "'plms' is not known"),
         ({"noise": "pink"}, "noise 'pink' is not known"),
         ({"reuse": "often"}, "'often' is not understood"),

@@ -19,7 +19,7 @@ from pdae_fast.data import open_dataset
 from pdae_fast.schedule import build_schedule
 from pdae_fast.training import Trainer, TrainSettings
 from pdae_fast.training.feed import BatchOrder, step_generator
-from pdae_fast.training.objective import pdae_loss, prior_loss
+from pdae_fast.training.objective import pdae_loss, simple_loss
 from pdae_fast.training.state import CHECKPOINT_NAME
 from pdae_fast.training.tasks import TASKS
 
@@ -64,7 +64,7 @@ def test_prior_loss_is_the_mean_squared_error_of_eps():
     a = torch.tensor(schedule.alpha_bar[[3, 700]]).float()[:, None, None, None]
     with torch.no_grad():
         expected = ((model(a.sqrt() * x0 + (1 - a).sqrt() * noise, t) - noise) ** 2).mean()
-        assert float(prior_loss(model, schedule, x0, t, noise)) == pytest.approx(float(expected), rel=1e-5)
+        assert float(simple_loss(model, schedule, x0, t, noise)) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_the_velocity_is_added_to_either_loss():
@@ -87,7 +87,7 @@ def test_the_velocity_is_added_to_either_loss():
 
     with torch.no_grad():
         eps, gradient = (part.double() for part in model(x_t.float(), t, model.encode(x0)))
-        found = prior_loss(model.prior(), schedule, x0, t, noise, K), pdae_loss(model, schedule, x0, t, noise, None, K)
+        found = simple_loss(model.prior(), schedule, x0, t, noise, K), pdae_loss(model, schedule, x0, t, noise, None, K)
         assert float(found[0]) == pytest.approx(expected(eps, 1), rel=1e-4)
         assert float(found[1]) == pytest.approx(expected(eps + c * gradient, weight), rel=1e-4)
 
@@ -149,7 +149,7 @@ def test_accumulation_equals_the_larger_batch(tmp_path, dataset):
     model = Prior(run.model.config)
     model.load_state_dict(start)
     optimizer = torch.optim.Adam(model.parameters(), lr=run.settings.lr)
-    prior_loss(model, run.task.schedule, x0, t, noise).backward()
+    simple_loss(model, run.task.schedule, x0, t, noise).backward()
     optimizer.step()
     for name, value in model.state_dict().items():
         # Adam's first step is lr * sign(gradient): a gradient of rounding size may come out either way.

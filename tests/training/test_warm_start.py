@@ -26,8 +26,8 @@ from pdae_fast.data.latents import Latents, encode_dataset, statistics
 from pdae_fast.training import Trainer, TrainSettings, warm_start
 from pdae_fast.training.objective import encoder_loss
 from pdae_fast.training.target_codes import feature_codes, pca_codes
-from pdae_fast.training.tasks import EncoderTask
-from pdae_fast.training.warm_start import ImagesWithCodes, encoder_task, evaluate, take_g, take_g_for_codes
+from pdae_fast.training.tasks import EncoderTask, ImagesWithRows
+from pdae_fast.training.warm_start import encoder_task, evaluate, take_g, take_g_for_codes
 
 D = TINY.latent_dim
 
@@ -180,7 +180,7 @@ def test_the_explained_variance_is_one_minus_error_over_variance():
     data = Smooth(70)  # more than one batch
     linear = nn.Sequential(nn.Flatten(), nn.Linear(1024, 3))
     z = torch.randn(70, 3) * torch.tensor([1.0, 2.0, 5.0]) + 4
-    report = evaluate(linear, ImagesWithCodes(data, z, range(70)), torch.device("cpu"))
+    report = evaluate(linear, ImagesWithRows(data, z, range(70)), torch.device("cpu"))
     with torch.no_grad():
         found = linear(torch.from_numpy(data.images)[:, None]).double().numpy()
     exact = z.double().numpy()

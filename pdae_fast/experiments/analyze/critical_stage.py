@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ... import cli
 from ...data import save_grid
 from ...errors import UserError
-from ...files import make_folder
+from ...files import claim_folder
 from ...plots import chart
 from ...samplers import ddim
 from ...schedule import Schedule, Trajectory
@@ -212,12 +212,13 @@ def command(args: argparse.Namespace) -> None:
     if args.count < 1 or (args.epochs is not None and args.epochs < 1) or not 1 <= args.stages <= 100:
         raise UserError("--count and --epochs must be at least 1, --stages from 1 to 100")
     run = common.open_run(args, infers=False)
+    common.check_g(run.model, "analyze critical-stage")
     pipe, out = run.pipe, run.out
     T = pipe.schedule.T
     trajectory = pipe.schedule.decoding(pipe.recipe.steps, spacing=pipe.recipe.spacing)
     parts = stages_of(trajectory, T, args.stages)
+    claim_folder(out)
     data = labelled(run, args.attribute)
-    make_folder(out)
     if args.epochs is None:
         args.epochs = max(1, SEEN // len(data.images))
     trained = (args.guide is None) + (args.judge is None)

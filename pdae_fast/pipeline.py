@@ -157,14 +157,14 @@ class Pipeline:
     def _images(self, x: Tensor | np.ndarray, what: str, picture: bool = True) -> Tensor:
         return as_image_tensor(x, self.model.image_shape, what, picture)
 
-    def _pdae(self, what: str) -> Autoencoder:
+    def _autoencoder(self, what: str) -> Autoencoder:
         if not isinstance(self.model, Autoencoder):
             raise UserError(f"{what} needs an autoencoder (PDAE or DiffAE); this pipeline holds a prior alone")
         return self.model
 
     def _mixes(self, what: str) -> PDAE:
         """The model, where codes can be mixed in G."""
-        model = self._pdae(what)
+        model = self._autoencoder(what)
         if not isinstance(model, PDAE):
             raise UserError(f"{what} mixes G of several z, and a Diff-AE has no G; expected a PDAE")
         return model
@@ -174,7 +174,7 @@ class Pipeline:
             if isinstance(self.model, DiffAE):
                 raise UserError("z is missing: every block of a Diff-AE reads it; give z, of encode or sample_latents")
             return None
-        D = self._pdae("z").config.latent_dim
+        D = self._autoencoder("z").config.latent_dim
         z = as_tensor(z, "z")
         if z.ndim != 2 or z.shape[1] != D or (count is not None and len(z) != count):
             raise UserError(f"z has shape {list(z.shape)}; expected [{'B' if count is None else count}, {D}]")
@@ -246,7 +246,7 @@ class Pipeline:
     @calls
     def encode(self, x0: Tensor) -> Tensor:
         """x0 [B, C, H, W] -> z [B, latent_dim]."""
-        model, x0 = self._pdae("encode"), self._images(x0, "x0")
+        model, x0 = self._autoencoder("encode"), self._images(x0, "x0")
         return self._batched(len(x0), lambda part: self.plan.encode(x0[part]), (model.config.latent_dim,))
 
     @calls
@@ -408,7 +408,7 @@ class Pipeline:
         the second. weights: n numbers, the same for every pair. Returns [P, n, C, H, W].
         """
         self._check_interpolation(kind)
-        self._pdae("blend")
+        self._autoencoder("blend")
         z, x_T = as_tensor(z, "z"), as_tensor(x_T, "x_T")
         if z.ndim != 3 or len(z) != 2 or x_T.shape[:2] != z.shape[:2]:
             raise UserError(
@@ -441,7 +441,7 @@ class Pipeline:
         return self._decode(x_T, trajectory, lambda part: self.field(z, weights, part=part))
 
     def _statistics(self, what: str) -> tuple[Tensor, Tensor]:
-        self._pdae(what)
+        self._autoencoder(what)
         if self._latents is None:
             raise UserError(f"{what} needs the mean and standard deviation of the latents; this model has none")
         return self._latents
@@ -475,7 +475,7 @@ class Pipeline:
     @calls
     def direction(self, attribute: str | int) -> Tensor:
         """sqrt(latent_dim) w / ||w|| [latent_dim], w the classifier's row of ``attribute`` (a name or its place)."""
-        model = self._pdae("manipulate")
+        model = self._autoencoder("manipulate")
         names = model.config.attributes
         if self._directions is None:
             raise UserError(
@@ -511,8 +511,8 @@ class Pipeline:
     ) -> Tensor:
         """``count`` new images [count, C, H, W]: z from the latent DPM, then decoded from random x_T.
 
-        ``latent_steps`` and ``latent_clamp`` are those of `sample_latents`. A prior samples alone.
-        They are images ``first``, ``first + 1`` ... of ``seed``: the same however a caller splits them.
+        ``latent_steps`` and ``latent_clamp`` are those of `sample_latents`. A prior samples alone. They are images
+        ``first``, ``first + 1`` ... of ``seed``: the same however a caller splits them.
         """
         count, first = as_int("the number of images", count, 1), as_int("first", first, 0)
         self.recipe.down(self.schedule, stop_percent)  # a mistake shows before the work
@@ -542,7 +542,7 @@ class Pipeline:
     def latent_settings(self, steps: int | None = None, clamp: bool | None = None) -> tuple[Trajectory, bool]:
         """What `sample_latents` runs with these arguments; UserError where the model has no latent DPM, or the latent
         DPM no such steps."""
-        model = self._pdae("sample")
+        model = self._autoencoder("sample")
         if model.config.latent is None:
             raise UserError(
                 "sample needs a latent DPM; this model has none: make one with `python -m pdae_fast.train latent`, or "
@@ -552,6 +552,7 @@ class Pipeline:
         diffae = isinstance(model, DiffAE)
         if steps is None:
             steps = DIFFAE_LATENT_STEPS if diffae else self.recipe.steps
+        steps = as_int("steps", steps, 1)
         schedule = build_schedule(model.config.latent.schedule)
         trajectory = schedule.decoding(steps, spacing="strided" if diffae else "uniform")
         return trajectory, not diffae if clamp is None else clamp

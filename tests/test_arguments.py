@@ -102,7 +102,7 @@ BAD = [
     (lambda p: p.with_recipe(solver=None), "solver None is not known"),
     (lambda p: p.with_recipe(solver=[]), r"solver \[\] is not known"),
     (lambda p: p.with_recipe(reuse=3), "reuse 3 is not understood"),
-    (lambda p: p.with_recipe(eta="1"), "eta must be a number, not '1'"),
+    (lambda p: p.with_recipe(eta="1"), "eta must be a number between 0 and 1, not '1'"),
     (lambda p: p.with_recipe(7), "recipe must be a Recipe"),
     (lambda p: Pipeline(p.model, device=None), "device None is not known; expected auto"),
     (lambda p: Pipeline(p.model, dtype=None), "dtype None is not known"),

@@ -432,3 +432,4 @@ def test_warnings_of_libraries_stay_inside(recwarn):
             warnings.warn_explicit("odd", UserWarning, "file.py", 1, module=module)
 
     assert cli.run(main) == 0
+    assert len(recwarn) == 1  # somebody else's

@@ -15,7 +15,7 @@ from .errors import UserError
 
 MOST_SEED = 2**63 - 1
 # Images are in [-1, 1], and what was decoded from them is a little outside; nothing else has such values by mistake.
-UNUSUAL, IMPOSSIBLE = 2.0, 8.0
+UNUSUAL, IMPOSSIBLE = 2.0, 16.0
 CONVERT = "for 0 to 255 pass x / 127.5 - 1, for 0 to 1 pass 2 * x - 1"
 
 

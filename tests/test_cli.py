@@ -433,3 +433,34 @@ def test_warnings_of_libraries_stay_inside(recwarn):
 
     assert cli.run(main) == 0
     assert len(recwarn) == 1  # somebody else's
+
+
+def test_results_are_not_read_as_images(tmp_path, model_dir, monkeypatch):
+    image_folder(tmp_path, 1)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(3):
+        assert run(reconstruct.main, "--model", model_dir, "--input", ".", "--out", "out", "--steps", 2, "--quiet",
+                   "--device", "cpu") == 0  # fmt: skip
+        assert json.loads((tmp_path / "out" / "metrics.json").read_text())["images"] == 1
+
+
+def test_the_crop_is_the_models_unless_asked(tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (218, 178), dtype=np.uint8)
+    (tmp_path / "in").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "in" / "1.png")
+    tiny_pdae(dataclasses.replace(TINY, crop="celeba")).save_pretrained(tmp_path / "celeba")
+    tiny_pdae(TINY).save_pretrained(tmp_path / "plain")
+    found = {}
+    for name, model, options in (
+        ("told", "celeba", ()),
+        ("asked", "plain", ("--crop", "celeba")),
+        ("against", "celeba", ("--crop", "centre")),
+        ("nothing", "plain", ()),
+    ):
+        capsys.readouterr()
+        assert run(encode.main, "--model", tmp_path / model, "--input", tmp_path / "in", "--out", tmp_path / name,
+                   "--device", "cpu", "--quiet", *options) == 0  # fmt: skip
+        report = json.loads((tmp_path / name / "metrics.json").read_text())
+        with np.load(tmp_path / name / "latents.npz") as archive:
+            found[name] = report["crop"], archive["z"].tobytes()
+    assert found["told"] == found["asked"] != found["against"] == found["nothing"]

@@ -204,5 +204,5 @@ def checkable(directory: Path, manifest: dict[str, Any], scratch: Path) -> tuple
 
 
 def scratch_directory(beside: Path) -> tempfile.TemporaryDirectory:
-    """A place on the same disk for copies as large as the export."""
-    return tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=beside)
+    """A place on the same disk for copies as large as the export, cleared with the staged directory ``beside`` it."""
+    return tempfile.TemporaryDirectory(prefix=f"{beside.stem}.", suffix=".tmp", dir=beside.parent)

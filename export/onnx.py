@@ -229,7 +229,7 @@ def _compare(
     from . import _parity
 
     parity = manifest["parity"]
-    with _parity.scratch_directory(directory.parent) as scratch:
+    with _parity.scratch_directory(directory) as scratch:
         place, described = _parity.checkable(directory, manifest, Path(scratch))
         if place != directory:
             parity["note"] = _parity.BFLOAT16_NOTE

@@ -12,12 +12,15 @@ Needs numpy and what the directory was made for: onnxruntime, OpenVINO on reques
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..arguments import as_images, as_indices, as_int, as_seed, check_range
 from ..errors import UserError
 from . import manifest as manifests
 from .backends.backend import Backend
@@ -56,8 +59,10 @@ def noise(seed: int, indices: range, shape: tuple[int, ...], kind: str = "normal
     """Random float32 [len(indices), C, H, W]; image number ``indices[k]`` of ``seed`` always gets the same.
 
     Standard normal, or where ``kind`` is "standardised" with mean 0 and standard deviation 1 in every channel. Drawn by
-    numpy, so that it differs from what the PyTorch pipeline draws for the same seed.
+    numpy, so that it differs from what the PyTorch pipeline draws for the same seed. UserError for a seed outside
+    0 ... 2^63 - 1.
     """
+    seed, indices = as_seed(seed), as_indices("indices", indices)
     draws = [np.random.default_rng((seed, i)).standard_normal(shape, np.float32) for i in indices]
     x = np.stack(draws) if draws else np.empty((0, *shape), np.float32)
     if kind == "standardised":
@@ -79,7 +84,8 @@ class Session:
             depend on it beyond rounding.
         check_files: compare every file with the hash in the manifest before it is used.
 
-    Images are float32 [N, C, H, W] in [-1, 1]. Raises UserError for anything a user can get wrong.
+    Images are floating point [N, C, H, W] in [-1, 1]. Raises UserError for anything a user can get wrong. Several
+    threads may use one session; a copied or pickled one is opened anew.
     """
 
     def __init__(
@@ -93,17 +99,28 @@ class Session:
         batch_size: int | None = None,
         check_files: bool = True,
     ) -> None:
+        if not isinstance(directory, (str, os.PathLike)):
+            raise UserError(f"the exported directory must be a path, not {type(directory).__name__}")
         self.directory = Path(directory).expanduser()
         self.manifest = manifests.read(self.directory)
-        if threads is not None and threads < 1:
-            raise UserError(f"threads must be at least 1, not {threads}")
+        if threads is not None:
+            threads = as_int("threads", threads, 1)
         limit = self.manifest["max_batch"]
-        if batch_size is not None and not 1 <= batch_size <= limit:
-            raise UserError(f"batch size {batch_size}: this export takes 1 to {limit} images at a time")
+        if batch_size is not None:
+            batch_size = as_int("batch size", batch_size)
+            if not 1 <= batch_size <= limit:
+                raise UserError(f"batch size {batch_size}: this export takes 1 to {limit} images at a time")
         self.batch_size = batch_size or limit
+        options = {"threads": threads, "allow_fallback": allow_fallback, "batch_size": batch_size}
+        self._opened = functools.partial(
+            type(self), self.directory.absolute(), backend, provider, **options, check_files=check_files
+        )
         if check_files:
             manifests.check_files(self.directory, self.manifest)
         self.backend = load_backend(self.directory, self.manifest, backend, provider, threads, allow_fallback)
+
+    def __reduce__(self) -> tuple:
+        return self._opened, ()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -117,16 +134,12 @@ class Session:
 
     # -- checks and batching ---------------------------------------------------------------------------------------
 
-    def _images(self, x: Any, what: str) -> np.ndarray:
-        shape = self.image_shape
-        if not isinstance(x, np.ndarray) or x.ndim != 4 or x.shape[1:] != shape:
-            found = list(x.shape) if isinstance(x, np.ndarray) else type(x).__name__
-            raise UserError(f"{what} has shape {found}; this model expects an array [N, {', '.join(map(str, shape))}]")
-        if x.dtype.kind != "f":
-            raise UserError(f"{what} has dtype {x.dtype}; expected floating point values in [-1, 1]")
-        if not np.isfinite(x).all():
-            raise UserError(f"{what} holds NaN or infinite values")
-        return np.ascontiguousarray(x, np.float32)
+    def _images(self, x: Any, what: str, picture: bool = True) -> np.ndarray:
+        """x [N, C, H, W] checked, as float32; ``picture``: whether its values have to be in [-1, 1]."""
+        x = as_images(x, self.image_shape, what, "N", take_8_bit=False)
+        if picture and len(x):
+            check_range(float(x.min()), float(x.max()), what)
+        return x
 
     def _codes(self, z: Any, count: int | None = None) -> np.ndarray | None:
         """z checked; None for a prior, which takes none."""
@@ -184,15 +197,18 @@ class Session:
         Without x_T it is drawn (see :func:`noise`): image k of the call is image ``first + k`` of ``seed``. A prior
         takes no z; then x_T or ``count`` says how many images.
         """
-        z = self._codes(z)
-        known = {len(v) for v in (z, x_T) if v is not None} | ({count} if count is not None else set())
+        z, first = self._codes(z), as_int("first", first, 0)
+        x_T = None if x_T is None else self._images(x_T, "x_T", picture=False)
+        known = {len(v) for v in (z, x_T) if v is not None}
+        if count is not None:
+            known.add(as_int("count", count, 0))
         if len(known) != 1:
             raise UserError(f"z, x_T and count disagree on the number of images: {sorted(known) or 'none given'}")
         (count,) = known
         if x_T is None:
             x = noise(seed, range(first, first + count), self.image_shape, self.manifest.get("noise", "normal"))
         else:
-            x = self._images(x_T, "x_T")
+            x = x_T
         return self._loop("decode_step", x, z, self.manifest["steps"])
 
     def reconstruct(self, x0: np.ndarray) -> np.ndarray:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import make_folder
+from ..files import claim_place, claims, make_folder, naming, unfinished_name
 from . import manifest
 
 
@@ -31,12 +30,20 @@ def check_target(out: str | Path, replaceable: Callable[[Path], bool] = manifest
 def staged_directory(out: str | Path, replaceable: Callable[[Path], bool] = manifest.is_export) -> Iterator[Path]:
     """Yield an empty directory beside ``out``; when the block ends without an error it takes the place of ``out``.
 
-    On any exception, KeyboardInterrupt included, it is removed and ``out`` stays as it was. An earlier export at
-    ``out`` (by ``replaceable``) is replaced; anything else there is a UserError.
+    On any exception, KeyboardInterrupt included, it is removed and ``out`` stays as it was. What a killed process left
+    is removed at the next start. An earlier export at ``out`` (by ``replaceable``) is replaced; anything else there is
+    a UserError, and so is another process that writes there.
     """
-    target = check_target(out, replaceable)
-    make_folder(target.parent)
-    staging = target.parent / f".{target.name[:40]}.{secrets.token_hex(6)}.tmp"
+    with claims():
+        target = check_target(out, replaceable)
+        make_folder(target.parent)
+        claim_place(target)
+        with naming(out):
+            yield from _filled(target, out, replaceable)
+
+
+def _filled(target: Path, out: str | Path, replaceable: Callable[[Path], bool]) -> Iterator[Path]:
+    staging = target.parent / unfinished_name(target.name)
     try:
         staging.mkdir()
     except OSError as error:

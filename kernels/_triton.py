@@ -49,8 +49,8 @@ def triton_status() -> tuple[bool, str]:
     try:
         from .add_upsample_triton import upsample_launches
 
-        probe = torch.ones(1, 1, 1, 2, device="cuda")
-        out = torch.empty(1, 1, 2, 4, device="cuda")
+        probe = torch.ones(1, 1, 1, 2, dtype=torch.float32, device="cuda")
+        out = torch.empty(1, 1, 2, 4, dtype=torch.float32, device="cuda")
         run(upsample_launches(probe, probe, out))
         if out.flatten().tolist() != [2.0] * 8:
             return False, f"triton {triton.__version__}: the probe kernel returned a wrong result"

@@ -161,7 +161,8 @@ def _group_norm(
             rows = 1 if scale is None else x.shape[0]
             a, b = (t.contiguous() for t in collapse(weight, bias, scale, shift, rows, torch.float32))
             x_bias = None if x_bias is None else x_bias.to(torch.float32).contiguous()
-            mean, rstd = (torch.empty(x.shape[0], num_groups) for _ in range(2))
+            shape = (x.shape[0], num_groups)
+            mean, rstd = (torch.empty(shape, dtype=torch.float32, device="cpu") for _ in range(2))
             y = group_norm_native(x, a, b, num_groups, eps, silu, x2, x_bias, statistics=(mean, rstd))
             return y, mean, rstd
     return torch_forward(x, weight, bias, num_groups, eps, scale, shift, silu, x2, x_bias)

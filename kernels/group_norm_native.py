@@ -95,7 +95,7 @@ def _call(function, x, multiplier, addend, num_groups, eps, silu, x2, x_bias, ov
         y = x
     else:
         shape = (batch, channels + channels2, height, width)
-        y = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+        y = torch.empty(shape, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
     mean, rstd = (0, 0) if statistics is None else (statistics[0].data_ptr(), statistics[1].data_ptr())
     failed = function(
         NORM.pack(
@@ -116,7 +116,7 @@ def _check(function) -> str | None:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device="cpu")
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
     with torch.inference_mode():
         for dtype, allowed in TOLERANCE.items():
@@ -128,7 +128,7 @@ def _check(function) -> str | None:
                 )
                 a, b, x_bias = draw(batch, c1 + c2), draw(batch, c1 + c2), draw(c1)
                 found = _call(function, x, a, b, groups, 1e-5, True, x2, x_bias, False, None)
-                ones = torch.ones(c1 + c2)
+                ones = torch.ones(c1 + c2, dtype=torch.float32, device="cpu")
                 expected = group_norm_reference(x, ones, 0 * ones, groups, 1e-5, a, b, True, x2, x_bias)
                 error = float((found.float() - expected).norm() / expected.norm())
                 if not error <= allowed:

@@ -137,7 +137,7 @@ def _check(library: ctypes.CDLL, panel: int, dtypes: tuple[torch.dtype, ...]) ->
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device="cpu")
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
     # Several rows of the micro-kernel, a panel's remainder, tiles cut by both edges.
     batch, channels, outputs, height, width = 2, 48, panel + 5, 9, 7

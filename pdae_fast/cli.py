@@ -6,15 +6,18 @@ import argparse
 import errno
 import json
 import math
+import os
 import platform
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .arguments import ImageRangeWarning, seed_option
 from .errors import UserError
-from .files import atomic_write
+from .files import atomic_write, claims
 
 DEFAULT_MODEL = "fashion32"
 # What a user's machine may say to any write; the rest of OSError would be a defect here and keeps its traceback.
@@ -118,31 +121,46 @@ def add_run_options(p: argparse.ArgumentParser, out: str) -> None:
     )
     p.add_argument("--plan", default="auto", help="how the networks run: auto, fused or eager")
     p.add_argument("--attention", default="auto", help="auto, sdpa or xformers")
-    p.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    p.add_argument("--seed", type=seed_option, default=0, help="seed of everything random")
     p.add_argument("--quiet", action="store_true", help="no progress bar, no table")
     add_foreign_options(p)
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM; who cleans up after an interruption cleans up after it too."""
+
+
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
-    """Call ``main`` and turn a user's mistake into one line and status 2, an interruption into status 130."""
+    """Call ``main``; a user's mistake becomes one line and status 2, and what ends it from outside what shells expect:
+    130 for an interruption, 143 for SIGTERM, 141 where nobody reads what is printed."""
 
     def terminate(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
+        raise _Terminated
 
     previous = signal.signal(signal.SIGTERM, terminate)
     try:
-        main(argv)
+        with claims(), warnings.catch_warnings():
+            # Commands read their images from files, and know their range.
+            warnings.simplefilter("ignore", ImageRangeWarning)
+            # A broken image is counted and named; what libraries think of the others, a user can do nothing about.
+            for library in ("PIL", r"torch\.distributed", r"torch\.nn\.parallel", r"torch\.autograd\.graph"):
+                warnings.filterwarnings("ignore", module=library)
+            main(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more when it ends
+        return 141
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in SYSTEM_REFUSES:
             raise
-        print(f"error: {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as reason:
         print("interrupted; files written so far are complete", file=sys.stderr)
-        return 130
+        return 143 if isinstance(reason, _Terminated) else 130
     finally:
         signal.signal(signal.SIGTERM, previous)
     return 0

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -29,11 +30,12 @@ from .checkpoints.exports import (
 )
 from .checkpoints.foreign import located
 from .checkpoints.official import limits, official_paths, refuse, save_official
-from .config import PDAEConfig
+from .config import PriorConfig
 from .errors import UserError
-from .files import make_folder
-from .models import PDAE, Prior
+from .files import LOCK, claim_folder, claim_place, is_unfinished, left_by_kill, make_folder
+from .models import Autoencoder, Prior
 
+_WORK = "convert"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 # Options of this command, beside the shared ones, that go to checkpoints.load as they are.
 _READING = (
@@ -63,9 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     def add(name: str, **settings: object) -> None:
         group.add_argument(name, default=argparse.SUPPRESS, **settings)
 
-    add("--latent", metavar="FILE", help="latent DPM to make part of the PDAE")
-    add("--classifier", metavar="FILE", help="attribute classifier to make part of the PDAE")
-    add("--statistics", metavar="FILE", help="mean and std of the latents, to make part of the PDAE")
+    add("--latent", metavar="FILE", help="latent DPM to make part of the autoencoder")
+    add("--classifier", metavar="FILE", help="attribute classifier to make part of the autoencoder")
+    add("--statistics", metavar="FILE", help="mean and std of the latents, to make part of the autoencoder")
     add("--attributes", metavar="FILE|NAMES", help="names of the classifier's rows: a file, or a,b,c")
     add("--image-size", type=int, help="side of a prior's images (else from --config, else deduced)")
     add("--dropout", type=float, help="dropout for further training (else from --config, else 0.1)")
@@ -78,11 +80,13 @@ def _convert(argv: list[str] | None) -> None:
     out = Path(args.out).expanduser()
     if args.to == "pdae_fast":
         _check_directory(out, args.overwrite)
+        claim_folder(out, _WORK)
     options = cli.foreign_options(args) | {name: getattr(args, name) for name in _READING if hasattr(args, name)}
     loaded = checkpoints.load(args.source, **options)
     model = _build(loaded)
     dtype = _DTYPES[args.dtype]
     if args.to == "pdae_fast":
+        _retire(out / CONFIG_NAME, model)
         model.save_pretrained(out, dtype)
         written = [out]
     else:
@@ -91,7 +95,9 @@ def _convert(argv: list[str] | None) -> None:
         print(_summary(args, loaded, model, written))
 
 
-def _export(out: Path, args: argparse.Namespace, loaded: Loaded, model: PDAE | Prior, dtype: torch.dtype) -> list[Path]:
+def _export(
+    out: Path, args: argparse.Namespace, loaded: Loaded, model: Autoencoder | Prior, dtype: torch.dtype
+) -> list[Path]:
     """Write ``model`` in another project's layout; UserError before anything is written where that cannot be."""
     config, state = model.config, model.state_dict()
     with located(args.source):
@@ -99,29 +105,36 @@ def _export(out: Path, args: argparse.Namespace, loaded: Loaded, model: PDAE | P
     if args.to == "diffusers":
         if out.exists() and not out.is_dir():
             raise UserError(f"{out}: a file; expected a directory to write into")
-        _check_files(diffusers_paths(out), args)
+        _check_files(diffusers_paths(out), args, left_by_kill(out, _WORK))
+        claim_folder(out, _WORK)
         save_diffusers(out, config, state, dtype)
         return [out]
     if out.suffix not in _SUFFIXES[args.to]:
         raise UserError(f"{out}: expected the name of a {_SUFFIXES[args.to][0]} file to write with --to {args.to}")
-    _check_files([out] if args.to == "guided" else official_paths(out, config).values(), args)
+    paths = [out] if args.to == "guided" else list(official_paths(out, config).values())
+    _check_files(paths, args, any(left_by_kill(path, _WORK, inside=False) for path in paths))
     make_folder(out.parent)
+    for path in paths:
+        claim_place(path, _WORK)
     if args.to == "official":
         return list(save_official(out, config, state, dtype).values())
     save_guided(out, config, state, dtype)
     return [out]
 
 
-def _build(loaded: Loaded) -> PDAE | Prior:
+def _build(loaded: Loaded) -> Autoencoder | Prior:
     """The model itself, so that every tensor has met the shape which the configuration expects."""
-    cls = PDAE if isinstance(loaded.config, PDAEConfig) else Prior
+    cls = Prior if isinstance(loaded.config, PriorConfig) else Autoencoder
     return cls.from_state(loaded.config, loaded.state, loaded.origin)
 
 
 def _check_directory(out: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: a file; expected a directory to write into (--to official writes a file)")
-    if overwrite or not out.is_dir() or not any(out.iterdir()):
+    # What a killed conversion left is its own.
+    if overwrite or not out.is_dir() or left_by_kill(out, _WORK):
+        return
+    if all(path.name == LOCK or is_unfinished(path.name) for path in out.iterdir()):
         return
     try:
         config.load(out / CONFIG_NAME)
@@ -131,16 +144,25 @@ def _check_directory(out: Path, overwrite: bool) -> None:
         ) from None
 
 
-def _check_files(paths: Iterable[Path], args: argparse.Namespace) -> None:
+def _retire(path: Path, model: PDAE | Prior) -> None:
+    """Remove an earlier configuration that is not the model's: it must not stand beside the new weights for a moment.
+    The new one is written last."""
+    with suppress(OSError):
+        if path.read_text(encoding="utf-8", errors="replace") != config.dumps(model.config):
+            path.unlink()
+
+
+def _check_files(paths: Sequence[Path], args: argparse.Namespace, unfinished: bool) -> None:
+    """UserError for files that are there, unless a killed conversion left them (``unfinished``)."""
     source = Path(args.source).expanduser()
     for path in paths:
         if path.exists() and source.exists() and path.samefile(source):
             raise UserError(f"{path}: the source itself; expected another file to write")
-        if path.exists() and not args.overwrite:
+        if path.exists() and not args.overwrite and not unfinished:
             raise UserError(f"{path}: exists; expected a new file (or --overwrite)")
 
 
-def _summary(args: argparse.Namespace, loaded: Loaded, model: PDAE | Prior, written: list[Path]) -> str:
+def _summary(args: argparse.Namespace, loaded: Loaded, model: Autoencoder | Prior, written: list[Path]) -> str:
     unet, size = loaded.config.unet, loaded.config.image_size
     heads = (
         f"{unet.num_heads} head{'s' * (unet.num_heads > 1)}"
@@ -161,7 +183,7 @@ def _summary(args: argparse.Namespace, loaded: Loaded, model: PDAE | Prior, writ
         f"  schedule    {loaded.config.schedule.kind}, {loaded.config.schedule.timesteps} steps"
         + predicted[loaded.config.prediction],
     ]
-    if isinstance(loaded.config, PDAEConfig):
+    if not isinstance(loaded.config, PriorConfig):
         c = loaded.config
         parts = [
             f"latent DPM of {c.latent.layers} layers, {c.latent.hidden} wide" if c.latent else "",

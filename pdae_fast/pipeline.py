@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .engine import build_plan, out_of_memory, resolve_device, resolve_dtype
+from .arguments import as_indices, as_int, as_number, brief
+from .engine import build_plan, in_forked_process, out_of_memory, resolve_device, resolve_dtype
 from .errors import UserError
+from .isolation import undisturbed
 from .models import PDAE, Autoencoder, DiffAE, Prior
 from .samplers import ddim
 from .samplers.ddim import Field
 from .samplers.noise import ImageNoise, lerp, random_noise, slerp
 from .samplers.recipe import Recipe
 from .schedule import Trajectory, build_schedule
+from .tensors import as_image_tensor, as_tensor, as_values, as_weights
 
 INTERPOLATIONS = ("latent", "trajectory")
 DIFFAE_LATENT_STEPS = 200
 # Streams of random numbers of one seed: those of an image's x_T, of its z_T and of the noise in its steps are apart.
 LATENT_STREAM, STEP_STREAM = 2**32, 2**33
+
+
+def calls(method: Callable) -> Callable:
+    """A method that users call: what it computes depends on no setting of their process, and it changes none."""
+
+    @functools.wraps(method)
+    def call(self: Pipeline, *arguments: Any, **keywords: Any) -> Any:
+        with undisturbed():
+            return method(self, *arguments, **keywords)
+
+    return call
 
 
 class Pipeline:
@@ -42,11 +58,17 @@ class Pipeline:
         plan: "auto", "fused" (the engine's rewrites) or "eager" (the modules as they are).
         attention: "auto", "sdpa" or "xformers".
 
-    Images are float32 [B, C, H, W] in [-1, 1]; results come back float32 on the CPU. ``pipe.recipe`` says what runs,
-    ``pipe.noise`` how random x_T is drawn, and ``pipe.evaluations`` counts network evaluations (in images) since it was
-    made. Raises UserError for anything a user can get wrong.
+    Images are floating point tensors [B, C, H, W] in [-1, 1], or arrays of NumPy (arguments.as_images); results come
+    back float32 on the CPU, as ordinary tensors. ``pipe.recipe`` says what runs, ``pipe.noise`` how random x_T is
+    drawn, and ``pipe.evaluations`` counts network evaluations (in images) since it was made. Raises UserError for
+    anything a user can get wrong.
+
+    The weights are copied when it is made: the model is left as it is, in its mode, and what happens to it later is not
+    seen. Several threads may call one pipeline. Copies share the weights; a pickled one carries them, without
+    ``progress``, and is built anew where it is read.
     """
 
+    @undisturbed()
     def __init__(
         self,
         model: PDAE | DiffAE | Prior,
@@ -61,8 +83,10 @@ class Pipeline:
     ) -> None:
         if not isinstance(model, (Autoencoder, Prior)):
             raise UserError(f"Pipeline needs a PDAE, a DiffAE or a Prior, not {type(model).__name__}")
-        if batch_size is not None and batch_size < 1:
-            raise UserError(f"batch size must be at least 1, not {batch_size}")
+        if batch_size is not None:
+            batch_size = as_int("batch size", batch_size, 1)
+        if progress is not None and not callable(progress):
+            raise UserError(f"progress must be a function or None, not {brief(progress)}")
         self.model, self.progress = model, progress
         self.schedule = build_schedule(model.config.schedule)
         self.recipe = Recipe.of(recipe, **fields)
@@ -71,6 +95,32 @@ class Pipeline:
         self.dtype = resolve_dtype(dtype, self.device, sum(p.numel() for p in model.parameters()))
         self.plan = build_plan(model, self.device, self.dtype, plan, attention=attention, reuse=self.recipe.reuse)
         self.batch_size = batch_size or self.plan.batch_size()
+        # In float32, whatever the networks run in.
+        self._latents = self._directions = None
+        kept = "cpu", torch.float32
+        if isinstance(model, Autoencoder) and model.config.latent_statistics:
+            self._latents = tuple(v.detach().to(*kept, copy=True) for v in (model.latent_mean, model.latent_std))
+        if isinstance(model, Autoencoder) and model.classifier is not None:
+            self._directions = tuple(
+                v.detach().to(*kept, copy=True) for v in (model.classifier.weight, model.classifier.bias)
+            )
+
+    def __copy__(self) -> Pipeline:
+        other = object.__new__(type(self))
+        other.__dict__.update(vars(self))
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pipeline:
+        other = copy.copy(self)
+        other.plan = copy.deepcopy(self.plan, memo)
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "model": None, "progress": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.model = self.plan.model
 
     def with_recipe(self, recipe: Recipe | str | None = None, **fields: Any) -> Pipeline:
         """Another pipeline with ``recipe`` (None: this one's) and ``fields`` in place of its own.
@@ -92,7 +142,7 @@ class Pipeline:
     @property
     def evaluations(self) -> dict[str, int]:
         """Network evaluations so far, in images: encoder, trunk, eps, gradient, latent."""
-        return dict(self.plan.evaluations)
+        return self.plan.counts()
 
     @property
     def equivalents(self) -> float:
@@ -101,16 +151,8 @@ class Pipeline:
 
     # -- checks and batching ---------------------------------------------------------------------------------------
 
-    def _images(self, x: Tensor, what: str) -> Tensor:
-        shape = self.model.image_shape
-        if not isinstance(x, Tensor) or x.ndim != 4 or tuple(x.shape[1:]) != shape:
-            found = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise UserError(f"{what} has shape {found}; this model expects [B, {', '.join(map(str, shape))}]")
-        if not x.is_floating_point():
-            raise UserError(f"{what} has dtype {x.dtype}; expected floating point values in [-1, 1]")
-        if not bool(torch.isfinite(x).all()):
-            raise UserError(f"{what} holds NaN or infinite values")
-        return x.detach().float()
+    def _images(self, x: Tensor | np.ndarray, what: str, picture: bool = True) -> Tensor:
+        return as_image_tensor(x, self.model.image_shape, what, picture)
 
     def _pdae(self, what: str) -> Autoencoder:
         if not isinstance(self.model, Autoencoder):
@@ -130,10 +172,10 @@ class Pipeline:
                 raise UserError("z is missing: every block of a Diff-AE reads it; give z, of encode or sample_latents")
             return None
         D = self._pdae("z").config.latent_dim
-        if not isinstance(z, Tensor) or z.ndim != 2 or z.shape[1] != D or (count is not None and len(z) != count):
-            found = list(z.shape) if isinstance(z, Tensor) else type(z).__name__
-            raise UserError(f"z has shape {found}; expected [{'B' if count is None else count}, {D}]")
-        return z.detach().float()
+        z = as_tensor(z, "z")
+        if z.ndim != 2 or z.shape[1] != D or (count is not None and len(z) != count):
+            raise UserError(f"z has shape {list(z.shape)}; expected [{'B' if count is None else count}, {D}]")
+        return as_values(z, "z")
 
     def _chunks(self, count: int) -> Iterator[slice]:
         for start in range(0, count, self.batch_size):
@@ -148,6 +190,8 @@ class Pipeline:
             try:
                 parts.append(run(part).cpu())
             except (RuntimeError, MemoryError) as error:
+                if in_forked_process(error):
+                    raise UserError(f"{self.device} cannot be used in a forked process; start it by spawn") from None
                 if not out_of_memory(error):
                     raise
                 raise UserError(
@@ -159,15 +203,17 @@ class Pipeline:
         return None if self.progress is None else lambda: self.progress(count)
 
     def _collect(self, parts: list[Tensor], shape: Sequence[int]) -> Tensor:
-        return torch.cat(parts) if parts else torch.empty(0, *shape)
+        return torch.cat(parts) if parts else torch.empty(0, *shape, dtype=torch.float32)
 
     # -- the autoencoder -------------------------------------------------------------------------------------------
 
+    @calls
     def encode(self, x0: Tensor) -> Tensor:
         """x0 [B, C, H, W] -> z [B, latent_dim]."""
         model, x0 = self._pdae("encode"), self._images(x0, "x0")
         return self._batched(len(x0), lambda part: self.plan.encode(x0[part]), (model.config.latent_dim,))
 
+    @calls
     def invert(self, x0: Tensor, z: Tensor | None = None) -> Tensor:
         """Inferred x_T [B, C, H, W] of x0 [B, C, H, W] given its z [B, latent_dim] (None: by the prior alone).
 
@@ -212,12 +258,13 @@ class Pipeline:
     def _latent(self, x_T: Tensor) -> Tensor:
         """x_T checked: [B, C, H, W], or the states [B, 2, C, H, W] that the recipe's solver infers."""
         if not (isinstance(x_T, Tensor) and x_T.ndim == 5 and x_T.shape[1] == 2):
-            return self._images(x_T, "x_T")
+            return self._images(x_T, "x_T", picture=False)
         if self.recipe.method.states != 2:
             solver = self.recipe.solver
             raise UserError(f"x_T is a pair of states, which only the solver belm decodes; {solver} takes x_T[:, 0]")
-        return self._images(x_T.flatten(0, 1), "x_T").unflatten(0, (-1, 2))
+        return self._images(x_T.flatten(0, 1), "x_T", picture=False).unflatten(0, (-1, 2))
 
+    @calls
     def decode(
         self,
         z: Tensor | None = None,
@@ -236,23 +283,29 @@ class Pipeline:
         Without z the prior alone decodes, and G is not run; then ``x_T`` or ``count`` says how many images.
         ``stop_percent``: G is left out for the last part of the trajectory.
         """
-        z = self._codes(z)
-        known = {len(v) for v in (z, x_T, indices) if v is not None} | ({count} if count is not None else set())
+        z, x_T = self._codes(z), None if x_T is None else self._latent(x_T)
+        indices = None if indices is None else as_indices("indices", indices)
+        known = {len(v) for v in (z, x_T, indices) if v is not None}
+        if count is not None:
+            known.add(as_int("count", count, 0))
         if len(known) != 1:
             raise UserError(
                 f"z, x_T, indices and count disagree on the number of images: {sorted(known) or 'none given'}"
             )
         (count,) = known
+        trajectory = self.recipe.down(self.schedule, stop_percent)
         if generator is not None:
+            if not isinstance(generator, torch.Generator):
+                raise UserError(f"generator must be a torch.Generator, not {type(generator).__name__}")
             drawn, noise = self._drawn(count, generator, x_T is None)
         else:
             indices = range(count) if indices is None else indices
             drawn = self.random_x_T(seed, indices) if x_T is None else None
-            noise = ImageNoise(seed + STEP_STREAM, indices, ()).generators if self.recipe.draws else None
-        latent = self._latent(x_T) if drawn is None else drawn
-        trajectory = self.recipe.down(self.schedule, stop_percent)
+            noise = ImageNoise(seed, indices, (), stream=STEP_STREAM).generators if self.recipe.draws else None
+        latent = x_T if drawn is None else drawn
         return self._decode(latent, trajectory, lambda part: self.plan.field(None if z is None else z[part]), noise)
 
+    @calls
     def random_x_T(self, seed: int, indices: Sequence[int]) -> Tensor:
         """Random x_T [len(indices), C, H, W]: image k of ``seed`` has the same whatever else is asked for with it."""
         return random_noise(self.noise, ImageNoise(seed, indices, self.model.image_shape)())
@@ -267,13 +320,15 @@ class Pipeline:
         shape, latents, noise = self.model.image_shape, [], []
         for _ in range(count):
             if x_T:
-                latents.append(torch.randn(1, *shape, generator=generator, device=generator.device).cpu())
+                drawn = torch.randn(1, *shape, generator=generator, device=generator.device, dtype=torch.float32)
+                latents.append(drawn.cpu())
             if self.recipe.draws:
                 number = torch.randint(2**62, (), generator=generator, device=generator.device)
                 noise.append(torch.Generator().manual_seed(int(number)))
         drawn = random_noise(self.noise, self._collect(latents, shape)) if x_T else None
         return drawn, noise if self.recipe.draws else None
 
+    @calls
     def reconstruct(self, x0: Tensor) -> Tensor:
         """x0 -> z and inferred x_T -> x0 again [B, C, H, W]."""
         z = self.encode(x0)
@@ -281,6 +336,7 @@ class Pipeline:
 
     # -- what z is for ---------------------------------------------------------------------------------------------
 
+    @calls
     def interpolate(self, x_a: Tensor, x_b: Tensor, weights: Sequence[float] | Tensor, kind: str = "latent") -> Tensor:
         """Images [n, C, H, W] between two images [1, C, H, W] (or [C, H, W]) at ``weights`` (0 is x_a, 1 is x_b).
 
@@ -289,10 +345,12 @@ class Pipeline:
         x_T.
         """
         self._check_interpolation(kind)
-        x_a, x_b = (x[None] if x.ndim == 3 else x for x in (x_a, x_b))
+        x_a, x_b = (x[None] if getattr(x, "ndim", None) == 3 else x for x in (x_a, x_b))
+        x_a, x_b = self._images(x_a, "x_a"), self._images(x_b, "x_b")
+        weights = as_weights(weights)
         if len(x_a) != 1 or len(x_b) != 1:
             raise UserError(f"interpolate takes two single images, not {len(x_a)} and {len(x_b)}")
-        x0 = torch.cat([self._images(x_a, "x_a"), self._images(x_b, "x_b")])
+        x0 = torch.cat([x_a, x_b])
         z = self.encode(x0)
         x_T = self.invert(x0, z)
         return self.blend(z[:, None], x_T[:, None], weights, kind)[0]
@@ -303,6 +361,7 @@ class Pipeline:
         if kind == "trajectory":
             self._mixes("interpolation kind 'trajectory'")
 
+    @calls
     def blend(self, z: Tensor, x_T: Tensor, weights: Sequence[float] | Tensor, kind: str = "latent") -> Tensor:
         """`interpolate` for P pairs that are encoded already, all of their frames in one batched run.
 
@@ -310,11 +369,13 @@ class Pipeline:
         the second. weights: n numbers, the same for every pair. Returns [P, n, C, H, W].
         """
         self._check_interpolation(kind)
+        self._pdae("blend")
+        z, x_T = as_tensor(z, "z"), as_tensor(x_T, "x_T")
         if z.ndim != 3 or len(z) != 2 or x_T.shape[:2] != z.shape[:2]:
             raise UserError(
                 f"z has shape {list(z.shape)} and x_T {list(x_T.shape)}; expected [2, P, latent_dim], [2, P, C, H, W]"
             )
-        w, P = torch.as_tensor(weights, dtype=torch.float32).flatten(), z.shape[1]
+        w, P = as_weights(weights), z.shape[1]
         n, every = len(w), w.repeat(P)
         z_a, z_b = z.repeat_interleave(n, dim=1)
         start = slerp(*x_T.repeat_interleave(n, dim=1), every)
@@ -324,9 +385,11 @@ class Pipeline:
             x = self.decode_mixture(torch.stack([z_a, z_b]), torch.stack([1 - every, every]), start)
         return x.unflatten(0, (P, n))
 
+    @calls
     def decode_mixture(self, z: Tensor, weights: Tensor, x_T: Tensor, stop_percent: float = 0.0) -> Tensor:
         """Decode x_T (as in decode) with G = sum_k weights[k] G(x, z[k]); z [K, B, latent_dim], weights [K, B]."""
         x_T, D = self._latent(x_T), self._mixes("decode_mixture").config.latent_dim
+        z, weights = as_tensor(z, "z"), as_tensor(weights, "weights")
         if z.ndim != 3 or tuple(z.shape[1:]) != (len(x_T), D) or weights.shape != z.shape[:2]:
             raise UserError(
                 f"z has shape {list(z.shape)} and weights {list(weights.shape)}; "
@@ -334,55 +397,69 @@ class Pipeline:
             )
         if self.recipe.draws:
             raise UserError("decode_mixture decodes with steps that draw no noise")
+        z, weights = as_values(z, "z"), as_values(weights, "weights")
         trajectory = self.recipe.down(self.schedule, stop_percent)
-        return self._decode(x_T, trajectory, lambda part: self.plan.field(z[:, part].float(), weights[:, part].float()))
+        return self._decode(x_T, trajectory, lambda part: self.plan.field(z[:, part], weights[:, part]))
 
     def _statistics(self, what: str) -> tuple[Tensor, Tensor]:
-        model = self._pdae(what)
-        if not model.config.latent_statistics:
+        self._pdae(what)
+        if self._latents is None:
             raise UserError(f"{what} needs the mean and standard deviation of the latents; this model has none")
-        return model.latent_mean.cpu(), model.latent_std.cpu()
+        return self._latents
 
+    @calls
     def manipulate(self, x0: Tensor, attribute: str | int, scale: float) -> Tensor:
         """Images [B, C, H, W] of x0 with ``attribute`` moved by ``scale`` along the classifier's direction.
 
         z_norm + scale sqrt(latent_dim) w / ||w||, decoded from the *inferred* x_T, which keeps the rest.
         """
-        self.direction(attribute)  # a mistake shows before the work
+        scale = as_number("scale", scale)
+        self.direction(attribute), self._statistics("manipulate")  # a mistake shows before the work
         z = self.encode(x0)
         return self.decode(self.edit(z, attribute, scale), self.invert(x0, z))
 
+    @calls
     def edit(self, z: Tensor, attribute: str | int, scale: float | Tensor) -> Tensor:
         """z [B, latent_dim] with ``attribute`` moved by ``scale`` (a number, or one for each row [B]), as in
         `manipulate`."""
         direction = self.direction(attribute)
         mean, std = self._statistics("manipulate")
-        z, scale = self._codes(z), torch.as_tensor(scale, dtype=torch.float32)
+        z = self._codes(z)
+        if isinstance(scale, (Tensor, np.ndarray)) and scale.ndim:
+            scale = as_values(as_tensor(scale, "scale").flatten(), "scale")
+            if len(scale) not in (1, len(z)):
+                raise UserError(f"scale has {len(scale)} values; expected one, or one for each of {len(z)} rows of z")
+        else:
+            scale = torch.tensor(as_number("scale", scale), dtype=torch.float32)
         return ((z - mean) / std + scale.reshape(-1, 1) * direction) * std + mean
 
+    @calls
     def direction(self, attribute: str | int) -> Tensor:
         """sqrt(latent_dim) w / ||w|| [latent_dim], w the classifier's row of ``attribute`` (a name or its place)."""
         model = self._pdae("manipulate")
         names = model.config.attributes
-        if model.classifier is None:
+        if self._directions is None:
             raise UserError(
                 "manipulate needs an attribute classifier; this model has none: make one with "
                 "`python -m pdae_fast.train classifier`, or give `python -m pdae_fast.convert` the one that there is"
             )
-        row = attribute if isinstance(attribute, int) else (names.index(attribute) if attribute in names else -1)
+        if isinstance(attribute, str):
+            row = names.index(attribute) if attribute in names else -1
+        else:
+            row = as_int("attribute, where it is not a name,", attribute)
         if not 0 <= row < len(names):
             raise UserError(f"attribute {attribute!r} is not known; expected one of {', '.join(names)}")
-        w = model.classifier.weight[row].detach().cpu()
+        w = self._directions[0][row]
         return model.config.latent_dim**0.5 * w / w.norm()
 
+    @calls
     def logits(self, z: Tensor) -> Tensor:
         """Scores [B, attributes] of the classifier for z [B, latent_dim]; above 0 is positive."""
         self.direction(0)
         mean, std = self._statistics("logits")
-        classifier = self.model.classifier
-        w, b = (v.detach().cpu().float() for v in (classifier.weight, classifier.bias))
-        return torch.nn.functional.linear((self._codes(z) - mean) / std, w, b)
+        return torch.nn.functional.linear((self._codes(z) - mean) / std, *self._directions)
 
+    @calls
     def sample(
         self,
         count: int,
@@ -398,13 +475,14 @@ class Pipeline:
         ``latent_steps`` and ``latent_clamp`` are those of `sample_latents`. A prior samples alone.
         They are images ``first``, ``first + 1`` ... of ``seed``: the same however a caller splits them.
         """
-        if count < 1:
-            raise UserError(f"the number of images must be at least 1, not {count}")
+        count, first = as_int("the number of images", count, 1), as_int("first", first, 0)
+        self.recipe.down(self.schedule, stop_percent)  # a mistake shows before the work
         if isinstance(self.model, Prior):
             return self.decode(count=count, seed=seed, indices=range(first, first + count))
         z = self.sample_latents(count, latent_steps, latent_clamp, seed, first)
         return self.decode(z, None, stop_percent, seed=seed, indices=range(first, first + count))
 
+    @calls
     def sample_latents(
         self, count: int, steps: int | None = None, clamp: bool | None = None, seed: int = 0, first: int = 0
     ) -> Tensor:
@@ -413,10 +491,11 @@ class Pipeline:
         As the model's own code does. PDAE: as many DDIM steps as the recipe has, z_T and every estimate of z_0 clamped
         to +-1. Diff-AE: 200 "strided" steps, nothing clamped. ``steps`` and ``clamp`` in place of these.
         """
+        count, first = as_int("the number of z", count, 0), as_int("first", first, 0)
         trajectory, clamp = self.latent_settings(steps, clamp)
         mean, std = self._statistics("sample")
         D = self.model.config.latent_dim
-        z_T = ImageNoise(seed + LATENT_STREAM, range(first, first + count), (D,), self.device)()
+        z_T = ImageNoise(seed, range(first, first + count), (D,), self.device, LATENT_STREAM)()
         z_T, bound = (z_T.clamp(-1, 1), 1.0) if clamp else (z_T, None)
         z = ddim.integrate(self.plan.latent_field(), z_T, trajectory, clamp=bound)
         return z.cpu() * std + mean
@@ -425,7 +504,7 @@ class Pipeline:
         """What `sample_latents` runs with these arguments; UserError where the model has no latent DPM, or the latent
         DPM no such steps."""
         model = self._pdae("sample")
-        if model.latent_denoiser is None:
+        if model.config.latent is None:
             raise UserError(
                 "sample needs a latent DPM; this model has none: make one with `python -m pdae_fast.train latent`, or "
                 "give `python -m pdae_fast.convert` the one that there is"

@@ -44,6 +44,20 @@ class Group(NamedTuple):
         return f"cuda:{int(os.environ.get('LOCAL_RANK', self.rank)) % torch.cuda.device_count()}"
 
 
+def _size() -> int:
+    """How many processes the environment names; UserError where it does not say how they find each other."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"the environment has WORLD_SIZE={text}, which is no number of processes; unset it")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if int(text) > 1 and missing:
+        raise UserError(
+            f"the environment has WORLD_SIZE={text} but no {' or '.join(missing)}: start the processes with torchrun, "
+            "or unset WORLD_SIZE for one process alone"
+        )
+    return int(text)
+
+
 @contextmanager
 def processes(
     kept: str = "finished blocks are kept: run the same command again to continue",
@@ -52,7 +66,7 @@ def processes(
 
     ``kept`` says what is left, and what to do, when the group is told to end.
     """
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size = _size()
     if size == 1:
         yield Group()
         return

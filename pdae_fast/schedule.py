@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .arguments import as_int, as_number
 from .config import ScheduleConfig
 from .errors import UserError
 
@@ -127,8 +128,7 @@ class Schedule:
         n-th from 0, up to no more than T-1, n being the smallest for which they are S; UserError where no n is.
         "respaced": S evenly from 0 to T-1, rounded.
         """
-        if not 1 <= steps <= self.last + 1:
-            raise UserError(f"steps must be between 1 and {self.last + 1}, not {steps}")
+        steps = as_int("steps", steps, 1, self.last + 1)
         if spacing == "strided":
             return self._strided(steps)
         if spacing == "respaced":
@@ -202,9 +202,7 @@ class Schedule:
 
 def _stop(stop_percent: float, steps: int) -> int:
     """The least remaining step index at which G is still used."""
-    if not 0 <= stop_percent <= 1:
-        raise UserError(f"stop_percent must be between 0 and 1, not {stop_percent}")
-    return int(stop_percent * steps)
+    return int(as_number("stop_percent", stop_percent, 0, 1) * steps)
 
 
 @functools.lru_cache(maxsize=8)

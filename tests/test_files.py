@@ -6,7 +6,10 @@ import sys
 import pytest
 
 from pdae_fast.errors import UserError
-from pdae_fast.files import atomic_write, make_folder
+from pdae_fast.files import (
+    atomic_write,
+    make_folder,
+)
 
 
 def test_writes_bytes_and_text(tmp_path):

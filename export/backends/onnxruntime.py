@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ CPU, CUDA = _FULL_NAMES["cpu"], _FULL_NAMES["cuda"]
 
 
 class OnnxRuntimeBackend(Backend):
-    """Runs the .onnx files of ``directory``; each is loaded when it is first needed.
+    """Runs the .onnx files of ``directory``; each is loaded when it is first needed. Several threads may use it.
 
     provider, threads, allow_fallback: as in :class:`pdae_fast.export.runtime.Session`.
     """
@@ -46,7 +47,7 @@ class OnnxRuntimeBackend(Backend):
         except ImportError as error:
             raise UserError(f"onnxruntime cannot be imported ({error}); {INSTALL}") from None
         self._ort, self._directory, self._manifest = onnxruntime, directory, manifest
-        self._threads, self._sessions = threads, {}
+        self._threads, self._sessions, self._loading = threads, {}, threading.Lock()
         self._wanted, self._strict = self._choose(provider)
         self._strict = self._strict and not allow_fallback
         if self._wanted == CPU and manifest["dtype"] == "bfloat16":
@@ -72,9 +73,10 @@ class OnnxRuntimeBackend(Backend):
         )
 
     def _session(self, graph: str) -> Any:
-        if graph not in self._sessions:
-            self._sessions[graph] = self._load(graph)
-        return self._sessions[graph]
+        with self._loading:
+            if graph not in self._sessions:
+                self._sessions[graph] = self._load(graph)
+            return self._sessions[graph]
 
     def _load(self, graph: str) -> Any:
         path = manifests.graph_path(self._directory, self._manifest, graph)

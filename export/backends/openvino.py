@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ class OpenVINOBackend(Backend):
                 f"OpenVINO has no device {device} here; it has {', '.join(self._core.available_devices) or 'none'}"
             )
         self.provider = f"OpenVINO {device}"
-        self._device, self._requests = device, {}
+        # A request runs one evaluation at a time, on all threads that it may use.
+        self._device, self._requests, self._running = device, {}, threading.Lock()
         # Asked for f16 on a processor without it, 2026.4 computed in bfloat16: a hundred times the error of float16.
         precision = "bf16" if manifest["dtype"] == "bfloat16" else "f32"
         self._settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
@@ -54,8 +56,9 @@ class OpenVINOBackend(Backend):
 
     def run(self, graph: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """As :meth:`Backend.run`."""
-        results = self._request(graph).infer(inputs)
-        # By position: a compiled output keeps only some of its names. The request writes the same memory again at its
-        # next call, hence the copies.
         names = [output["name"] for output in self._manifest["graphs"][graph]["outputs"]]
-        return {name: np.array(results[i]) for i, name in enumerate(names)}
+        with self._running:
+            results = self._request(graph).infer(inputs)
+            # By position: a compiled output keeps only some of its names. The request writes the same memory again at
+            # its next call, hence the copies.
+            return {name: np.array(results[i]) for i, name in enumerate(names)}

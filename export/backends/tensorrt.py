@@ -6,6 +6,7 @@ replay of one captured CUDA graph, its step number copied from a table that was 
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def check_engines(directory: Path, manifest: dict[str, Any], capability: str) ->
 class TensorRTBackend:
     """The graphs of ``directory`` (see `pdae_fast.export.manifest`) on the first visible GPU.
 
-    Engines are opened when they are first used. Not for use by several threads at once; close() gives the memory back.
+    Engines are opened when they are first used. Several threads may use them, one at a time: all work is on one stream.
+    close() gives the memory back.
 
     Raises UserError, one line, when the package is missing or of another version than the one that built the engines,
     when there is no driver, when no engine was built for this GPU, or when a file is not the one that was built.
@@ -69,6 +71,7 @@ class TensorRTBackend:
             self._cuda.close()
             raise
         self._engines: dict[str, Engine] = {}
+        self._running = threading.Lock()
         self.name = flavor.name
         self.provider = f"GPU of compute capability {capability}"
 
@@ -88,36 +91,39 @@ class TensorRTBackend:
 
     def run(self, graph: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One evaluation; names, dtypes and shapes as the manifest lists them."""
-        engine = self._engine(graph)
-        if sorted(inputs) != sorted(engine.inputs):
-            raise UserError(f"{graph} takes {', '.join(engine.inputs)}, not {', '.join(inputs)}")
-        count = next(len(inputs[name]) for name, t in engine.inputs.items() if not isinstance(t["shape"][0], int))
-        engine.set_batch(count)
-        for name, array in inputs.items():
-            engine.upload(name, array)
-        engine.execute()
-        return {name: engine.download(name) for name in engine.outputs}
+        with self._running:
+            engine = self._engine(graph)
+            if sorted(inputs) != sorted(engine.inputs):
+                raise UserError(f"{graph} takes {', '.join(engine.inputs)}, not {', '.join(inputs)}")
+            count = next(len(inputs[name]) for name, t in engine.inputs.items() if not isinstance(t["shape"][0], int))
+            engine.set_batch(count)
+            for name, array in inputs.items():
+                engine.upload(name, array)
+            engine.execute()
+            return {name: engine.download(name) for name in engine.outputs}
 
     def loop(self, graph: str, x: np.ndarray, conditioning: np.ndarray | None, steps: int) -> np.ndarray:
         """x [N, C, H, W] after ``graph`` has run with step = 0 ... steps - 1; conditioning [N, 2, M] or None."""
         if not 0 <= steps <= self._steps:
             raise UserError(f"{steps} steps; these engines were built for {self._steps}")
-        engine = self._engine(graph)
-        engine.set_batch(len(x))
-        engine.upload("x", x)
-        if conditioning is not None:
-            engine.upload("conditioning", conditioning)
-        size = np.dtype(np.int64).itemsize
-        for i in range(steps):
-            self._cuda.copy(engine.address["step"], self._step_table + i * size, size)
-            engine.advance()
-        return engine.download("x")
+        with self._running:
+            engine = self._engine(graph)
+            engine.set_batch(len(x))
+            engine.upload("x", x)
+            if conditioning is not None:
+                engine.upload("conditioning", conditioning)
+            size = np.dtype(np.int64).itemsize
+            for i in range(steps):
+                self._cuda.copy(engine.address["step"], self._step_table + i * size, size)
+                engine.advance()
+            return engine.download("x")
 
     def close(self) -> None:
-        for engine in self._engines.values():
-            engine.close()
-        self._engines.clear()
-        self._cuda.close()
+        with self._running:
+            for engine in self._engines.values():
+                engine.close()
+            self._engines.clear()
+            self._cuda.close()
 
     def __enter__(self) -> TensorRTBackend:
         return self

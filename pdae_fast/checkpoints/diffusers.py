@@ -226,23 +226,19 @@ def _resampling(c: Mapping[str, Any], way: str, blocks: tuple[str, ...], path: P
 
 
 def _refuse_variants(c: Mapping[str, Any], path: Path) -> None:
-    for name in ("attention_legacy_order", "adm_groups"):
-        if name in c:
-            raise UserError(
-                f"{path}: made for a fork of diffusers ({name}); expected the guided-diffusion file that it was "
-                "converted from"
-            )
-    if c["time_embedding_type"] != "positional":
-        kind = c["time_embedding_type"]
-        fork = kind == "adm"
+    fork = "attention_legacy_order" if c.get("attention_legacy_order") else c["time_embedding_type"] == "adm"
+    if fork:
+        what = fork if isinstance(fork, str) else "time_embedding_type 'adm'"
         raise UserError(
-            f"{path}: time_embedding_type {kind!r}, "
-            + ("made for a fork of diffusers; expected the file it was converted from" if fork else _EXPECTED)
+            f"{path}: made for a fork of diffusers ({what}), without which it computes something else; expected the "
+            "guided-diffusion file that it was converted from"
         )
+    if c["time_embedding_type"] != "positional":
+        raise UserError(f"{path}: time_embedding_type is {c['time_embedding_type']!r}; {_EXPECTED}")
     for name, known in _BLOCKS.items():
         other = next((block for block in c[name] if block not in known), None)
         if other is not None:
-            raise UserError(f"{path}: a network with {other}; expected {name} out of {', '.join(known)}")
+            raise UserError(f"{path}: a network with {other}; expected {name} among {', '.join(known)}")
     # Attention on the way down and not on the way up, or the other way round.
     ups = c["up_block_types"][::-1]
     for down, up in zip(c["down_block_types"], ups, strict=False):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import config as configs
-from ..config import PDAEConfig, PriorConfig
+from ..config import AnyConfig
 from ..errors import UserError
 from ..files import atomic_write
 
@@ -30,7 +30,7 @@ class Loaded:
     the file nor the user said and was assumed.
     """
 
-    config: PDAEConfig | PriorConfig
+    config: AnyConfig
     state: dict[str, Tensor]
     origin: str
     kind: str = "a saved directory"
@@ -76,7 +76,9 @@ def check_finite(state: Mapping[str, Tensor], where: str) -> None:
 def load_directory(directory: Path) -> Loaded:
     """Read a directory written by :func:`save_directory`."""
     if not (directory / CONFIG_NAME).is_file():
-        raise UserError(f"{directory}: no {CONFIG_NAME} in it; expected a directory written by save_pretrained")
+        raise UserError(
+            f"{directory}: no {CONFIG_NAME} in it; expected what save_pretrained wrote, or a diffusers model"
+        )
     config = configs.load(directory / CONFIG_NAME)
     state = read_safetensors(directory / WEIGHTS_NAME)
     check_finite(state, str(directory / WEIGHTS_NAME))
@@ -85,7 +87,7 @@ def load_directory(directory: Path) -> Loaded:
 
 def save_directory(
     directory: str | Path,
-    config: PDAEConfig | PriorConfig,
+    config: AnyConfig,
     state: Mapping[str, Tensor],
     dtype: torch.dtype = torch.float32,
 ) -> None:

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..config import PDAEConfig, PriorConfig, UNetConfig
+from ..config import AnyConfig, DiffAEConfig, PriorConfig, UNetConfig
 from ..errors import UserError
 from ..files import atomic_write, make_folder
 from . import names
@@ -64,7 +64,7 @@ def save_guided(path: Path, config: PriorConfig, state: State, dtype: torch.dtyp
         file.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
 
-def diffusers_unet(config: PriorConfig | PDAEConfig) -> dict[str, Any]:
+def diffusers_unet(config: AnyConfig) -> dict[str, Any]:
     """config.json of ``config``'s network; UserError with the reason when a UNet2DModel cannot be it."""
     u, what = _prior(config).unet, "a UNet2DModel"
     _refuse(
@@ -150,7 +150,7 @@ def diffusers_scheduler(config: PriorConfig) -> dict[str, Any]:
     }
 
 
-def guided_flags(config: PriorConfig | PDAEConfig) -> dict[str, Any]:
+def guided_flags(config: AnyConfig) -> dict[str, Any]:
     """The flags with which improved- or guided-diffusion builds ``config``'s network and process.
 
     UserError with the reason when neither can.
@@ -220,9 +220,11 @@ def _head_width(u: UNetConfig, what: str) -> int | None:
     return None if u.num_heads == 1 or not layers else layers.pop() // u.num_heads
 
 
-def _prior(config: PriorConfig | PDAEConfig) -> PriorConfig:
+def _prior(config: AnyConfig) -> PriorConfig:
     if isinstance(config, PriorConfig):
         return config
+    if isinstance(config, DiffAEConfig):
+        raise UserError("a Diff-AE autoencoder, which no other project's format here holds; expected a prior")
     raise UserError(
         "a PDAE autoencoder, which no other project's format holds; expected a prior (a PDAE's own is "
         "Prior.from_pretrained(MODEL).save_pretrained(DIR))"

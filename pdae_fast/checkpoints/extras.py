@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import LatentConfig, PDAEConfig
+from ..config import LatentConfig, PriorConfig
 from ..errors import UserError
 from . import infer
 from .attributes import attribute_names
 from .directory import Loaded, check_finite
 from .foreign import ForeignFile, same
+from .kinds import Kind
 from .settings import Settings
 
 
@@ -34,7 +36,7 @@ def attach_classifier(
 ) -> None:
     """Make the linear attribute classifier of ``file`` part of ``loaded``."""
     if not file.has("classifier"):
-        raise UserError(f"{file.where}: {file.kind.value}; expected a PDAE attribute classifier")
+        raise UserError(f"{file.where}: {file.kind.value}; expected an attribute classifier")
     state = file.network("classifier")
     weight = infer.need(state, "weight", 2, file.where)
     _check_dimensions(loaded, file, weight.shape[1], "classifier")
@@ -48,10 +50,9 @@ def attach_classifier(
 
 
 def attach_statistics(loaded: Loaded, file: ForeignFile) -> None:
-    """Make the latents' mean and standard deviation part of ``loaded``."""
+    """Make the latents' mean and standard deviation part of ``loaded``, unless a file before this one said them."""
     found: dict[str, Tensor] = {}
-    for name in ("mean", "std"):
-        value = file.contents.get(name, file.contents.get(f"latent_{name}"))
+    for name, value in _statistics(file).items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise UserError(f"{file.where}: {file.kind.value}, no tensor {name} in it; expected latent statistics")
         found[f"latent_{name}"] = value.float().squeeze()
@@ -59,13 +60,34 @@ def attach_statistics(loaded: Loaded, file: ForeignFile) -> None:
     check_finite(found, file.where)
     if not bool((found["latent_std"] > 0).all()):
         raise UserError(f"{file.where}: std has values that are not positive; expected a standard deviation")
-    loaded.state |= {name: value.reshape(-1) for name, value in found.items()}
+    found = {name: value.reshape(-1) for name, value in found.items()}
+    if loaded.config.latent_statistics and file.kind is not Kind.STATISTICS:
+        if any(not torch.allclose(loaded.state[name].float(), value, rtol=1e-3) for name, value in found.items()):
+            loaded.notes.append(f"{file.where} was trained on z normalised by another mean and std than these")
+        return
+    loaded.state |= found
     loaded.config = dataclasses.replace(loaded.config, latent_statistics=True)
+
+
+def has_statistics(file: ForeignFile | None) -> bool:
+    return file is not None and None not in _statistics(file).values()
+
+
+def _statistics(file: ForeignFile) -> dict[str, Any]:
+    """What a file of statistics, this project's state dict, or Diff-AE's trainer in its buffers has as mean and std."""
+    inner = file.contents.get("state_dict")
+    places = (file.contents, inner if isinstance(inner, Mapping) else {})
+
+    def find(name: str) -> Any:
+        keys = (name, f"latent_{name}", f"conds_{name}")
+        return next((place[key] for place in places for key in keys if key in place), None)
+
+    return {name: find(name) for name in ("mean", "std")}
 
 
 def _latent(file: ForeignFile) -> tuple[LatentConfig, dict[str, Tensor]]:
     if not file.has("latent_denoise_fn"):
-        raise UserError(f"{file.where}: {file.kind.value}; expected a PDAE latent DPM")
+        raise UserError(f"{file.where}: {file.kind.value}; expected a latent DPM")
     state = file.network("latent_denoise_fn")
     for name in [name for name in state if ".cond_layers.1." in name]:
         # Two names of one tensor; a writer may have kept either.
@@ -77,8 +99,8 @@ def _latent(file: ForeignFile) -> tuple[LatentConfig, dict[str, Tensor]]:
 
 
 def _check_dimensions(loaded: Loaded, file: ForeignFile, found: int, what: str) -> None:
-    if not isinstance(loaded.config, PDAEConfig):
-        raise UserError(f"{loaded.origin}: a prior has no z; the {what} of {file.where} goes with a PDAE autoencoder")
+    if isinstance(loaded.config, PriorConfig):
+        raise UserError(f"{loaded.origin}: a prior has no z; the {what} of {file.where} goes with an autoencoder")
     if found != loaded.config.latent_dim:
         raise UserError(
             f"{file.where}: its {what} is for z of {found} dimensions; "
@@ -92,7 +114,7 @@ def _note_other_encoder(loaded: Loaded, file: ForeignFile) -> None:
         return
     encoder = file.entries["ema_encoder" if "ema_encoder" in file.entries else "encoder"][1]
     own = {k.removeprefix("encoder."): v for k, v in loaded.state.items() if k.startswith("encoder.")}
-    last = max((k for k, v in own.items() if v.ndim == 2), default=None)
+    last = max((k for k, v in own.items() if v.ndim == 2), default="out.3.weight")  # the layer that z comes from
     theirs = encoder.get(last) if isinstance(encoder, dict) else None
     if isinstance(theirs, Tensor) and not same(theirs.to(torch.float32), own[last].float()):
         loaded.notes.append(f"{file.where} was trained on z of another encoder than this one")

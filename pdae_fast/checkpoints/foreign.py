@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import PDAEConfig, PriorConfig, ScheduleConfig, UNetConfig
+from ..config import DiffAEConfig, PDAEConfig, PriorConfig, ScheduleConfig, UNetConfig
 from ..errors import UserError
-from . import diffusers, infer, names
+from . import diffae, diffusers, infer, names
 from .directory import Loaded, check_finite
 from .kinds import Kind, as_state, identify, refusal
 from .read import read_file
@@ -22,6 +22,7 @@ from .settings import DDIM_NETWORK, Given, Settings, from_diffae
 from .unpickle import Inert
 from .wrappers import unwrap
 
+DIFFAE = (Kind.DIFFAE, Kind.DIFFAE_AUTOENCODER)
 PRIORS = (Kind.PRIOR, Kind.DIFFAE, Kind.UNET, Kind.DIFFUSERS, Kind.DDIM)
 AUTOENCODERS = (Kind.AUTOENCODER, Kind.LATENT, Kind.CLASSIFIER, Kind.DECODER)
 # The network that a file of one network alone holds.
@@ -31,6 +32,8 @@ _SINGLE = {
     Kind.DDIM: "denoise_fn",
     Kind.DECODER: "decoder",
     Kind.ENCODER: "encoder",
+    Kind.DIFFAE_ENCODER: "encoder",
+    Kind.LATENT: "latent_denoise_fn",
 }
 
 
@@ -68,6 +71,8 @@ class ForeignFile:
                 part = {k.removeprefix(f"{prefix}."): v for k, v in state.items() if k.startswith(f"{prefix}.")}
                 entries[entry] = (prefix, part)
             said = from_diffae(contents.get("hyper_parameters"))
+        elif kind in (Kind.DIFFAE_AUTOENCODER, Kind.DIFFAE_CLASSIFIER):
+            entries, said = diffae.entries(contents), from_diffae(contents.get("hyper_parameters"))
         elif kind is Kind.DIFFUSERS:
             raise refusal(kind, contents, str(path))
         elif kind in _SINGLE and _SINGLE[kind] not in contents and f"ema_{_SINGLE[kind]}" not in contents:
@@ -111,6 +116,8 @@ class ForeignFile:
     def _paired(self, network: str) -> bool:
         trained = {Kind.AUTOENCODER: ("encoder", "decoder"), Kind.PRIOR: ("denoise_fn",), Kind.DIFFAE: ("denoise_fn",)}
         trained |= {Kind.LATENT: ("latent_denoise_fn",), Kind.CLASSIFIER: ("classifier",)}
+        if self.kind in (Kind.DIFFAE_AUTOENCODER, Kind.DIFFAE_CLASSIFIER):
+            return "state_dict" in self.contents
         return network in trained.get(self.kind, ())
 
     def describe_weights(self) -> str:
@@ -121,7 +128,7 @@ class ForeignFile:
 
 
 def build(file: ForeignFile, settings: Settings, encoder: ForeignFile | None = None) -> Loaded:
-    """The prior or PDAE in ``file``; ``encoder`` is a second file whose encoder is used instead.
+    """The prior or autoencoder in ``file``; ``encoder`` is a second file whose encoder is used instead.
 
     Raises UserError when the file is of another kind, incomplete, or contradicts ``settings``.
     """
@@ -135,6 +142,8 @@ def build(file: ForeignFile, settings: Settings, encoder: ForeignFile | None = N
         config, state = _prior(file, settings, notes)
     elif file.kind in AUTOENCODERS:
         config, state = _pdae(file, settings, encoder, notes)
+    elif file.kind is Kind.DIFFAE_AUTOENCODER:
+        config, state = _diffae(file, settings, encoder, notes)
     else:
         raise refusal(file.kind, file.contents, file.where)
     raw = [network for network, which in file.used.items() if which == "raw"]
@@ -162,9 +171,7 @@ def _prior(file: ForeignFile, settings: Settings, notes: list[str]) -> tuple[Pri
         if schedule.timesteps != 1000 and "rescale_timesteps" not in settings:
             notes.append("it is given t as it is (the weights do not say: --rescale-timesteps, then t * 1000 / T)")
     with located(file.where):
-        config = PriorConfig(
-            size, unet, schedule, settings.get("noise", "normal"), settings.get("prediction", "epsilon")
-        )
+        config = PriorConfig(size, unet, schedule, **_process(settings))
     return config, {f"unet.{name}": tensor for name, tensor in state.items()}
 
 
@@ -228,11 +235,57 @@ def _pdae(
             encoder_channel=shape.encoder_channel,
             unet=unet,
             schedule=_schedule(settings, notes),
-            noise=settings.get("noise", "normal"),
-            prediction=settings.get("prediction", "epsilon"),
+            **_process(settings),
         )
     state = {f"encoder.{name}": tensor for name, tensor in encoder.items()}
     return config, state | {f"decoder.{name}": tensor for name, tensor in decoder.items()}
+
+
+def _diffae(
+    file: ForeignFile, settings: Settings, encoder_file: ForeignFile | None, notes: list[str]
+) -> tuple[DiffAEConfig, dict[str, Tensor]]:
+    where, source = file.where, encoder_file or file
+    if not file.has("unet"):
+        parts = ", ".join(f"its {name.removeprefix('ema_')}" for name in file.entries)
+        raise UserError(f"{where}: {file.kind.value} without its U-Net ({parts} alone); expected the whole of it")
+    if not source.has("encoder"):
+        raise UserError(f"{where}: the U-Net of a Diff-AE alone; expected its encoder too: --encoder FILE (encoder=)")
+    unet, encoder = diffae.unet_names(file.network("unet")), source.network("encoder")
+    fields = infer.unet_fields(unet, where)
+    shape = infer.half_unet_fields(
+        encoder, fields["base_channel"], fields["num_residual_blocks_of_a_block"], source.where
+    )
+    latent_dim = infer.need(unet, "input_blocks.1.0.emb_z_layers.1.weight", 2, where).shape[1]
+    for name, value in (("latent_dim", latent_dim), ("input_channel", fields["input_channel"])):
+        if shape[name] != value:
+            raise UserError(f"{source.where}: the encoder has {name} {shape[name]}; the U-Net of {where} has {value}")
+    settings.check("latent_dim", latent_dim, where)
+    drawn = _drawn_size(file, fields)
+    _resolve_feature_sizes(settings, fields, drawn, file)
+    size = settings.get("image_size") or drawn
+    # The encoder is of more levels than the U-Net, and attends where the feature maps are of the same size.
+    own, theirs = set(fields["attention_resolutions"]), set(shape["attention_resolutions"])
+    if own != {rate for rate in theirs if rate < 2 ** len(fields["channel_multiplier"])}:
+        raise UserError(
+            f"{where}: the U-Net attends at down-sampling rates {sorted(own)} and the encoder of {source.where} at "
+            f"{sorted(theirs)}; expected the same"
+        )
+    unet_config = _unet_config(fields, settings, where, notes)
+    unet_config = dataclasses.replace(unet_config, attention_resolutions=tuple(sorted(theirs)))
+    if size is None:
+        size, reason = infer.prior_image_size(unet_config.attention_resolutions, len(shape["encoder_multiplier"]))
+        notes.append(f"image size {size} ({reason}; the weights do not say: --image-size, image_size=)")
+    with located(where):
+        config = DiffAEConfig(
+            image_size=size,
+            latent_dim=latent_dim,
+            unet=unet_config,
+            encoder_multiplier=shape["encoder_multiplier"],
+            schedule=_schedule(settings, notes),
+            noise=settings.get("noise", "normal"),
+        )
+    state = {f"encoder.{name}": tensor for name, tensor in encoder.items()}
+    return config, state | {f"unet.{name}": tensor for name, tensor in unet.items()}
 
 
 def _unet_config(fields: dict[str, Any], settings: Settings, where: str, notes: list[str]) -> UNetConfig:
@@ -248,6 +301,10 @@ def _unet_config(fields: dict[str, Any], settings: Settings, where: str, notes: 
         if name == "time_channel":
             value = value or 4 * fields["base_channel"]
         settings.check(name, value, where)
+    if len(fields["channel_multiplier"]) > 1:
+        settings.check("resamp_with_conv", fields["downsample"] != "pool", where)
+        settings.check("resblock_updown", fields["downsample"] == "residual", where)
+    settings.check("class_cond", fields["num_classes"] is not None, where)
     free = {f.name for f in dataclasses.fields(UNetConfig)} - fields.keys()
     with located(where):
         unet = UNetConfig(**fields, **{name: settings.get(name) for name in free if name in settings})
@@ -271,9 +328,13 @@ def _schedule(settings: Settings, notes: list[str]) -> ScheduleConfig:
     return config
 
 
+def _process(settings: Settings) -> dict[str, Any]:
+    return {name: settings.get(name) for name in ("noise", "prediction", "crop") if name in settings}
+
+
 def _drawn_size(file: ForeignFile, fields: dict[str, Any]) -> int | None:
     """The image size from Diff-AE's buffer of fixed noise [N, C, S, S], if there is one."""
-    noise = (file.contents.get("state_dict") or {}).get("x_T") if file.kind is Kind.DIFFAE else None
+    noise = (file.contents.get("state_dict") or {}).get("x_T") if file.kind in DIFFAE else None
     if isinstance(noise, Tensor) and noise.ndim == 4 and noise.shape[1] == fields["input_channel"]:
         return noise.shape[3] if noise.shape[2] == noise.shape[3] else None
     return None
@@ -285,7 +346,7 @@ def _resolve_feature_sizes(settings: Settings, fields: dict[str, Any], drawn: in
     where, rates = file.where, set(fields["attention_resolutions"])
     reachable = {2**level for level in range(len(fields["channel_multiplier"]))}
     # A PDAE-style configuration of a Diff-AE prior has rates already: those are compared later.
-    if file.kind is Kind.DIFFAE and set(settings.get("attention_resolutions", rates)) != rates:
+    if file.kind in DIFFAE and set(settings.get("attention_resolutions", rates)) != rates:
         settings.given["feature_sizes"] = settings.given.pop("attention_resolutions")
     given = settings.given.pop("feature_sizes", None)
     if given is None:

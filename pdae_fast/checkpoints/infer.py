@@ -110,6 +110,23 @@ def encoder_shape(state: State, where: str) -> EncoderShape:
     )
 
 
+def half_unet_fields(state: State, base: int, blocks: int, where: str) -> dict[str, Any]:
+    """What the weights of Diff-AE's encoder say, whose U-Net has ``base`` channels and ``blocks`` blocks a level."""
+    total = _count(state, "input_blocks", where)
+    if total % (blocks + 1):
+        raise UserError(
+            f"{where}: the encoder has {total} input blocks; expected levels of {blocks} residual blocks, as its U-Net "
+            "has"
+        )
+    levels = total // (blocks + 1)
+    return {
+        "input_channel": need(state, "input_blocks.0.0.weight", 4, where).shape[1],
+        "latent_dim": need(state, "out.3.weight", 4, where).shape[0],
+        "encoder_multiplier": tuple(_multiplier(width, base) for width in _widths(state, blocks, levels, where)),
+        "attention_resolutions": _attention_rates(state, blocks, levels, where, output=False),
+    }
+
+
 def latent_config(state: State, where: str) -> LatentConfig:
     """The latent DPM's configuration from its MLP's weights."""
     hidden, latent_dim = need(state, "layers.0.linear.weight", 2, where).shape
@@ -199,13 +216,16 @@ def _multiplier(width: int, base: int) -> int | float:
     return m if int(m * base) == width else math.nextafter(m, math.inf)
 
 
-def _attention_rates(state: State, blocks: int, levels: int, where: str) -> tuple[int, ...]:
-    """Down-sampling rates whose blocks attend; UserError unless all blocks of a level, in both halves, agree."""
+def _attention_rates(state: State, blocks: int, levels: int, where: str, output: bool = True) -> tuple[int, ...]:
+    """Down-sampling rates whose blocks attend; UserError unless all blocks of a level, in both halves, agree.
+
+    ``output``: whether there is an output half.
+    """
     rates = []
     for level in range(levels):
         first, last = 1 + level * (blocks + 1), (levels - 1 - level) * (blocks + 1)
         members = [f"input_blocks.{first + i}" for i in range(blocks)]
-        members += [f"output_blocks.{last + i}" for i in range(blocks + 1)]
+        members += [f"output_blocks.{last + i}" for i in range(blocks + 1)] if output else []
         attends = [f"{member}.1.qkv.weight" in state for member in members]
         if all(attends):
             rates.append(2**level)

@@ -23,8 +23,11 @@ class Kind(Enum):
     PRIOR = "a PDAE prior"
     LATENT = "a PDAE latent DPM"
     CLASSIFIER = "a PDAE attribute classifier"
-    STATISTICS = "a file of PDAE latent statistics"
+    STATISTICS = "a file of latent statistics"
     DIFFAE = "a Diff-AE DDPM"
+    DIFFAE_AUTOENCODER = "a Diff-AE autoencoder"
+    DIFFAE_ENCODER = "a Diff-AE encoder alone"
+    DIFFAE_CLASSIFIER = "a Diff-AE attribute classifier"
     UNET = "a guided-diffusion U-Net"
     DIFFUSERS = "a diffusers UNet2DModel"
     DDIM = "a U-Net under the names of ermongroup/ddim"
@@ -32,8 +35,6 @@ class Kind(Enum):
     ENCODER = "a PDAE encoder alone"
     # What follows is recognised only to be refused by name.
     OPTIMIZER = "an optimiser's state"
-    DIFFAE_AUTOENCODER = "a Diff-AE autoencoder, a different model from PDAE"
-    DIFFAE_CLASSIFIER = "a Diff-AE attribute classifier"
     UNET_CLASSIFIER = "a guided-diffusion noisy-image classifier"
     RUN = "the resume point of a pdae_fast training run"
     DIFFUSERS_OTHER = "a diffusers model that is no UNet2DModel"
@@ -43,15 +44,15 @@ class Kind(Enum):
 
 
 MODELS = (
-    "expected a PDAE autoencoder, prior, latent DPM or classifier file, a Diff-AE DDPM .ckpt, "
-    "or a U-Net of guided-diffusion, improved-diffusion, diffusers or ddim"
+    "expected a PDAE autoencoder, prior, latent DPM or classifier file, a Diff-AE .ckpt, or a U-Net of "
+    "guided-diffusion, improved-diffusion, diffusers or ddim"
 )
 REFUSED: dict[Kind, str] = {
     Kind.STATISTICS: "expected a model; add these to one with --latent FILE --statistics FILE (latent=, statistics=)",
     Kind.ENCODER: "expected a model; it goes with a decoder's file as --encoder FILE (encoder=)",
     Kind.OPTIMIZER: "expected model weights (guided-diffusion keeps them in model*.pt or ema_*.pt, not in opt*.pt)",
-    Kind.DIFFAE_AUTOENCODER: MODELS,
-    Kind.DIFFAE_CLASSIFIER: MODELS,
+    Kind.DIFFAE_ENCODER: "expected a model; it goes with a U-Net's file as --encoder FILE (encoder=)",
+    Kind.DIFFAE_CLASSIFIER: "expected a model; add it to one with --classifier FILE (classifier=)",
     Kind.UNET_CLASSIFIER: MODELS,
     Kind.RUN: "expected the model that the run saved in the same folder",
     Kind.DIFFUSERS: "expected its config.json beside it, or the directory that it comes from",
@@ -95,6 +96,10 @@ def _in_state_dict(*tests: _Test) -> _Test:
     return inside
 
 
+def _in_entry(entry: str, name: str) -> _Test:
+    return lambda c: isinstance(c.get(entry), Mapping) and name in c[entry]
+
+
 _UNET = _and(_all("time_embed.0.weight"), _prefix("input_blocks.0."))
 _DIFFAE_MODEL = _prefix("model.", "ema_model.")
 _DIFFAE_AUTOENCODER = _names("time_embed.time_embed.", "cond_emb_layers.", "latent_net.", "model.encoder.")
@@ -103,9 +108,12 @@ _DIFFAE_AUTOENCODER = _names("time_embed.time_embed.", "cond_emb_layers.", "late
 _TABLE: tuple[tuple[Kind, _Test], ...] = (
     (Kind.RUN, lambda c: str(c.get("format", "")).startswith("pdae_fast-run")),
     (Kind.OPTIMIZER, _all("state", "param_groups")),
-    (Kind.DIFFAE_CLASSIFIER, _in_state_dict(_prefix("classifier."))),
+    (Kind.DIFFAE_CLASSIFIER, _in_state_dict(_prefix("classifier.", "ema_classifier."))),
     (Kind.DIFFAE_AUTOENCODER, _in_state_dict(_DIFFAE_MODEL, _DIFFAE_AUTOENCODER)),
     (Kind.DIFFAE, _in_state_dict(_DIFFAE_MODEL, _names("model.time_embed.0."))),
+    (Kind.DIFFAE_AUTOENCODER, _names("time_embed.time_embed.", "cond_emb_layers.")),
+    (Kind.DIFFAE_AUTOENCODER, _prefix("latent_net.")),
+    (Kind.DIFFAE_AUTOENCODER, _in_entry("encoder", "input_blocks.0.0.weight")),
     (Kind.LATENT, _any("latent_denoise_fn", "ema_latent_denoise_fn")),
     (Kind.CLASSIFIER, _any("classifier", "ema_classifier")),
     (Kind.AUTOENCODER, _and(_any("decoder", "ema_decoder"), _any("encoder", "ema_encoder"))),
@@ -113,13 +121,15 @@ _TABLE: tuple[tuple[Kind, _Test], ...] = (
     (Kind.ENCODER, _any("encoder", "ema_encoder")),
     (Kind.PRIOR, _any("denoise_fn", "ema_denoise_fn")),
     (Kind.STATISTICS, _all("mean", "std")),
+    (Kind.STATISTICS, _all("conds_mean", "conds_std")),
     # Flat files: the names are those of one network.
-    (Kind.DIFFAE_AUTOENCODER, _names("time_embed.time_embed.", "cond_emb_layers.")),
     (Kind.DECODER, _and(_UNET, _prefix("shift_middle_block."))),
     (Kind.UNET, _and(_UNET, _prefix("output_blocks."))),
     (Kind.UNET_CLASSIFIER, _and(_UNET, _not(_prefix("output_blocks.")))),
     (Kind.ENCODER, _all("encoder.0.weight")),
-    (Kind.LATENT_DIFFUSION, _prefix("model.diffusion_model.", "first_stage_model.")),
+    (Kind.DIFFAE_ENCODER, _all("input_blocks.0.0.weight", "out.3.weight")),
+    (Kind.LATENT, _all("time_embed.0.weight", "layers.0.linear.weight")),
+    (Kind.LATENT_DIFFUSION, _prefix("model.diffusion_model.", "diffusion_model.", "first_stage_model.")),
     (Kind.DIFFUSERS_OTHER, _names("transformer_blocks.", "encoder.down_blocks.", "encoder_hid", "add_embedding.")),
     (Kind.DIFFUSERS, _and(_prefix("down_blocks.0."), _prefix("conv_in."), _prefix("up_blocks."))),
     (Kind.DIFFUSERS_OTHER, _prefix("down_blocks.", "controlnet_")),

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import PDAEConfig
+from ..config import PriorConfig
 from ..errors import UserError
 from . import diffusers
 from .directory import BUNDLED, Loaded, available, load_directory
-from .extras import attach_classifier, attach_latent, attach_statistics
-from .foreign import ForeignFile, build
-from .kinds import Kind
+from .extras import attach_classifier, attach_latent, attach_statistics, has_statistics
+from .foreign import DIFFAE, ForeignFile, build
 from .settings import Settings, from_config, from_options
 
 _SAID = (
@@ -45,7 +44,7 @@ class Options:
         contradict are an error.
     encoder: a second file whose encoder goes with the decoder in the first.
     latent, classifier, statistics: files of a latent DPM, an attribute classifier and latent statistics to make part
-        of the PDAE; these three may be added to a saved directory too.
+        of the autoencoder; these three may be added to a saved directory too.
     attributes: names of the classifier's rows: a list, a comma-separated string, or a file with one a line.
     weights: "ema" (used where the file has them) or "raw".
     """
@@ -75,7 +74,7 @@ class Options:
 def load(source: str | Path, **options: Any) -> Loaded:
     """Read a model from a bundled name, a saved directory or a foreign one, or a file; ``options``: those of Options.
 
-    Known are files of PDAE (autoencoder, prior, latent DPM, classifier), Diff-AE's DDPM, improved- and
+    Known are files of PDAE (autoencoder, prior, latent DPM, classifier), Diff-AE (autoencoder, DDPM), improved- and
     guided-diffusion, and ermongroup/ddim, each also as .safetensors, and directories of diffusers' UNet2DModel. The
     result's tensors are on the CPU; those of a foreign file are float32 and finite.
 
@@ -99,7 +98,7 @@ def load(source: str | Path, **options: Any) -> Loaded:
         _check_directory(loaded, settings)
     else:
         file = ForeignFile.open_directory(place, given.weights) if place else ForeignFile.open(source, given.weights)
-        if file.kind is Kind.DIFFAE:
+        if file.kind in DIFFAE:
             settings.add(file.said)  # its settings may have been changed after
         else:
             settings.agree(file.said, file.where)
@@ -128,8 +127,9 @@ def _attach(loaded: Loaded, given: Options, settings: Settings, file: ForeignFil
         """The file that the option names, or else the main one when it holds the same thing."""
         if option is not None:
             return ForeignFile.open(option, given.weights)
-        return file if file is not None and isinstance(loaded.config, PDAEConfig) and file.has(entry) else None
+        return file if coded and file is not None and file.has(entry) else None
 
+    coded = not isinstance(loaded.config, PriorConfig)
     if latent := opened(given.latent, "latent_denoise_fn"):
         attach_latent(loaded, latent, settings)
     if classifier := opened(given.classifier, "classifier"):
@@ -138,8 +138,9 @@ def _attach(loaded: Loaded, given: Options, settings: Settings, file: ForeignFil
         raise UserError(f"{loaded.origin}: attributes name the rows of a classifier and there is none; add classifier=")
     if given.statistics is not None:
         attach_statistics(loaded, ForeignFile.open(given.statistics))
-    elif file is not None and isinstance(loaded.config, PDAEConfig) and "latent_mean" in file.contents:
-        attach_statistics(loaded, file)
+    elif coded:
+        for part in filter(has_statistics, (file, latent, classifier)):
+            attach_statistics(loaded, part)
     if file is not None:
         loaded.weights = file.describe_weights()
 

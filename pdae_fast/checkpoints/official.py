@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import PDAEConfig, PriorConfig, UNetConfig
+from ..config import AnyConfig, DiffAEConfig, PDAEConfig, PriorConfig, UNetConfig
 from ..errors import UserError
 from ..files import atomic_write
 from .directory import save_torch
@@ -125,8 +125,10 @@ def official_yaml(config: PDAEConfig | PriorConfig) -> str:
     )
 
 
-def refuse(config: PDAEConfig | PriorConfig) -> None:
+def refuse(config: AnyConfig) -> None:
     """UserError when the published layout has no words for ``config``: its network is ADM's, its output eps."""
+    if isinstance(config, DiffAEConfig):
+        raise UserError("a Diff-AE, which the published PDAE layout has no place for; expected a PDAE or a prior")
     unet, schedule = config.unet, config.schedule
     own = {f.name: f.default for f in dataclasses.fields(UNetConfig) if f.name not in _PUBLISHED}
     other = [name for name, default in own.items() if getattr(unet, name) != default]

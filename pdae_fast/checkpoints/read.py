@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 import zipfile
@@ -30,6 +31,7 @@ _SIGNATURES = (
 )
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _CHUNK = 2**22
+_FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def read_file(path: Path) -> Mapping[str, Any] | list[Any] | tuple[Any, ...]:
@@ -114,6 +116,11 @@ def _check_sum(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) ->
 
 
 def _read_torch(path: Path, mapped: bool) -> Any:
+    if os.environ.get(_FORCED, "").lower() in ("1", "y", "yes", "true"):
+        raise UserError(
+            f"{path}: {_FORCED} is set, with which torch takes no unpickler but its own; unset it (this one runs "
+            "nothing either)"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

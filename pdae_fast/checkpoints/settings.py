@@ -48,6 +48,9 @@ _BOOLEANS = (
     "middle_attention_norm",
     "center_input_sample",
     "zero_terminal_snr",
+    "resamp_with_conv",
+    "resblock_updown",
+    "class_cond",
 )
 _LISTS = ("channel_multiplier", "attention_resolutions", "feature_sizes")
 _UNET_KEYS = {field.name: field.name for field in dataclasses.fields(UNetConfig)}
@@ -74,6 +77,7 @@ _DIFFAE_KEYS = {
     "dropout": "dropout",
     "T": "timesteps",
     "beta_scheduler": "schedule",
+    "style_ch": "latent_dim",
 }
 # ermongroup/ddim's; attn_resolutions holds feature-map sizes.
 _DDIM_KEYS = {
@@ -83,6 +87,7 @@ _DDIM_KEYS = {
     "num_res_blocks": "num_residual_blocks_of_a_block",
     "attn_resolutions": "feature_sizes",
     "dropout": "dropout",
+    "resamp_with_conv": "resamp_with_conv",
 }
 _DDIM_DIFFUSION_KEYS = {
     "beta_schedule": "schedule",
@@ -103,6 +108,8 @@ _FLAGS = {
     "use_new_attention_order": "use_new_attention_order",
     "use_scale_shift_norm": "use_scale_shift_norm",
     "learn_sigma": "learn_sigma",
+    "class_cond": "class_cond",
+    "resblock_updown": "resblock_updown",
     "dropout": "dropout",
     "diffusion_steps": "timesteps",
     "noise_schedule": "schedule",
@@ -146,6 +153,8 @@ class Settings:
     def agree(self, found: Mapping[str, Given], where: str) -> None:
         """Fill in ``found``, what the source itself says for certain; UserError where something else was given."""
         for name, said in found.items():
+            if name == "dropout":
+                continue  # a choice for further training
             for other in {name} | ({"num_heads", "head_channel"} if name in ("num_heads", "head_channel") else set()):
                 given = self.given.get(other)
                 if given is not None and (other != name or given.value != said.value):
@@ -153,7 +162,7 @@ class Settings:
                         f"{where}: {given.origin} says {other} {_show(given.value)} but {said.origin} says "
                         f"{name} {_show(said.value)}"
                     )
-        self.given.update(found)
+        self.add(found)
 
     def check(self, name: str, actual: Any, where: str, what: str = "the weights") -> None:
         """Raise UserError when ``name`` was given and differs from what ``what`` say."""
@@ -278,7 +287,9 @@ def _keys_of(node: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, str]:
     if flags & set(node) and "ch" not in node:
         keys = {key: name for key, name in keys.items() if key != "attention_resolutions"} | _FLAGS
     if path[-1:] == ("schedule",):
-        keys["kind"] = "schedule"
+        keys |= {"kind": "schedule"} | {name: name for name in ("beta_start", "beta_end", "betas", "zero_terminal_snr")}
+    if not path:
+        keys |= {"prediction": "prediction", "crop": "crop"}
     if not path or path[-1] == "diffusion_config":  # this project's own words; elsewhere it may mean anything
         keys["noise"] = "noise"
     return keys
@@ -331,6 +342,7 @@ def _checked(name: str, value: Any, place: str) -> Any:
         if not isinstance(value, bool):
             raise UserError(f"{place}: {name} is {value!r}; expected true or false")
     elif name in _NUMBERS:
+        value = _from_yaml(value)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"{place}: {name} is {value!r}; expected a number")
         value = float(value)
@@ -340,11 +352,21 @@ def _checked(name: str, value: Any, place: str) -> Any:
         value = _SCHEDULES.get(value, value)
     elif name == "prediction" and isinstance(value, bool):
         value = "sample" if value else "epsilon"  # predict_xstart
+    elif name == "betas" and isinstance(value, list):
+        value = tuple(value)
     elif name == "attributes":
         if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
             raise UserError(f"{place}: attributes are {value!r}; expected a list of names")
         value = tuple(value)
     return value
+
+
+def _from_yaml(value: Any) -> Any:
+    """YAML takes 1e-4 for a word."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _numbers(value: Any) -> Any:

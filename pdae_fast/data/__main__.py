@@ -7,7 +7,9 @@ import os
 import sys
 
 from pdae_fast import cli
+from pdae_fast.arguments import seed_option
 from pdae_fast.data.avatars import make_avatars
+from pdae_fast.files import claim_folder
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,11 +28,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     add("--count", required=True, type=int, metavar="N", default=argparse.SUPPRESS, help="images")
     add("--size", type=int, default=64, help="pixels, both ways")
-    add("--seed", type=int, default=0, help="seed of everything random")
+    add("--seed", type=seed_option, default=0, help="seed of everything random")
     add("--pairs", type=int, default=0, metavar="M", help="pairs of images that differ in one attribute")
     add("--workers", type=int, default=_processors(), help="processes that draw; the result is the same")
     add("--quiet", action="store_true", help="no progress bar, no summary")
     args = p.parse_args(argv)
+    claim_folder(args.out)
     report = make_avatars(args.out, args.count, args.size, args.seed, args.pairs, args.workers, args.quiet)
     if not args.quiet:
         print(f"{args.out}: {report.drawn} images drawn, {report.kept} were there")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,8 @@ from pdae_fast.data.preprocess import EXTENSIONS
 from pdae_fast.errors import UserError
 
 EXPECTED = "expected CelebA's text format (the number of images, the attributes, then rows) or a CSV file"
-_LMDB_NAME = re.compile(r"(?:\d+|None)-(\d+)")
+_LMDB_NAME = re.compile(r"(?:[0-9]+|None)-([0-9]{1,18})")
+_COUNT = re.compile(r"[0-9]{1,18}")
 
 
 class Attributes(NamedTuple):
@@ -65,11 +67,12 @@ def read_attributes(path: str | os.PathLike, columns: Sequence[str] | None = Non
     may be named as "hair_color=black", one attribute, or as "hair_color", one attribute for each of its values
     in alphabetical order.
     Raises UserError naming the file, and the line where there is one, for anything else: a wrong number of rows or
-    values, an image twice, an unknown column.
+    values, an image twice, an unknown column; in a column that is read, an empty cell, and NaN or infinity among
+    numbers.
     """
     path = os.fspath(path)
     header, _ = _header(path)
-    values: list[set[str]] = [set() for _ in header]
+    values: list[dict[str, int]] = [{} for _ in header]  # the line where each first is
     images: list[str] = []
     seen: set[str] = set()
     for number, image, row in _rows(path):
@@ -78,13 +81,13 @@ def read_attributes(path: str | os.PathLike, columns: Sequence[str] | None = Non
         seen.add(image)
         images.append(image)
         for found, value in zip(values, row, strict=True):
-            found.add(value)
+            found.setdefault(value.strip(), number)
     if not images:
         raise UserError(f"{path}: no images; {EXPECTED}")
     names, chosen = _choose(path, header, values, columns)
     content = bytearray()
     for _, _, row in _rows(path):  # again: a million rows of words would not fit where their flags do
-        content += bytes([flags[row[place]] for place, flags in chosen])
+        content += bytes([flags[row[place].strip()] for place, flags in chosen])
     flags = np.frombuffer(content, np.uint8).reshape(len(images), len(names))
     return Attributes(images, names, flags)
 
@@ -175,10 +178,13 @@ def _header(path: str) -> tuple[list[str], int | None]:
     with _open(path) as file:
         lines = _lines(path, file)
         first = next(lines, "").strip()
-        if first.isdigit():
+        if _COUNT.fullmatch(first):
             header, count = next(lines, "").split(), int(first)
         elif "," in first:
-            header, count = next(csv.reader([first.removeprefix("\ufeff")]))[1:], None
+            try:
+                header, count = next(csv.reader([first.removeprefix("\ufeff")]))[1:], None
+            except csv.Error as error:
+                raise UserError(f"{path}, line 1: {error}; {EXPECTED}") from error
         else:
             raise UserError(f"{path}: starts with {first[:40]!r}; {EXPECTED}")
     twice = [name for name, times in Counter(header).items() if times > 1]
@@ -212,37 +218,54 @@ def _rows(path: str) -> Iterator[tuple[int, str, list[str]]]:
 
 
 def _choose(
-    path: str, header: list[str], values: list[set[str]], columns: Sequence[str] | None
+    path: str, header: list[str], values: list[dict[str, int]], columns: Sequence[str] | None
 ) -> tuple[list[str], list[tuple[int, dict[str, int]]]]:
     """Names of the attributes and, for each, its place in a row and the flag of every value."""
-    positive = [_positive(found) for found in values]
+    numbers = [_numeric(found) for found in values]
     if columns is None:
-        columns = [name for name, flags in zip(header, positive, strict=True) if flags is not None]
+        columns = [name for name, numeric in zip(header, numbers, strict=True) if numeric]
         if not columns:
             raise UserError(f"{path}: no column holds numbers; name the columns to use: {_some(header)}")
     names, chosen = [], []
     for column in columns:
         name, _, value = column.partition("=")
-        if column in header and positive[header.index(column)] is not None:
+        if column in header and numbers[header.index(column)]:
+            place = header.index(column)
             names.append(column)
-            chosen.append((header.index(column), positive[header.index(column)]))
+            chosen.append((place, _flags(path, column, values[place])))
             continue
         if name not in header or (value and value not in values[header.index(name)]):
             known = header if name not in header else sorted(values[header.index(name)])
             raise UserError(f"{path}: no attribute {column}; there are {', '.join(known)}")
         place = header.index(name)
+        if "" in values[place]:
+            raise UserError(f"{path}, line {values[place]['']}: no {name}; expected a word in every row")
         for word in [value] if value else sorted(values[place]):
             names.append(f"{name}={word}")
             chosen.append((place, {other: int(other == word) for other in values[place]}))
     return names, chosen
 
 
-def _positive(values: set[str]) -> dict[str, int] | None:
-    """The flag of each value where all are numbers, else None."""
+def _numeric(values: Iterable[str]) -> bool:
+    """Whether a column is one of numbers, if with gaps, and not one of words."""
+    known = [_number(value) for value in values if value]
+    return None not in known and any(map(math.isfinite, known))
+
+
+def _number(value: str) -> float | None:
     try:
-        return {value: int(float(value) > 0) for value in values}
+        return float(value)
     except ValueError:
         return None
+
+
+def _flags(path: str, name: str, values: dict[str, int]) -> dict[str, int]:
+    """The flag of each value of a column of numbers."""
+    for value, line in values.items():
+        if not value or not math.isfinite(float(value)):
+            found = f"is {value[:20]}" if value else "has no value"
+            raise UserError(f"{path}, line {line}: {name} {found}; expected a number in every row")
+    return {value: int(float(value) > 0) for value in values}
 
 
 def _open(path: str):

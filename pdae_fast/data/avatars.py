@@ -31,7 +31,7 @@ from pdae_fast.data.avatar_style import (
     shown,
 )
 from pdae_fast.errors import UserError
-from pdae_fast.files import atomic_write, make_folder
+from pdae_fast.files import atomic_write, clear_unfinished, make_folder
 
 MANIFEST = "manifest.json"
 FORMAT = "pdae_fast avatars"
@@ -102,6 +102,7 @@ def make_avatars(
     if not 16 <= size <= _LARGEST:
         raise UserError(f"size must be from 16 to {_LARGEST}, not {size}")
     _claim(out, seed, size)
+    clear_unfinished(out)
     roots = [(out, count, False)] + ([(os.path.join(out, "pairs"), pairs, True)] if pairs else [])
     for folder, _, _ in roots:
         make_folder(os.path.join(folder, "images"))
@@ -141,7 +142,7 @@ def _claim(out: str, seed: int, size: int) -> None:
             raise UserError(f"{out} holds avatars of {have}, not {ask}; choose another folder")
         return
     make_folder(out)
-    if any(not name.startswith(".") for name in os.listdir(out)):
+    if any(not name.startswith(".") for name in os.listdir(out) if not _is_readme(out, name)):
         raise UserError(f"{out} is not empty and holds no {MANIFEST} of avatars; choose another folder")
     with atomic_write(os.path.join(out, "README.md"), "w") as file:
         file.write(_README)
@@ -155,6 +156,17 @@ def _claim(out: str, seed: int, size: int) -> None:
     # Last: a folder with a manifest is ours.
     with atomic_write(os.path.join(out, MANIFEST), "w") as file:
         file.write(json.dumps(wanted, indent=2) + "\n")
+
+
+def _is_readme(out: str, name: str) -> bool:
+    """Whether it is the README that a call wrote which was killed before the manifest."""
+    if name != "README.md":
+        return False
+    try:
+        with open(os.path.join(out, name), "rb") as file:
+            return file.read() == _README.encode()
+    except OSError:
+        return False
 
 
 def _read_manifest(folder: str) -> dict[str, Any] | None:

@@ -7,10 +7,11 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from pdae_fast.data.preprocess import EXTENSIONS, WHITE, check_target, load_image
+from pdae_fast.data.preprocess import EXTENSIONS, WHITE, check_target, load_image, stored_size
 from pdae_fast.data.sample import Sample
 from pdae_fast.errors import UserError
 
+RESULTS = ("images", "samples")  # folders in which commands write images
 EXPECTED = f"expected image files ({' '.join(EXTENSIONS)})"
 
 
@@ -20,7 +21,9 @@ class ImageFiles:
     paths: a file, a folder, or a list of both, kept in the given order. A folder is read in natural order
     ("2.png" before "10.png") and, unless `recursive` is False, with its subfolders, symbolic links
     followed. In a folder, hidden entries (".name") and files of other extensions are passed over.
-    size, channels, background: see `load_image`.
+    size, channels, background, crop: see `load_image`.
+    without: a folder that is passed over wherever it is found, because results are written there. A folder that is
+    this one, or is where commands write images in it, is refused.
 
     `names[i]` is unique and fit for an output file: the path below the given folder (or the bare file name)
     without its extension. Where two files would share a name they keep the extension, and where that is not
@@ -37,17 +40,20 @@ class ImageFiles:
         channels: int = 3,
         background: Sequence[int] = WHITE,
         recursive: bool = True,
+        crop: str = "centre",
+        without: str | os.PathLike | None = None,
     ) -> None:
         self.size = size
         self.channels = channels
-        self.background = check_target(size, channels, background)
+        self.background = check_target(size, channels, background, crop)
+        self.crop = crop
         roots = [os.fspath(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
         if not roots:
             raise UserError(f"no input was given; {EXPECTED} or folders of them")
         self._files: list[str] = []
         relative: list[tuple[str, str]] = []  # (given folder, path below it)
         for root in roots:
-            found = list(_find(root, recursive))
+            found = list(_find(root, recursive, without))
             self._files += [os.path.join(root, below) if below else root for below in found]
             relative += [(root, below) if below else os.path.split(root) for below in found]
         self.names = _unique_names(relative)
@@ -56,11 +62,15 @@ class ImageFiles:
         return len(self._files)
 
     def __getitem__(self, index: int) -> Sample:
-        image = load_image(self._files[index], self.size, self.channels, self.background)
+        image = load_image(self._files[index], self.size, self.channels, self.background, crop=self.crop)
         return Sample(image, self.names[index], None)
 
+    def first_size(self) -> tuple[int, int] | None:
+        """Width and height of the first file's image; None where it cannot be read."""
+        return stored_size(self._files[0])
 
-def _find(root: str, recursive: bool) -> Iterator[str]:
+
+def _find(root: str, recursive: bool, without: str | os.PathLike | None) -> Iterator[str]:
     """Paths below `root` of its images; one empty path when `root` is itself an image."""
     if not os.path.isdir(root):
         if not os.path.exists(root):
@@ -69,16 +79,30 @@ def _find(root: str, recursive: bool) -> Iterator[str]:
             raise UserError(f"not an image file: {root}; {EXPECTED}")
         yield ""
         return
+    if without is not None and _holds_results(root, without):
+        raise UserError(
+            f"{root} is where results are written (--out {os.fspath(without)}), which would be read as images; "
+            "choose another --out"
+        )
+    outside = None if without is None or not os.path.isdir(without) else _identity(os.fspath(without))
     below = None
-    for below in _walk(root, recursive):
+    for below in _walk(root, recursive, outside):
         yield below
     if below is None:
         raise UserError(f"no images in the folder {root}; {EXPECTED}")
 
 
-def _walk(root: str, recursive: bool) -> Iterator[str]:
-    """Paths below the folder `root`, in natural order. An explicit stack: folders may nest deeper than
-    Python's recursion."""
+def _holds_results(root: str, out: str | os.PathLike) -> bool:
+    """Whether `root` is the folder `out`, or in one that commands fill with images there."""
+    root, out = os.path.realpath(root), os.path.realpath(out)
+    if root != out and not root.startswith(os.path.join(out, "")):
+        return False
+    return os.path.relpath(root, out).split(os.sep)[0] in (os.curdir, *RESULTS)
+
+
+def _walk(root: str, recursive: bool, outside: tuple[int, int] | None) -> Iterator[str]:
+    """Paths below the folder `root`, in natural order, but for the folder `outside`. An explicit stack: folders may
+    nest deeper than Python's recursion."""
     names, folders = _listing(root)
     stack = [("", iter(names), folders, _identity(root))]
     while stack:
@@ -91,7 +115,7 @@ def _walk(root: str, recursive: bool) -> Iterator[str]:
                 folder = os.path.join(root, below)
                 identity = _identity(folder)
                 # A link to a folder that we are inside of would go round for ever.
-                if all(identity != outer for *_, outer in stack):
+                if identity != outside and all(identity != outer for *_, outer in stack):
                     inner_names, inner_folders = _listing(folder)
                     stack.append((below + "/", iter(inner_names), inner_folders, identity))
                     break
@@ -109,7 +133,7 @@ def _listing(folder: str) -> tuple[list[str], set[str]]:
                 name = entry.name
                 if name.startswith("."):
                     continue
-                if entry.is_dir():
+                if _is_folder(entry):
                     folders.add(name)
                 # A dangling link is kept: it is a broken image to report, not a file to overlook.
                 elif not _is_image_name(name):
@@ -119,6 +143,13 @@ def _listing(folder: str) -> tuple[list[str], set[str]]:
         raise UserError(f"cannot read the folder {folder}: {error.strerror}") from error
     names.sort(key=_natural)
     return names, folders
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def _identity(folder: str) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import pickle
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from pdae_fast.config import DiffAEConfig
 from pdae_fast.data.sample import BrokenImage
 from pdae_fast.data.stream import none_read, stream
 from pdae_fast.errors import UserError
-from pdae_fast.files import make_folder
+from pdae_fast.files import clear_unfinished, make_folder
 from pdae_fast.models import Autoencoder
 from pdae_fast.pipeline import Pipeline
 
@@ -104,16 +104,21 @@ def kept(
     require: whose latents they are, in words; UserError instead of making them.
     """
     path = None if cache is None else cache_path(cache, encoder, images)
-    found = None if path is None else _read(path, encoder, images)
+    there = path is not None and path.exists()
+    found = _read(path, encoder, images) if there else None
     if found is not None:
         return found
     if require:
-        raise UserError(f"{path or 'no cache given'}: no latents of these {require}")
+        what = "damaged, so that there are " if there else ""
+        raise UserError(f"{path or 'no cache given'}: {what}no latents of these {require}")
+    if there:
+        print(f"note: {path}: damaged or of an earlier version; made again", file=sys.stderr)
     if path is not None:
         make_folder(path.parent)  # before the work, not after it
+        clear_unfinished(path.parent)
     found = make()
     if path is not None:
-        save_torch(path, {"format": FORMAT, **found._asdict()})
+        save_torch(path, {"format": FORMAT, **found._asdict(), "digest": _digest(found)})
     return found
 
 
@@ -222,19 +227,30 @@ def encode_all(
 
 
 def _read(path: Path, encoder: str, images: str) -> Latents | None:
-    """The latents in ``path``; None when there is no such file, or one that is damaged: it is then made again."""
-    if not path.is_file():
-        return None
+    """The latents in ``path``; None when they are damaged, or are others: they are then made again."""
     try:
         # Mapped, not read: a large data set's codes need not fit the memory, and loader workers share them.
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if found.pop("format") != FORMAT:
-            return None
+        own, digest = found.pop("format"), found.pop("digest")
         latents = Latents(**found)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, AttributeError, KeyError, TypeError):
+        whole = own == FORMAT and (latents.encoder, latents.images) == (encoder, images)
+        return latents if whole and _digest(latents) == digest else None
+    except MemoryError:
+        raise
+    except Exception:  # damaged bytes make the readers of zip files and pickles raise almost anything
         return None
-    whole = len(latents.z) == len(latents.names) == len(latents.labels)
-    return latents if whole and (latents.encoder, latents.images) == (encoder, images) else None
+
+
+def _digest(latents: Latents) -> str:
+    """40 hexadecimal digits of all that ``latents`` are."""
+    tensors = {"z": latents.z, "mean": latents.mean, "std": latents.std}
+    about = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
+    about |= {"names": latents.names, "labels": latents.labels, "broken": [list(pair) for pair in latents.broken]}
+    digest = hashlib.sha256(json.dumps([about, latents.encoder, latents.images]).encode())
+    for tensor in tensors.values():
+        for part in tensor.split(ROWS):
+            digest.update(part.contiguous().numpy())
+    return digest.hexdigest()[:40]
 
 
 class LatentSet(Dataset):

@@ -2,7 +2,9 @@
 
 In this order:
 1. Decode the first frame and turn it upright as its EXIF orientation says. ICC profiles are ignored.
-2. Cut the largest centred square; an odd remainder leaves the extra row or column at the bottom or right.
+2. Cut the largest centred square; an odd remainder leaves the extra row or column at the bottom or right. Of aligned
+   CelebA images (178 x 218) the crop "celeba" cuts the 128 x 128 square at left 25, top 57 instead, as published
+   CelebA-64 models were trained (Diff-AE's and PDAE's dataset code).
 3. Put transparent pixels over the background colour. This comes before resizing, so that colours hidden
    under full transparency cannot bleed into the picture.
 4. Bring to the asked channels: colour to grey by ITU-R 601-2 luma, grey to colour by repeating it.
@@ -27,6 +29,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from pdae_fast.config import CROPS
+from pdae_fast.data import png
 from pdae_fast.data.sample import BrokenImage
 from pdae_fast.errors import UserError
 
@@ -35,6 +39,8 @@ EXTENSIONS = (
     ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
 WHITE = (255, 255, 255)
+ALIGNED = (178, 218)  # width and height of CelebA's aligned images
+_CELEBA_BOX = (25, 57, 25 + 128, 57 + 128)  # left, top, right, bottom
 
 # The decoders that may see a file, whatever it is called: some of Pillow's others start programs (EPS).
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
@@ -48,17 +54,19 @@ def load_image(
     channels: int = 3,
     background: Sequence[int] = WHITE,
     content: bytes | None = None,
+    crop: str = "centre",
 ) -> Tensor:
     """Read an image file as float32 [channels, size, size] in [-1, 1]; the module's text says how.
 
     channels: 1 or 3. background: the RGB colour, 0 ... 255, that shows through transparent pixels.
     content: the bytes of the file, for one that lies inside another; `path` then only names it in errors.
+    crop: one of CROPS.
     Raises UserError for a bad argument and BrokenImage, naming the file, for one that is missing,
-    truncated, not an image, empty, too many pixels for Pillow (`Image.MAX_IMAGE_PIXELS`), or deep with
-    values out of range.
+    truncated, damaged (a PNG's checksums are verified), not an image, empty, too many pixels for Pillow
+    (`Image.MAX_IMAGE_PIXELS`), deep with values out of range, or not of the size that `crop` is for.
     """
-    background = check_target(size, channels, background)
-    square = _centre_square(_decode(path, content))
+    background = check_target(size, channels, background, crop)
+    square = _square(path, _decode(path, content), crop)
     if square.mode in _DEEP_INTEGER or square.mode == "F":
         planes = _deep_planes(path, square, channels, background)
         resized = [np.asarray(_resize(Image.fromarray(plane), size)) for plane in planes]
@@ -77,8 +85,23 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32)).div_(127.5).sub_(1)
 
 
-def check_target(size: int, channels: int, background: Sequence[int] = WHITE) -> tuple[int, int, int]:
-    """UserError unless size is positive, channels 1 or 3 and background a colour; returns the colour."""
+def stored_size(path: str | os.PathLike, content: bytes | None = None) -> tuple[int, int] | None:
+    """Width and height that an image file states, without decoding it; None where it cannot be read."""
+    try:
+        with Image.open(path if content is None else BytesIO(content), formats=_FORMATS) as image:
+            return image.size
+    except MemoryError:
+        raise
+    except Exception:
+        return None
+
+
+def check_target(
+    size: int, channels: int, background: Sequence[int] = WHITE, crop: str = "centre"
+) -> tuple[int, int, int]:
+    """UserError unless size is positive, channels 1 or 3, background a colour and crop known; returns the colour."""
+    if crop not in CROPS:
+        raise UserError(f"crop {crop!r} is not known; expected {' or '.join(CROPS)}")
     if size < 1:
         raise UserError(f"image size must be at least 1, not {size}")
     if channels not in (1, 3):
@@ -94,9 +117,18 @@ def _decode(path: str | os.PathLike, content: bytes | None) -> Image.Image:
         raise BrokenImage(path, "not a plain file" if os.path.exists(path) else "no such file")
     if (os.path.getsize(path) if content is None else len(content)) == 0:
         raise BrokenImage(path, "the file is empty")
+    whole = True
     try:
+        if content is None:
+            with open(path, "rb") as file:
+                if file.read(len(png.SIGNATURE)) == png.SIGNATURE:
+                    content = png.SIGNATURE + file.read()
+        if content is not None and content.startswith(png.SIGNATURE):
+            content, whole = png.checked(content)
         with Image.open(path if content is None else BytesIO(content), formats=_FORMATS) as image:
             image.load()
+            if not whole:
+                raise ValueError("truncated: the file ends without an IEND chunk")
             _turn_upright(image)
             return image
     except MemoryError:
@@ -121,8 +153,12 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _centre_square(image: Image.Image) -> Image.Image:
+def _square(path: str | os.PathLike, image: Image.Image, crop: str) -> Image.Image:
     width, height = image.size
+    if crop == "celeba":
+        if image.size != ALIGNED:
+            raise BrokenImage(path, f"{width} x {height} pixels; the crop celeba is for aligned images of 178 x 218")
+        return image.crop(_CELEBA_BOX)
     side = min(width, height)
     if width == height:
         return image

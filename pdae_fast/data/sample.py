@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,23 @@ class BrokenImage(UserError):
         # `reason` may be absent: unpickling and data-loader workers rebuild an exception from its text.
         super().__init__(f"{os.fspath(path)}: {reason}" if reason else os.fspath(path))
         self.reason = reason
+
+
+class Subset:
+    """Some images of a data set, in the order of ``indices``; itself a data set."""
+
+    def __init__(self, dataset: Any, indices: Sequence[int]) -> None:
+        self.dataset, self.indices = dataset, indices
+        self.names = [dataset.names[i] for i in indices]
+        labels, files = (getattr(dataset, name, None) for name in ("labels", "_files"))
+        self.labels = None if labels is None else labels[list(indices)]
+        self._files = [] if files is None else [files[i] for i in indices]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.dataset[self.indices[index]]
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

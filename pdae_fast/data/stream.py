@@ -7,8 +7,12 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
-from pdae_fast.data.sample import Batch, BrokenImage, Sample, collate
+import numpy as np
+from tqdm import tqdm
+
+from pdae_fast.data.sample import Batch, BrokenImage, Sample, Subset, collate
 from pdae_fast.errors import UserError
 
 # Decoding and resizing release Python's lock; each thread may hold one full-size picture.
@@ -72,6 +76,26 @@ def _stream(dataset, batch_size: int, on_error: str, broken: list | None, prefet
             yield collate(samples)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def readable(dataset: Any, quiet: bool = True) -> tuple[Any, list[tuple[str, str]]]:
+    """``dataset`` without its broken images, and the name of each with the reason. Every image is decoded once, by
+    several threads, with a progress bar unless ``quiet``; arrays held in memory (IDX files) need not be.
+
+    Raises UserError when no image can be read.
+    """
+    if isinstance(getattr(dataset, "images", None), np.ndarray):
+        return dataset, []
+    broken: list[tuple[str, str]] = []
+    left = []
+    with tqdm(total=len(dataset), unit="image", unit_scale=True, desc="read", disable=quiet or None) as bar:
+        for batch in stream(dataset, 1, "skip", broken, prefetch=4 * _WORKERS):
+            left += batch.names
+            bar.update()
+    if not left:
+        raise none_read(broken)
+    place = {name: i for i, name in enumerate(dataset.names)}
+    return (Subset(dataset, [place[name] for name in left]) if broken else dataset), broken
 
 
 def none_read(broken: Sequence[tuple[str, str]]) -> UserError:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copyreg
 import warnings
+from typing import Any
 
 import torch
 
 from ..errors import UserError
+from ..isolation import undisturbed
 from ..models import PDAE, Prior
 from ..samplers.reuse import NOTHING, Reuse
+from .device import resolve_device
 from .fused import FusedPlan
 from .options import Rewrites
 from .plan import Plan
@@ -18,6 +22,7 @@ PLANS = ("eager", "fused")
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 
+@undisturbed()
 def build_plan(
     model: PDAE | Prior,
     device: torch.device,
@@ -28,7 +33,7 @@ def build_plan(
     options: Rewrites | None = None,
     reuse: Reuse = NOTHING,
 ) -> Plan:
-    """The plan for ``model`` on ``device``; the model itself is never changed.
+    """The plan for ``model`` on ``device``, with weights of its own; the model itself is never changed.
 
     "auto" is "fused"; both compute the same function up to rounding. On CUDA, where kernels of this project run on
     whatever driver and chip the user has, the fused plan is compared with the modules before it is handed out: "auto"
@@ -72,3 +77,21 @@ def disagreement(plan: FusedPlan) -> float:
     )
     plan.evaluations.clear()
     return float((found - expected).norm() / expected.norm().clamp_min(1e-12))
+
+
+def _rebuilt(
+    model: PDAE | Prior, device: str, dtype: torch.dtype, name: str, choices: dict[str, Any], counts: dict[str, int]
+) -> Plan:
+    plan = build_plan(model, resolve_device(device), dtype, name, **choices)
+    plan.evaluations.update(counts)
+    return plan
+
+
+def _reduced(plan: Plan) -> tuple:
+    choices = {**plan.choices(), "reuse": plan.reuse}
+    return _rebuilt, (plan.model, str(plan.device), plan.dtype, plan.name, choices, plan.counts())
+
+
+# Weights in oneDNN's layout cannot be pickled, and those of native code fit one kind of processor.
+for _plan in (Plan, FusedPlan):
+    copyreg.pickle(_plan, _reduced)

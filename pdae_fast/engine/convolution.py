@@ -16,7 +16,7 @@ NATIVE_CONVOLUTIONS = (torch.float32,)
 # Pixels of a map up to which weights, of which 2x2 tiles have 16/9 as many as the layer and 4x4 tiles four times as
 # many, take longer to read than to multiply.
 SMALL_MAP = 64
-# Of all layers, so that a plan can be copied: locks cannot.
+# Of all layers; held only by the first calls.
 TRANSFORMING = threading.Lock()
 
 
@@ -67,14 +67,19 @@ class PackedConvolution:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if not self.packed:
-            self.weight = torch.ops.mkldnn._reorder_convolution_weight(
-                self.weight, self.padding, self.stride, [1, 1], 1, list(x.shape)
-            )
-            self.packed = True
+            with TRANSFORMING:
+                if not self.packed:
+                    self._pack(x)
         arguments = (self.weight, self.bias, self.padding, self.stride, [1, 1], 1)
         if residual is None:
             return torch.ops.mkldnn._convolution_pointwise(x, *arguments, "none", [], "")
         return torch.ops.mkldnn._convolution_pointwise(x, residual, *arguments, "add", None, None, [], None)
+
+    def _pack(self, x: Tensor) -> None:
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(
+            self.weight, self.padding, self.stride, [1, 1], 1, list(x.shape)
+        )
+        self.packed = True
 
 
 class WinogradConvolution:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
+from collections.abc import Iterator
 
 import torch
 
@@ -14,11 +17,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
     """ "auto" is the first CUDA device, else the CPU. UserError when the device asked for is not usable."""
-    if device == "auto":
+    if isinstance(device, str) and device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise UserError(f"device {device!r} is not known; expected auto, cpu, cuda or cuda:N") from None
     if resolved.type not in ("cpu", "cuda"):
         raise UserError(f"device {device!r} is not supported; expected auto, cpu, cuda or cuda:N")
@@ -102,3 +105,24 @@ def available_memory(device: torch.device) -> int:
         return int(line.split()[1]) * 1024
     except (OSError, StopIteration):
         return 4 << 30
+
+
+_LAUNCHING = threading.RLock()
+_last_stream: dict[torch.device, torch.cuda.Stream] = {}
+
+
+@contextlib.contextmanager
+def one_at_a_time(device: torch.device) -> Iterator[None]:
+    """On the GPU ``device``, with no other thread launching, and after what was launched before on other streams."""
+    with _LAUNCHING, torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device)
+        last = _last_stream.get(stream.device)
+        if last is not None and last != stream:
+            stream.wait_stream(last)
+        _last_stream[stream.device] = stream
+        yield
+
+
+def in_forked_process(error: BaseException) -> bool:
+    """Whether ``error`` says that CUDA was used before the process was forked."""
+    return "forked subprocess" in str(error)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ from .reuse import Kept, Workloads
 from .trajectory import DeviceTrajectory
 
 KEPT_TRAJECTORIES = 8
+# Of all plans, so that a plan can be copied: locks cannot.
+LENDING = threading.Lock()
 
 
 class FusedPlan(Networks):
@@ -51,23 +55,30 @@ class FusedPlan(Networks):
         on_device = self.options.fused_update and labels is None
         return (DeviceField if on_device else FusedField)(self, codes, labels)
 
+    @contextlib.contextmanager
     def trajectory(
         self, batch: int, codes: Conditioning | None, steps: Trajectory, clamp: float | None
-    ) -> DeviceTrajectory:
-        """The buffers (and captured graphs) that run ``steps`` on ``batch`` images, kept for the next call.
+    ) -> Iterator[DeviceTrajectory]:
+        """The buffers (and captured graphs) that run ``steps`` on ``batch`` images, lent to one call at a time.
 
         A ragged last batch is padded into buffers of up to four times its size rather than captured anew.
         """
         K = None if codes is None or codes.weights is None else len(codes.weights)
         kind = (codes is not None, K, clamp is not None, steps)
-        fitting = [b for b, *rest in self._trajectories if tuple(rest) == kind and batch <= b <= 4 * batch]
-        key = (min(fitting, default=batch), *kind)
-        if key not in self._trajectories:
-            self._trajectories[key] = DeviceTrajectory(self, batch, codes, steps, clamp)
-            while len(self._trajectories) > KEPT_TRAJECTORIES:
-                self._trajectories.popitem(last=False)
-        self._trajectories.move_to_end(key)
-        return self._trajectories[key]
+        with LENDING:
+            free = self._trajectories
+            fitting = [key for key in free if key[2:] == kind and batch <= key[0] <= 4 * batch]
+            key = min(fitting, key=lambda key: key[0], default=None)
+            lent = None if key is None else free.pop(key)
+        if lent is None:
+            lent = DeviceTrajectory(self, batch, codes, steps, clamp)
+            key = (batch, id(lent), *kind)
+        yield lent
+        # Not where the call failed: what it left half is not looked into.
+        with LENDING:
+            free[key] = lent
+            while len(free) > KEPT_TRAJECTORIES:
+                free.popitem(last=False)
 
     def describe(self) -> dict[str, object]:
         """As :meth:`Plan.describe`."""
@@ -75,7 +86,9 @@ class FusedPlan(Networks):
         report = {**super().describe(), "attention": self.attention, "rewrites": on}
         report |= self.native
         if self.device.type == "cuda":
-            report["graphs"] = self.capture_failure or sum(len(t.graphs) for t in self._trajectories.values())
+            with LENDING:
+                captured = sum(len(t.graphs) for t in self._trajectories.values())
+            report["graphs"] = self.capture_failure or captured
         return report
 
 
@@ -96,8 +109,10 @@ class FusedField:
         workload = self.workloads(t, use_gradient and self.codes is not None and plan.gradient is not None)
         with plan.precision():
             eps, gradient = plan.evaluate(x, plan.time_rows([t], self.labels), self.codes, workload, self.kept)
+            # The side stream's memory goes back here, before another thread may be given it.
+            eps = eps.to(torch.float32, copy=plan.options.parallel_decoders)
         plan.count(len(x), self.codes, workload)
-        return eps.float(), None if gradient is None else gradient.float()
+        return eps, None if gradient is None else gradient.float()
 
 
 class DeviceField(FusedField):
@@ -107,5 +122,5 @@ class DeviceField(FusedField):
         self, x: Tensor, steps: Trajectory, clamp: float | None, progress: Callable[[], None] | None
     ) -> Tensor:
         """As ddim.integrate; ``clamp`` is 1 or None."""
-        run = self.plan.trajectory(len(x), self.codes, steps, clamp)
-        return run(x, self.codes, progress)
+        with self.plan.trajectory(len(x), self.codes, steps, clamp) as run:
+            return run(x, self.codes, progress)

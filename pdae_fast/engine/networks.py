@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ class Networks(Plan):
     ) -> None:
         super().__init__(model, device, dtype)
         wanted = options or Rewrites.for_device(device)
+        self._choices = {"options": wanted, "attention": attention}
         self.options = options = wanted.usable_on(device, dtype)
         self.native = wanted.native_notes(device, dtype)
         unet = self.unet
@@ -93,6 +94,10 @@ class Networks(Plan):
         block = max(blocks, key=lambda b: b.qkv.in_channels)
         return 1, side * side, block.heads, block.qkv.in_channels // block.heads
 
+    def choices(self) -> dict[str, Any]:
+        """As :meth:`Plan.choices`."""
+        return self._choices
+
     def awaited_bytes(self) -> int:
         """As :meth:`Plan.awaited_bytes`."""
         return sum(self._awaited)
@@ -102,7 +107,7 @@ class Networks(Plan):
     @torch.inference_mode()
     def prepare(self, times: Iterable[int]) -> None:
         """Compute the time tables of a schedule, one GEMM for each part; other times are added when they occur."""
-        missing = sorted({int(t) for t in times} - self._times.keys())
+        missing = sorted({int(t) for t in times if int(t) not in self._times})
         # Of a class-conditional network there is a row for every label too: they are made when they are needed.
         if missing and self.unet.class_emb is None:
             self._times.update(zip(missing, self._rows(missing).split(1), strict=True))
@@ -243,10 +248,10 @@ class Networks(Plan):
     def count(self, images: int, codes: Conditioning | None, workload: Workload) -> None:
         """Enter one evaluation of ``images`` images into ``evaluations``; outer parts have counters of their own."""
         self._awaited.clear()
-        prefix = "outer_" if workload.features == "outer" else ""
+        prefix, counts = "outer_" if workload.features == "outer" else "", {"eps": images}
         if workload.features != "kept":
-            self.evaluations[f"{prefix}trunk"] += images
-        self.evaluations[f"{prefix}eps"] += images
+            counts["trunk"] = images
         if workload.gradient == "run":
             K = 1 if codes.weights is None else len(codes.weights)
-            self.evaluations[f"{prefix}gradient"] += images * K
+            counts["gradient"] = images * K
+        self.count_evaluations(**{prefix + name: n for name, n in counts.items()})

@@ -55,7 +55,8 @@ def normalise(
 
 @functools.lru_cache(maxsize=64)
 def _identity(channels: int, device: torch.device) -> Affine:
-    return torch.ones(channels, device=device), torch.zeros(channels, device=device)
+    with torch.inference_mode(False):  # kept for callers in any mode
+        return tuple(make(channels, dtype=torch.float32, device=device) for make in (torch.ones, torch.zeros))
 
 
 def normalise_fused(

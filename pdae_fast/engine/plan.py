@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..config import UNetConfig
 from ..errors import UserError
+from ..isolation import float32_means_float32
 from ..models import PDAE, Prior
 from ..samplers.reuse import NOTHING, Reuse
 from .cost import equivalents
-from .device import available_memory
+from .device import available_memory, one_at_a_time
+from .ownership import owned
 
 P = TypeVar("P", bound="Plan")
 Evaluate = Callable[[Tensor, int, bool], tuple[Tensor, Tensor | None]]
+# Of all plans, so that a plan can be copied: locks cannot.
+COUNTING = threading.Lock()
 
 
 class Plan:
@@ -28,6 +32,9 @@ class Plan:
     ``evaluations`` counts network evaluations in images: one for every image that passes a trunk, an eps-decoder, a
     G-decoder or the encoder; what is taken from an earlier evaluation (``reuse``) is not counted, and where only the
     outer part of a network ran, that is counted apart ("outer_eps"). This plan knows of reuse only the window of G.
+
+    The weights are the plan's own and never change: what happens to ``model`` later is not seen. Several threads may
+    use a plan; copies share the weights, and a pickled plan is built anew where it is read.
     """
 
     name = "eager"
@@ -35,10 +42,7 @@ class Plan:
     can_keep = False
 
     def __init__(self, model: PDAE | Prior, device: torch.device, dtype: torch.dtype) -> None:
-        own = next(model.parameters())
-        if own.device != device or own.dtype != dtype:
-            model = copy.deepcopy(model).to(device, dtype)
-        self.model, self.device, self.dtype = model.eval(), device, dtype
+        self.model, self.device, self.dtype = owned(model, device, dtype), device, dtype
         self.reuse = NOTHING
         self.evaluations: Counter[str] = Counter()
 
@@ -52,21 +56,44 @@ class Plan:
         skips = len(self.unet.input_blocks)
         if reuse.outer > skips:
             raise UserError(f"reuse {reuse}: this network has {skips} skips, not {reuse.outer}")
-        plan = copy.copy(self)
+        plan = object.__new__(type(self))
+        plan.__dict__.update(vars(self))
         plan.reuse, plan.evaluations = reuse, Counter()
         return plan
 
-    def precision(self):
+    def __deepcopy__(self: P, memo: dict[int, Any]) -> P:
+        plan = self.reusing(self.reuse)
+        plan.evaluations.update(self.evaluations)
+        return plan
+
+    def choices(self) -> dict[str, Any]:
+        """What `build_plan` needs to build this plan anew, beside its name, device and dtype."""
+        return {}
+
+    @contextlib.contextmanager
+    def precision(self) -> Iterator[None]:
         """A context on the plan's device in which float32 means float32: cuDNN would otherwise round to TF32.
 
-        Plans that run the same shapes many times let cuDNN try its algorithms on the first of them (``tunes``).
+        Plans that run the same shapes many times let cuDNN try its algorithms on the first of them (``tunes``). On a
+        GPU one thread is inside at a time: cuDNN's switches are the whole process's, and so is the device.
         """
-        context = contextlib.ExitStack()
-        if self.device.type == "cuda":
-            exact = self.dtype is torch.float32
-            context.enter_context(torch.cuda.device(self.device))
-            context.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=self.tunes, allow_tf32=not exact))
-        return context
+        with contextlib.ExitStack() as context:
+            context.enter_context(float32_means_float32())
+            if self.device.type == "cuda":
+                flags = {"enabled": True, "benchmark": self.tunes, "allow_tf32": self.dtype is not torch.float32}
+                context.enter_context(one_at_a_time(self.device))
+                context.enter_context(torch.backends.cudnn.flags(**flags))
+            yield
+
+    def count_evaluations(self, **images: int) -> None:
+        """Add to ``evaluations``."""
+        with COUNTING:
+            self.evaluations.update(images)
+
+    def counts(self) -> dict[str, int]:
+        """``evaluations`` as they are now."""
+        with COUNTING:
+            return dict(self.evaluations)
 
     @property
     def unet(self):
@@ -75,7 +102,7 @@ class Plan:
     @torch.inference_mode()
     def encode(self, x0: Tensor) -> Tensor:
         """x0 [B, C, H, W] -> z float32 [B, latent_dim]."""
-        self.evaluations["encoder"] += len(x0)
+        self.count_evaluations(encoder=len(x0))
         with self.precision():
             return self.model.encode(x0.to(self.device)).float()
 
@@ -116,14 +143,14 @@ class Plan:
             times = torch.full((B,), t, dtype=torch.int64, device=self.device)
             features = self.unet.trunk(x, times, labels, z if self.unet.z_width else None)
             eps = self.unet.decode_eps(features).float()
-            self.evaluations.update(trunk=B, eps=B)
+            self.count_evaluations(trunk=B, eps=B)
             if z is None or self.unet.z_width or not use_gradient or not self.reuse.wants_gradient(t):
                 return eps, None
             if z.ndim == 2:
-                self.evaluations["gradient"] += B
+                self.count_evaluations(gradient=B)
                 return eps, self.unet.decode_gradient(features, z).float()
             K = len(z)
-            self.evaluations["gradient"] += K * B
+            self.count_evaluations(gradient=K * B)
             repeated = type(features)(
                 features.h.repeat(K, 1, 1, 1),
                 tuple(skip.repeat(K, 1, 1, 1) for skip in features.skips),
@@ -141,9 +168,9 @@ class Plan:
         denoiser = self.model.latent_denoiser
 
         def evaluate(z: Tensor, t: int, use_gradient: bool) -> tuple[Tensor, None]:
-            with torch.inference_mode():
+            with torch.inference_mode(), self.precision():
                 t_batch = torch.full((len(z),), t, dtype=torch.int64, device=self.device)
-                self.evaluations["latent"] += len(z)
+                self.count_evaluations(latent=len(z))
                 return denoiser(z, t_batch).float(), None
 
         return evaluate
@@ -155,7 +182,7 @@ class Plan:
     def equivalents(self) -> float:
         """``evaluations`` in evaluations of the whole network (trunk, eps-decoder and one G-decoder) of equally many
         multiplications, the encoder and the latent DPM left out; in images."""
-        return equivalents(self.model, self.evaluations, self.outer)
+        return equivalents(self.model, self.counts(), self.outer)
 
     @property
     def outer(self) -> int:

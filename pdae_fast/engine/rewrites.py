@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -43,7 +44,7 @@ class AffineTable:
 
     def __init__(self, blocks: list[ResBlock], fold: bool = False) -> None:
         widths = [block.out_layers[0].num_channels for block in blocks]
-        ends = torch.tensor(widths).cumsum(0).tolist() if widths else []
+        ends = list(itertools.accumulate(widths))
         self.columns = [slice(end - width, end) for width, end in zip(widths, ends, strict=True)]
         self.weight = torch.cat([b.out_layers[0].weight.detach().float() for b in blocks])
         self.bias = torch.cat([b.out_layers[0].bias.detach().float() for b in blocks])

@@ -24,7 +24,7 @@ class DeviceTrajectory:
     The step reads its row of the tables by that index, moves x in place and advances the index, so one captured step
     serves the whole trajectory; steps that compute different things (with and without G, say) are different graphs.
     Where graphs are off or capture fails the same step runs as it is. x is overwritten by the next call: a call returns
-    a copy.
+    a copy. One call at a time.
     """
 
     def __init__(
@@ -33,7 +33,8 @@ class DeviceTrajectory:
         self.plan, self.steps, self.clamp = plan, steps, clamp is not None
         device = plan.device
         with torch.inference_mode():
-            self.x = torch.empty(batch, *plan.model.image_shape, device=device)
+            float32 = {"dtype": torch.float32, "device": device}
+            self.x = torch.empty(batch, *plan.model.image_shape, **float32)
             self.index = torch.zeros((), dtype=torch.int64, device=device)
             self.rows = plan.time_rows([step.t for step in steps])
             self.coefficients = kernels.ddim_coefficients(
@@ -43,8 +44,8 @@ class DeviceTrajectory:
             if codes is not None:
                 K = 1 if codes.weights is None else len(codes.weights)
                 width = codes.scale.shape[1]
-                buffers = [torch.empty(K * batch, width, device=device) for _ in (0, 1)]
-                weights = None if codes.weights is None else torch.empty(K, batch, 1, 1, 1, device=device)
+                buffers = [torch.empty(K * batch, width, **float32) for _ in (0, 1)]
+                weights = None if codes.weights is None else torch.empty(K, batch, 1, 1, 1, **float32)
                 self.codes = Conditioning(*buffers, weights)
         workloads = Workloads(plan.reuse)
         has_gradient = codes is not None and plan.gradient is not None
@@ -107,7 +108,7 @@ class DeviceTrajectory:
                 if progress:
                     self._wait(queued)
                     progress()
-        return self.x[:B].clone()
+            return self.x[:B].clone()
 
     def _wait(self, queued: deque[torch.cuda.Event]) -> None:
         if self.x.device.type != "cuda":

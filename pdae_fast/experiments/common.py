@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from .. import cli
 from .. import config as configs
-from ..data import Batch, collate, open_dataset
+from ..data import Batch, Subset, collate, open_dataset
 from ..data.bundled import bundled_for
+from ..data.spec import add_crop, crop_for
 from ..engine.cost import equivalents
 from ..engine.device import describe_device
 from ..errors import UserError
@@ -45,6 +46,7 @@ def add_options(p: argparse.ArgumentParser, out: str, labels: bool = False) -> N
     Recipe.add_options(p)
     p.add_argument("--on-error", choices=("skip", "fail"), default="skip", help="what a broken image does")
     p.add_argument("--background", default="255,255,255", help="R,G,B that shows behind transparent images")
+    add_crop(p)
     p.add_argument("--limit", type=int, help="use only the first N images")
     if labels:
         p.add_argument("--attributes", metavar="FILE", help="CelebA's attribute list, or a CSV file (see docs/data.md)")
@@ -107,9 +109,12 @@ def data_spec(
 
 
 def open_data(args: argparse.Namespace, model: Autoencoder, spec: Sequence[str], split: str) -> Any:
-    """The images of ``spec`` in the shape that ``model`` takes, unlimited."""
+    """The images of ``spec`` in the shape that ``model`` takes, unlimited, but for those under --out."""
     channels, size, _ = model.image_shape
-    return open_dataset(spec, size, channels, split=split, background=_colour(args.background))
+    crop = crop_for(args.crop, model.config)
+    return open_dataset(
+        spec, size, channels, split=split, background=_colour(args.background), crop=crop, without=args.out
+    )
 
 
 def check_g(model: Autoencoder, what: str) -> None:
@@ -141,22 +146,6 @@ def _colour(text: str) -> tuple[int, ...]:
     if len(values) != 3 or not all(0 <= v <= 255 for v in values):
         raise UserError(f"--background {text!r} is not a colour; expected R,G,B with values 0 to 255")
     return values
-
-
-class Subset:
-    """Some images of a data set, in the order of ``indices``; itself a data set."""
-
-    def __init__(self, dataset: Any, indices: Sequence[int]) -> None:
-        self.dataset, self.indices = dataset, indices
-        self.names = [dataset.names[i] for i in indices]
-        labels = getattr(dataset, "labels", None)
-        self.labels = None if labels is None else labels[list(indices)]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset[self.indices[index]]
 
 
 def load(dataset: Any, indices: Sequence[int]) -> Batch:
@@ -311,6 +300,7 @@ def job_settings(run: Run, **values: Any) -> dict[str, Any]:
         "dtype": str(run.pipe.dtype).removeprefix("torch."),
         "plan": run.pipe.plan.name,
         "background": args.background,
+        "crop": args.crop or run.model.config.crop,
         **values,
     }
 
@@ -323,6 +313,7 @@ def report(run: Run, broken: Broken | None = None, recipe: bool = True, **values
         "model": str(args.model),
         "assumed": list(run.model.notes),
         "input": run.spec,
+        "crop": args.crop or run.model.config.crop,
         "images": len(run.dataset),
         **({"preset": args.preset, **pipe.recipe.describe()} if recipe else {}),
         "noise": pipe.noise,

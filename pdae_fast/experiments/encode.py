@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import cli
 from ..data import none_read
 from ..errors import UserError
-from ..files import atomic_write
+from ..files import atomic_write, claim_folder
 from ..pipeline import Pipeline
 from ..processes import processes
 from . import common
@@ -175,6 +175,8 @@ def main(argv: list[str] | None = None) -> None:
         targets = _targets(run)
         job = common.job_settings(run, with_x_T=args.with_x_T)
         size = run.pipe.batch_size if args.with_x_T else max(BLOCK_IMAGES, run.pipe.batch_size)
+        if group.first:
+            claim_folder(run.out)
         journal = Journal(run.out, job, len(run.dataset), size, group)
         total = journal.left() * (run.pipe.recipe.evaluations_up(run.pipe.schedule) if args.with_x_T else 1)
         with common.progress(run.pipe, total, "encode", args.quiet or not group.first) as advance:

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import cli
 from ..data import none_read, save_grid
 from ..errors import UserError
-from ..files import atomic_write
+from ..files import atomic_write, claim_folder
 from ..metrics import METRICS
 from ..pipeline import Pipeline
 from ..processes import Group, processes
@@ -240,6 +240,8 @@ def main(argv: list[str] | None = None) -> None:
         job = common.job_settings(run, rows=[case.describe() for case in cases], quality=list(quality))
         if network:
             job["fid"] = [args.fid, common.file_digest(args.fid_network)]
+        if group.first:
+            claim_folder(run.out)
         journal = Journal(run.out, job, len(run.dataset), run.pipe.batch_size, group)
         with common.progress(run.pipe, journal.left() * one, "evaluate", args.quiet or not group.first):
             journal.run(

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from .. import cli
 from ..data import save_grid, save_images
 from ..errors import UserError
-from ..files import make_folder
+from ..files import claim_folder
 from ..pipeline import Pipeline
 from . import common
 from .image_classifier import ImageClassifier, cached_classifier, predict
@@ -275,9 +275,9 @@ def main(argv: list[str] | None = None) -> None:
             for setting in settings:
                 _choose(args, targets, name, setting)
 
+    claim_folder(run.out)
     train, test, how = find_parts(run, run.out / "latents", args.holdout, check=check)
     names = _names(args, train.targets)
-    make_folder(run.out)
     draws = Draws(pipe, args.latent_steps, args.latent_clamp, args.seed)
     chosen = [_accept(run, draws, train, name, setting) for name in names for setting in settings]
     judges = {name: _judge(run, train, test, name) for name in names}

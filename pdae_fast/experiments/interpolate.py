@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import cli, metrics
 from ..data import save_grid, save_images
 from ..errors import UserError
-from ..files import make_folder
+from ..files import claim_folder
 from ..pipeline import INTERPOLATIONS, Pipeline
 from ..samplers.noise import slerp
 from . import animation, common, timing
@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
         common.check_g(run.model, "--compare")
     pairs = find_pairs(run.dataset.names, args.pair)
     weights = torch.linspace(0, 1, args.points)
-    make_folder(run.out)
+    claim_folder(run.out)
     ends, down = len({i for pair in pairs for i in pair}), common.evaluations(run.pipe, "random")
     total = ends * common.evaluations(run.pipe, "inferred")
     total += len(pairs) * args.points * len(kinds) * down

@@ -4,14 +4,21 @@ A block is a fixed range of the data set's images. What a block gave is appended
 process to files of its own, so a killed job loses the blocks in progress and nothing else; the same command, with any
 number of processes, does the blocks that are missing. When all are there, one process reads them in the order of the
 data set. Rows are thus the same in the same order however many processes there were.
+
+Every line and every array has a length and a checksum. What does not fit them is not a finished block: it is done
+again.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +28,12 @@ from torch import Tensor
 
 from ..data import Batch, stream
 from ..errors import UserError
-from ..files import atomic_write, make_folder
+from ..files import atomic_write, make_folder, naming, try_lock
 from ..processes import Group
 
 PARTS = "parts"
 _SETTINGS = "settings.json"
+_SUM = re.compile(rb', "bytes": (\d{1,18}), "crc": (\d{1,10})\}\n')  # how a line ends
 
 
 # -- blocks --------------------------------------------------------------------------------------------------------
@@ -103,8 +111,9 @@ def read_blocks(dataset: Any, size: int, numbers: list[int], on_error: str = "sk
 class Journal:
     """The finished blocks of one job in OUT/parts.
 
-    out: the job's folder, made where missing. settings: JSON values that decide the results; another job's unfinished
-    parts are refused, with the settings that differ. block: images of a block (those of the unfinished job win).
+    out: the job's folder, made where missing; the first process should have claimed it (see `claim_folder`). settings:
+    JSON values that decide the results; another job's unfinished parts are refused, with the settings that differ.
+    block: images of a block (those of the unfinished job win).
     Raises UserError for other settings, and when another job is at work in the same folder.
     """
 
@@ -115,8 +124,9 @@ class Journal:
         if group.first:
             make_folder(self.folder)
             if not path.exists():
+                content = {"block": block, "settings": settings}
                 with atomic_write(path, "w") as file:
-                    file.write(json.dumps({"block": block, "settings": settings}, indent=2) + "\n")
+                    file.write(json.dumps({**content, "crc": _crc_of(content)}, indent=2) + "\n")
         group.sync()
         found = self._settings(path)
         differ = [key for key in settings if found["settings"].get(key) != settings[key]]
@@ -130,6 +140,7 @@ class Journal:
             )
         self.block = found["block"]
         self.blocks = -(-count // self.block)
+        self._job = found["crc"]
         self._name = f"rank-{group.rank:05d}"
         self._files: dict[str, Any] = {}
         self._places = self._scan()
@@ -139,22 +150,44 @@ class Journal:
     def _settings(path: Path) -> dict[str, Any]:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            return {"block": int(found["block"]), "settings": dict(found["settings"])}
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{path} cannot be read; delete {path.parent} to start again") from None
+            content = {"block": found["block"], "settings": found["settings"]}
+            if found["crc"] != _crc_of(content):
+                raise ValueError
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(f"{path} cannot be read: missing or damaged; delete {path.parent} to start again") from None
+        return found
 
     def _scan(self) -> dict[int, tuple[Path, int]]:
         """Where the line of each finished block starts. A line that a killed process left half is no line."""
         places: dict[int, tuple[Path, int]] = {}
         for path in sorted(self.folder.glob("rank-*.jsonl")):
             offset = 0
-            with open(path, "rb") as file:
+            with _reading(path), open(path, "rb") as file:
                 for line in file:
-                    number = _number(line)
-                    if number is not None and number < self.blocks:
-                        places[number] = (path, offset)
+                    entry = self._entry(line, path)
+                    if entry is not None and all(self._array(*where) is not None for where in entry["arrays"].values()):
+                        places[entry["block"]] = (path, offset)
                     offset += len(line)
         return places
+
+    def _entry(self, line: bytes, path: Path) -> dict[str, Any] | None:
+        """What a line of ``path`` says; None when it is damaged, of another job, or names files of others."""
+        end = _SUM.search(line, max(0, len(line) - 64))
+        if end is None or end.end() != len(line):
+            return None
+        content = line[: end.start()] + b"}"
+        if int(end[1]) != len(content) or int(end[2]) != zlib.crc32(content):
+            return None
+        try:
+            entry = json.loads(content)
+            number, arrays = entry["block"], entry["arrays"]
+            places = range(number * self.block, min((number + 1) * self.block, self.count))
+            whole = entry["job"] == self._job and len(places) == len(entry["indices"]) + len(entry["broken"])
+            fits = len(entry["names"]) == len(entry["indices"]) and all(i in places for i in entry["indices"])
+            own = all(re.fullmatch(rf"{re.escape(path.stem)}\.\w+\.f32", where[0]) for where in arrays.values())
+            return entry if whole and fits and own and 0 <= number < self.blocks else None
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+            return None
 
     def missing(self) -> list[int]:
         """The blocks that this process has to do."""
@@ -169,6 +202,7 @@ class Journal:
         """Keep what ``block`` gave; after this returns it survives a kill, and a power cut."""
         line: dict[str, Any] = {
             "block": block.number,
+            "job": self._job,
             "names": block.names,
             "indices": block.indices,
             "broken": block.broken,
@@ -179,21 +213,26 @@ class Journal:
             data = array.detach().cpu().contiguous().numpy().astype("<f4", copy=False)
             end = f"{self._name}.{name}.f32"
             offset = self._append(end, data.tobytes())
-            line["arrays"][name] = [end, offset, list(data.shape)]
+            line["arrays"][name] = [end, offset, list(data.shape), zlib.crc32(data)]
         # After the arrays: a line stands for everything that it names.
-        self._append(f"{self._name}.jsonl", json.dumps(line).encode() + b"\n")
+        content = json.dumps(line).encode()
+        total = f', "bytes": {len(content)}, "crc": {zlib.crc32(content)}}}\n'
+        self._append(f"{self._name}.jsonl", content[:-1] + total.encode())
 
     def _append(self, name: str, content: bytes) -> int:
-        file = self._files.get(name)
-        if file is None:
-            file = self._files[name] = open(self.folder / name, "ab")  # noqa: SIM115 (closed by `close`)
-            _lock(file, self.folder)
-            if file.tell() and name.endswith(".jsonl"):
-                file.write(b"\n")  # ends what a killed process may have left half; an empty line is no line
-        offset = file.tell()
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        path = self.folder / name
+        with naming(path):
+            file = self._files.get(name)
+            if file is None:
+                file = self._files[name] = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by `run`)
+                if try_lock(file.fileno()) is False:  # by a process whose first has died
+                    raise UserError(f"another process is at work in {self.folder}; choose another --out or wait for it")
+                if file.tell() and name.endswith(".jsonl"):
+                    file.write(b"\n")  # ends what a killed process may have left half; an empty line is no line
+            offset, rest = file.tell(), memoryview(content)
+            while rest:  # a disk that is nearly full takes a part
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
         return offset
 
     def run(self, dataset: Any, work: Work, on_error: str = "skip") -> None:
@@ -213,49 +252,50 @@ class Journal:
     def entries(self, arrays: bool = True) -> Iterator[Entry]:
         """What all blocks gave, in the order of the data set, one at a time; for the first process, after `run`.
 
-        arrays: whether to read them; without, they are empty.
+        arrays: whether to give them; without, they are empty.
         """
         places = self._scan()
         if lost := [n for n in range(self.blocks) if n not in places]:
             raise UserError(f"{self.folder} lacks {len(lost)} blocks; run the same command again to continue")
         for number in range(self.blocks):
             path, offset = places[number]
-            with open(path, "rb") as file:
+            with _reading(path), open(path, "rb") as file:
                 file.seek(offset)
-                line = json.loads(file.readline())
-            found = {name: self._array(*where) for name, where in line["arrays"].items()} if arrays else {}
+                line = self._entry(file.readline(), path)
+            found = {} if line is None else {name: self._array(*where) for name, where in line["arrays"].items()}
+            if line is None or any(array is None for array in found.values()):
+                raise UserError(f"{path}: changed meanwhile; run the same command again to continue")
             broken = [(name, reason) for name, reason in line["broken"]]
-            yield Entry(number, line["names"], line["indices"], broken, line["values"], found)
+            yield Entry(number, line["names"], line["indices"], broken, line["values"], found if arrays else {})
 
-    def _array(self, name: str, offset: int, shape: list[int]) -> np.ndarray:
-        return np.fromfile(self.folder / name, "<f4", int(np.prod(shape)), offset=offset).reshape(shape)
+    def _array(self, name: str, offset: int, shape: list[int], crc: int) -> np.ndarray | None:
+        """The array of a line; None when its file is too short or holds something else there."""
+        size = 4 * math.prod(shape)
+        try:
+            with open(self.folder / name, "rb") as file:
+                file.seek(offset)
+                data = file.read(size)
+        except OSError:
+            return None
+        return np.frombuffer(data, "<f4").reshape(shape) if len(data) == size and zlib.crc32(data) == crc else None
 
     def remove(self, with_folder: bool = False) -> None:
         """Delete the parts (``with_folder``: and the folder they are in): the results are written."""
         shutil.rmtree(self.folder.parent if with_folder else self.folder)
 
 
-def _number(line: bytes) -> int | None:
-    if not line.endswith(b"\n"):
-        return None
+def _crc_of(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        return int(json.loads(line)["block"])
-    except (ValueError, KeyError, TypeError):
-        return None
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _brief(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _lock(file: Any, folder: Path) -> None:
-    """Refuse to write beside another process: two would do the same blocks, and one would delete the other's."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"another process is at work in {folder}; choose another --out or wait for it") from None

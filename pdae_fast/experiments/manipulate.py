@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import cli
 from ..data import none_read, save_grid, save_images, stream
 from ..errors import UserError
-from ..files import make_folder
+from ..files import claim_folder
 from ..pipeline import Pipeline
 from . import common, timing
 from .common import Cost
@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
         pipe.direction(name)
     edits, ends = _pairs(run, names)
     sizes = sorted({abs(scale) for scale in scales})
-    make_folder(run.out)
+    claim_folder(run.out)
     up = pipe.recipe.evaluations_up(pipe.schedule)
     down = common.evaluations(pipe, "random")
     each = len(attributes) * len(scales)

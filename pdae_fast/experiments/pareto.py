@@ -19,7 +19,7 @@ from .. import cli
 from ..data import none_read, stream
 from ..engine.device import describe_device
 from ..errors import UserError
-from ..files import atomic_write, make_folder
+from ..files import atomic_write, claim_folder
 from ..metrics import METRICS
 from ..pipeline import Pipeline
 from ..plots import COLOURS, chart
@@ -145,6 +145,7 @@ def job(run: Run) -> dict[str, Any]:
         "images": len(run.dataset),
         "names": names_digest(run.dataset),
         "background": args.background,
+        "crop": args.crop,
         "seed": args.seed,
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "plan": pipe.plan.name,
@@ -343,7 +344,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if not args.no_plot:
         _needs_matplotlib()
-    make_folder(run.out)
+    claim_folder(run.out)
     todo = remaining(run, table)
     each = [candidate.evaluations(run.pipe, mode) + REFERENCE_STEPS for candidate, mode in todo]
     broken: list[tuple[str, str]] = []

@@ -24,7 +24,7 @@ import torch
 
 from .. import cli
 from ..errors import UserError
-from ..files import atomic_write, make_folder
+from ..files import atomic_write, claim_folder
 from ..plots import COLOURS, chart
 from . import common
 from .parts import Side, find_parts
@@ -315,13 +315,13 @@ def main(argv: list[str] | None = None) -> None:
         if importlib.util.find_spec(module) is None:
             raise UserError("probe needs scikit-learn and matplotlib: pip install 'pdae_fast[experiments]'")
     run = common.open_run(args, infers=False)
+    claim_folder(run.out)
     cache = run.out / "latents"
     train, test, how = find_parts(run, cache, args.holdout, args.test or ())
     check(args.neighbours, len(train.z))  # before minutes of fitting
     latent = FeatureSet(f"z ({train.z.shape[1]})", train.z, test.z)
     sets = [latent, *pixel_features(train.images, test.images, train.z.shape[1], args.seed)]
     scaled = [scale(features, args.scaling) for features in sets]
-    make_folder(run.out)
     if train.targets.kind == "classes":
         measure, rows, notes = _classes(scaled, train, test, args.seed)
     else:

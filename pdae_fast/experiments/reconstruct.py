@@ -11,6 +11,7 @@ import torch
 from .. import cli
 from ..data import load_image, none_read, save_grid, save_images
 from ..data.bundled import SAMPLES
+from ..files import claim_folder
 from ..metrics import METRICS
 from ..processes import processes
 from ..samplers import Recipe
@@ -80,6 +81,8 @@ def main(argv: list[str] | None = None) -> None:
         run = common.open_run(args, default_input=[SAMPLES], infers="inferred" in modes)
         modes = common.possible(run.model, "--modes", modes, ())
         settings = common.job_settings(run, modes=modes)
+        if group.first:
+            claim_folder(run.out)
         journal = Journal(run.out, settings, len(run.dataset), run.pipe.batch_size, group)
         total = journal.left() * sum(common.evaluations(run.pipe, mode) for mode in modes)
         with common.progress(run.pipe, total, "reconstruct", args.quiet or not group.first):

@@ -20,10 +20,12 @@ from typing import Any
 from tqdm import tqdm
 
 from .. import __version__, cli
+from ..arguments import seed_option
+from ..data.spec import add_crop
 from ..engine import resolve_device, resolve_dtype
 from ..engine.device import describe_device
 from ..errors import UserError
-from ..files import atomic_write, make_folder
+from ..files import atomic_write, claim_folder, make_folder
 from ..models import PDAE
 from . import common
 from .report_experiments import EXPERIMENTS, Experiment, choose
@@ -75,7 +77,7 @@ def run(
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", *argv], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     seconds = time.perf_counter() - start
-    if done.returncode == 130:
+    if done.returncode in (130, 143):
         raise KeyboardInterrupt
     if done.returncode:
         lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or ["no reason given"]
@@ -240,7 +242,7 @@ def write_page(path: Path, title: str, summary: dict[str, str], found: list[Sect
 
 PAGE = "index.html"
 # What every command takes, and which of them only those that read labels.
-PASSED = ("model", "device", "dtype", "batch_size", "seed", "on_error", "limit")
+PASSED = ("model", "device", "dtype", "batch_size", "seed", "on_error", "limit", "crop")
 LABELS = ("attributes", "columns")
 
 
@@ -264,9 +266,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, help="images per network evaluation (default: chosen for the device)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--dtype", default="auto", help="of the networks: auto, float32, bfloat16, float16")
-    add("--seed", type=int, default=0, help="seed of everything random")
+    add("--seed", type=seed_option, default=0, help="seed of everything random")
     add("--on-error", choices=("skip", "fail"), default="skip", help="what a broken image does")
     add("--background", default="255,255,255", help="R,G,B that shows behind transparent images")
+    add_crop(p)
     add("--quiet", action="store_true", help="no progress bar, no table")
     cli.add_foreign_options(p)
     return p
@@ -286,7 +289,9 @@ def main(argv: list[str] | None = None) -> None:
     spec = common.data_spec(args, model)
     dataset = common.open_data(args, model, spec, "test")
     out = Path(args.out)
-    make_folder(out)
+    if any(out.resolve().is_relative_to(Path(path).resolve()) for path in args.input or () if Path(path).is_dir()):
+        raise UserError(f"--out {out} lies in --input, whose images every experiment reads; choose another --out")
+    claim_folder(out)
     job = {
         "weights": common.fingerprint(model),
         "names": common.names_digest(dataset),

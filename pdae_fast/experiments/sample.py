@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import cli
 from ..data import save_grid, save_images, stream
 from ..errors import UserError
-from ..files import make_folder
+from ..files import claim_folder
 from ..pipeline import Pipeline
 from . import common, frechet
 from .common import Cost
@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
         common.check_g(run.model, "--prior-only")
     reference = find_reference(run)
     features = _fid(run) if args.fid else None
-    make_folder(run.out)
+    claim_folder(run.out)
     ways: dict[str, Callable[[], Iterator[Samples]]] = {
         "latent": lambda: sample(pipe, args.count, seed=args.seed, **drawing)
     }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import checkpoints
 from ..config import DiffAEConfig, PDAEConfig, PriorConfig
 from ..errors import UserError
+from ..isolation import undisturbed
 from ..schedule import build_schedule
 from .encoder import Encoder
 from .latent import LatentMLP
@@ -27,6 +28,7 @@ class _Pretrained(nn.Module):
     notes: tuple[str, ...] = ()
 
     @classmethod
+    @undisturbed()
     def from_pretrained(cls: type[_Model], source: str | Path, **options: Any) -> _Model:
         """Load a bundled name, a directory written by :meth:`save_pretrained`, or a foreign checkpoint file.
 

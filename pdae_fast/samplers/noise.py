@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import as_indices, as_seed
 from ..config import check_noise
 
 
@@ -39,14 +40,22 @@ class ImageNoise:
     """Standard normal noise with one generator per image, so that results do not depend on how a batch is split.
 
     Image number ``indices[k]`` of seed ``seed`` gets the same draws whatever else is in its batch, on every device
-    (drawn on the CPU). Calling the object returns float32 [len(indices), *shape].
+    (drawn on the CPU). ``stream``: other draws for the same seed. Calling the object returns float32
+    [len(indices), *shape]. UserError for a seed outside 0 ... 2^63 - 1 and for what is no index.
     """
 
     def __init__(
-        self, seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu"
+        self,
+        seed: int,
+        indices: Sequence[int],
+        shape: Sequence[int],
+        device: torch.device | str = "cpu",
+        stream: int = 0,
     ) -> None:
-        self.shape, self.device = tuple(shape), device
-        states = [np.random.SeedSequence((seed, int(i))).generate_state(1, np.uint64)[0] for i in indices]
+        self.shape, self.device, seed = tuple(shape), device, as_seed(seed) + stream
+        states = [
+            np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0] for i in as_indices("indices", indices)
+        ]
         self.generators = [torch.Generator().manual_seed(int(state) >> 1) for state in states]
 
     @classmethod
@@ -60,8 +69,9 @@ class ImageNoise:
 
     def __call__(self) -> Tensor:
         if not self.generators:
-            return torch.empty(0, *self.shape, device=self.device)
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+            return torch.empty(0, *self.shape, dtype=torch.float32, device=self.device)
+        draws = [torch.randn(self.shape, generator=g, dtype=torch.float32, device="cpu") for g in self.generators]
+        return torch.stack(draws).to(self.device)
 
 
 def standardise(x: Tensor) -> Tensor:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import operator
 from dataclasses import dataclass
 from typing import Any
 
+from ..arguments import as_int, as_number
 from ..config import NOISES, check_noise
 from ..errors import UserError
 from ..schedule import SPACINGS, WHOLE, Schedule, Trajectory
@@ -51,7 +51,8 @@ class Recipe:
         solver = self.method
         self._set("reuse", Reuse.parse(self.reuse))
         for name in ("steps", "encode_steps", "iterations"):
-            self._set(name, _whole(name, getattr(self, name), optional=name != "steps"))
+            value = getattr(self, name)
+            self._set(name, None if value is None and name != "steps" else as_int(name, value))
         for name, value in (("steps", self.steps), ("encode_steps", self.encode_steps)):
             if value is not None and value < 1:
                 raise UserError(f"{name} must be between 1 and 1000 (the model's time points), not {value}")
@@ -65,8 +66,7 @@ class Recipe:
             )
         if self.noise is not None:
             check_noise(self.noise)
-        if isinstance(self.eta, bool) or not isinstance(self.eta, (int, float)) or not 0 <= self.eta <= 1:
-            raise UserError(f"eta must be a number between 0 and 1, not {self.eta!r}")
+        self._set("eta", as_number("eta", self.eta, 0, 1))
         if self.eta and not solver.solved:
             raise UserError(f"eta belongs to ddim and cannot be combined with {self.solver}")
         if self.iterations is None:
@@ -236,17 +236,6 @@ class Recipe:
         if self.method.backward:
             return steps + 2  # three find the first state above the image
         return 1 + self.iterations * steps if self.iterations else steps
-
-
-def _whole(name: str, value: Any, optional: bool) -> int | None:
-    if value is None and optional:
-        return None
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise UserError(f"{name} must be a whole number, not {value!r}") from None
 
 
 # What each leaves of the error is in docs/reconstruct.md. Fewer steps are another, coarser decoder, which does not show

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..arguments import as_int
 from ..errors import UserError
 
 EXPECTED = (
@@ -40,6 +41,8 @@ class Reuse:
     window: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("gradient", "trunk", "deep", "outer"):
+            object.__setattr__(self, name, as_int(f"reuse {name}", getattr(self, name)))
         for name in ("gradient", "trunk", "deep"):
             if getattr(self, name) < 1:
                 raise UserError(f"reuse {name}:{getattr(self, name)}: the period must be at least 1")
@@ -55,8 +58,10 @@ class Reuse:
         """The approximations that ``spec`` names; None, "" and "none" are none. UserError for anything else."""
         if isinstance(spec, Reuse):
             return spec
-        if spec in (None, "", "none"):
+        if spec is None or (isinstance(spec, str) and spec in ("", "none")):
             return cls()
+        if not isinstance(spec, str):
+            raise UserError(f"reuse {spec!r} is not understood; {EXPECTED}")
         values: dict[str, object] = {}
         for term in spec.split(","):
             name, *arguments = term.strip().split(":")

@@ -128,7 +128,7 @@ SOLVERS: dict[str, Solver] = {
 
 def find_solver(name: str) -> Solver:
     """UserError for one that does not exist."""
-    if name not in SOLVERS:
+    if not isinstance(name, str) or name not in SOLVERS:
         *others, last = SOLVERS
         raise UserError(f"solver {name!r} is not known; expected {', '.join(others)} or {last}")
     return SOLVERS[name]

@@ -6,7 +6,9 @@ import argparse
 import dataclasses
 
 from .. import cli
+from ..arguments import seed_option
 from ..config import PREDICTIONS, LatentConfig, presets
+from ..data.spec import add_crop
 from .settings import DEFAULTS, TrainSettings
 from .step import STEP_HELP, UNET_ONLY
 from .target_codes import PCA
@@ -62,6 +64,14 @@ def _options(p: argparse.ArgumentParser, task: str) -> None:
         required=codes,
         help=f"{what}: bundled name, directory, foreign checkpoint",
     )
+    add_crop(p)
+    p.add_argument(
+        "--on-error",
+        choices=("skip", "fail"),
+        default="skip" if codes else "fail",
+        help="what a broken image does; skip: the run is that of the readable images alone"
+        + (", each of which is decoded once before it begins" * (not codes)),
+    )
     if task in ENCODING:
         _encoding_options(p)
     if codes:
@@ -115,7 +125,8 @@ def _options(p: argparse.ArgumentParser, task: str) -> None:
         if isinstance(field.default, bool):
             p.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=HELP[field.name])
         else:
-            p.add_argument(flag, type=type(field.default), default=default, help=HELP[field.name])
+            kind = seed_option if field.name == "seed" else type(field.default)
+            p.add_argument(flag, type=kind, default=default, help=HELP[field.name])
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     p.add_argument("--workers", type=int, default=0, help="processes that load images")
@@ -173,7 +184,6 @@ def _holdout_option(p: argparse.ArgumentParser) -> None:
 
 
 def _code_options(p: argparse.ArgumentParser, task: str) -> None:
-    p.add_argument("--on-error", choices=("skip", "fail"), default="skip", help="what a broken image does")
     if task == "latent":
         p.add_argument("--hidden", type=int, default=LatentConfig.hidden, help="width of the MLP")
         p.add_argument("--layers", type=int, default=LatentConfig.layers, help="layers of the MLP")

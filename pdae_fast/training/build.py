@@ -123,7 +123,14 @@ def _diffae_like(config: PDAEConfig) -> DiffAEConfig:
 
 
 def build_model(args) -> Prior | PDAE | DiffAE:
-    """The model to train on images: fresh, from --init-from, or around the prior of that."""
+    """The model to train on images: fresh, from --init-from, or around the prior of that. It remembers --crop."""
+    model = _built(args)
+    if args.crop:
+        model.config = dataclasses.replace(model.config, crop=args.crop)
+    return model
+
+
+def _built(args) -> Prior | PDAE | DiffAE:
     torch.manual_seed(args.seed)
     if args.task == "diffae":
         return _diffae(args)

@@ -15,12 +15,13 @@ import torch
 
 from .. import cli
 from ..config import LatentConfig
-from ..data import Labels, open_dataset, read_attributes
+from ..data import Labels, open_dataset, read_attributes, readable
 from ..data.attributes import class_names, file_labels
 from ..data.latents import Latents, LatentSet, cache_path, encode_dataset, split, weights_fingerprint
+from ..data.spec import crop_for
 from ..engine import resolve_device
 from ..errors import UserError
-from ..files import make_folder
+from ..files import claim_folder
 from ..models import PDAE, Autoencoder, Prior
 from ..processes import Group, processes
 from . import codes, target_codes, warm_start
@@ -37,6 +38,7 @@ from .target_codes import COMPONENTS
 from .tasks import TASKS, ImagesWithRows
 from .trainer import Trainer
 
+IMAGES_ALONE = ("prior", "encoder", "pdae", "diffae")  # tasks that read the images again and again, not codes of them
 SHOWN = 5  # broken images that are named one by one
 # Each group of a norm is then one channel, whose mean is taken away at the input, the output and between.
 NARROW = (
@@ -54,8 +56,7 @@ def _check(args) -> None:
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     out = Path(args.out)
-    if not args.resume and (out / CHECKPOINT_NAME).exists():
-        raise UserError(f"{out} already holds a run; add --resume to continue it, or choose another --out")
+    _check_new(args)
     for name in ("init_from", "start_from", "target"):
         source = getattr(args, name, None)
         if source and out.is_dir() and Path(source).is_dir() and out.samefile(source):
@@ -90,11 +91,34 @@ def _check(args) -> None:
             read_attributes(args.attributes, args.columns)
 
 
+def _check_new(args) -> None:
+    if not args.resume and (Path(args.out) / CHECKPOINT_NAME).exists():
+        raise UserError(f"{args.out} already holds a run; add --resume to continue it, or choose another --out")
+
+
+def _dataset(args, model: Prior | Autoencoder, shape_of: Autoencoder | None = None) -> Any:
+    """The images of --data, without the broken ones where training could not know of them otherwise, for ``model``; of
+    the shape that ``shape_of`` takes, if it is given."""
+    channels, size, _ = (shape_of or model).image_shape
+    crop = crop_for(args.crop, model.config)
+    dataset = open_dataset(args.data, size, channels, split="train", crop=crop, without=args.out)
+    if args.on_error == "skip" and args.task in IMAGES_ALONE:
+        dataset, broken = readable(dataset, args.quiet)
+        _say_broken(broken, args.first and shape_of is None)
+    return dataset
+
+
+def _say_broken(broken: list[tuple[str, str]], first: bool) -> None:
+    for name, reason in broken[:SHOWN] if first else ():
+        print(f"left out: {name}: {reason}", file=sys.stderr)
+    if len(broken) > SHOWN and first:
+        print(f"left out: {len(broken) - SHOWN} more broken images", file=sys.stderr)
+
+
 def _image_task(args, device: torch.device):
     """Task, data set and preview of train prior, train pdae and train diffae."""
     model = build_model(args)
-    channels, size, _ = model.image_shape
-    dataset = open_dataset(args.data, size, channels, split="train")
+    dataset = _dataset(args, model)
     labels = _image_labels(args, model, dataset)
     preview = None
     if args.sample_every:
@@ -146,7 +170,6 @@ def _in_turn(group: Group) -> Iterator[None]:
 
 
 def _cache(args) -> Path:
-    make_folder(args.out)  # an --out that cannot be is better known before the encoding
     return Path(args.latents) if args.latents else Path(args.out).absolute().parent / "latents"
 
 
@@ -158,10 +181,10 @@ def _say(args, cache: Path, latents: Latents) -> None:
 def _encoder_task(args, device: torch.device, group: Group):
     """Task, training images and held-out images of train encoder, all with their codes."""
     model = build_model(args)
-    channels, size, _ = model.image_shape
-    dataset = open_dataset(args.data, size, channels, split="train")
+    dataset = _dataset(args, model)
     _check_feature_label(args, model.config.unet.num_classes)
     _say_notes(args, model, [])
+    data = partial(_dataset, args, model)
     with _in_turn(group):
         options = {"cache": _cache(args), "require": args.cached_only, "quiet": args.quiet}
         encoding = options | {"batch_size": args.encode_batch_size, "device": device}
@@ -175,10 +198,10 @@ def _encoder_task(args, device: torch.device, group: Group):
             options |= {"count": args.target_images, "seed": args.seed}
             latents = find(dataset, model.config.latent_dim, **options)
             if start is not None:
-                sources, g = _g_for_codes(args, model, start, latents, encoding)
+                sources, g = _g_for_codes(args, model, start, latents, data(start), encoding)
         else:
             start = PDAE.from_pretrained(args.target)
-            latents = target_codes.model_codes(model, start, args.target, args.data, **encoding)
+            latents = target_codes.model_codes(model, start, args.target, data(start), **encoding)
             reason = warm_start.take_g(model, start)
             g = f"G is not taken from {args.target}: {reason}" if reason else f"G is that of {args.target}"
         if g and not args.quiet:
@@ -208,10 +231,12 @@ def _g_to_start_from(args, model: PDAE) -> PDAE | None:
     return start
 
 
-def _g_for_codes(args, model: PDAE, start: PDAE, latents: Latents, encoding: dict[str, Any]) -> tuple[str, str]:
+def _g_for_codes(
+    args, model: PDAE, start: PDAE, latents: Latents, dataset: Any, encoding: dict[str, Any]
+) -> tuple[str, str]:
     """Give ``model`` the G of ``start`` for the codes ``latents``; a fingerprint of what decides it, and a line."""
     flag = f"--start-from {args.start_from}"
-    known = target_codes.own_codes(model, start, flag, args.data, **encoding)
+    known = target_codes.own_codes(model, start, flag, dataset, **encoding)
     if known.names != latents.names:
         raise UserError(f"{flag}: it has codes of other images than --target; expected the same of both")
     sources = weights_fingerprint(model.decoder, [weights_fingerprint(start.decoder), known.encoder])
@@ -225,8 +250,7 @@ def _g_for_codes(args, model: PDAE, start: PDAE, latents: Latents, encoding: dic
 def _latents(args, device: torch.device, group: Group) -> tuple[Autoencoder, Latents]:
     """The autoencoder of --init-from and the latents of --data by it, kept beside the run."""
     model = Autoencoder.from_pretrained(args.init_from, **cli.foreign_options(args))
-    channels, size, _ = model.image_shape
-    dataset = open_dataset(args.data, size, channels, split="train")
+    dataset = _dataset(args, model)
     cache = _cache(args)
     latents = encode_dataset(
         model,
@@ -238,10 +262,7 @@ def _latents(args, device: torch.device, group: Group) -> tuple[Autoencoder, Lat
         require=args.cached_only,
         quiet=args.quiet,
     )
-    for name, reason in latents.broken[:SHOWN] if group.first else ():
-        print(f"left out: {name}: {reason}", file=sys.stderr)
-    if len(latents.broken) > SHOWN and group.first:
-        print(f"left out: {len(latents.broken) - SHOWN} more broken images", file=sys.stderr)
+    _say_broken(latents.broken, group.first)
     _say(args, cache, latents)
     return model, latents
 
@@ -295,7 +316,10 @@ def _train(args, group: Group) -> None:
     out, device = Path(args.out), resolve_device(group.device(args.device))
     options = StepOptions(**{name: getattr(args, name, False) for name in STEP_HELP})
     options.check(args.task, device, group.size)
-    args.quiet = args.quiet or not group.first
+    if group.first:
+        claim_folder(out)
+        _check_new(args)  # again: a run may have ended since
+    args.quiet, args.first = args.quiet or not group.first, group.first
     judged = preview = None
     if args.task in ON_IMAGES:
         task, dataset, preview = _image_task(args, device)
@@ -328,7 +352,9 @@ def _train(args, group: Group) -> None:
         group=group,
     )
     if args.resume:
-        trainer.resume()
+        fewer = trainer.resume(args.on_error == "skip" and args.task in IMAGES_ALONE)
+        if fewer and group.first:
+            print(f"note: {fewer} images fewer than the saved run saw; it goes on with those left", file=sys.stderr)
     stopped = trainer.run()
     if stopped:
         if group.first:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,19 +19,26 @@ from ..plots import COLOURS, chart
 def read_log(run: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
     """Steps and losses, float64 [n], from the log.jsonl of a run (its directory, or the file itself).
 
-    A last line that a killed run left unfinished is passed over. UserError when there is no such log, or nothing in it.
+    Lines that are none, such as the one that a killed run left unfinished, are passed over. UserError when there is no
+    such log, or nothing in it.
     """
     path = Path(run)
     path = path / "log.jsonl" if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"{run}: no log.jsonl; expected the directory of a run of pdae_fast.train")
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    for line in lines:
         try:
             values = json.loads(line)
-            found.append((float(values["step"]), float(values["loss"])))
-        except (ValueError, KeyError, TypeError):
+            pair = (float(values["step"]), float(values["loss"]))
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue
+        if all(map(math.isfinite, pair)):
+            found.append(pair)
     if not found:
         raise UserError(f"{path}: no losses in it; expected lines with step and loss")
     steps, losses = np.array(found).T

@@ -109,7 +109,7 @@ class Replicas:
 
 def say_once() -> bool:
     """Whether this process is the first of the job to end with a message: the others would only repeat it."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return True
     try:
         # torchrun keeps this store itself, so it is there whichever process died.

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from ..arguments import as_seed
 from ..errors import UserError
 
 TASKS = ("prior", "encoder", "pdae", "diffae", "latent", "classifier")
@@ -54,6 +55,7 @@ class TrainSettings:
                 raise UserError(message)
 
         require(self.task in TASKS, f"task {self.task!r} is not known; expected one of {', '.join(TASKS)}")
+        as_seed(self.seed)
         for name in ("steps", "batch_size", "accumulate"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         require(self.lr > 0 and math.isfinite(self.lr), f"lr must be a positive number, not {self.lr}")

@@ -93,12 +93,13 @@ def feature_codes(
 
 
 def model_codes(
-    model: PDAE, start: PDAE, name: str, data: str, cache: str | os.PathLike | None = None, **options: Any
+    model: PDAE, start: PDAE, name: str, data: Any, cache: str | os.PathLike | None = None, **options: Any
 ) -> Latents:
     """z = E(x_0) by the encoder of ``start``, a PDAE called ``name``, for ``model`` to learn: not normalised.
 
-    The images of ``data`` are read at the size of ``start``, that is by the same Lanczos filter from the same files as
-    in its own training, whatever size ``model`` has. options: as `encode_dataset`.
+    data: as `open_dataset` takes it, or a data set of the shape that ``start`` takes. The images are read at the size
+    of ``start``, that is by the same Lanczos filter from the same files as in its own training, whatever size ``model``
+    has. options: as `encode_dataset`.
     Raises UserError when the two have other channels or latent dimensions.
     """
     own, other = model.config.latent_dim, start.config.latent_dim
@@ -108,14 +109,15 @@ def model_codes(
 
 
 def own_codes(
-    model: PDAE, start: PDAE, what: str, data: str, cache: str | os.PathLike | None = None, **options: Any
+    model: PDAE, start: PDAE, what: str, data: Any, cache: str | os.PathLike | None = None, **options: Any
 ) -> Latents:
     """`model_codes` of whatever dimension ``start`` has. what: for the error, where the two have other channels."""
     channels, size, _ = start.image_shape
     own = model.config.unet.input_channel
     if own != channels:
         raise UserError(f"{what}: its input_channel is {channels}; the model to train has {own}")
-    return encode_dataset(start, open_dataset(data, size, channels, split="train"), cache, on_error="fail", **options)
+    dataset = open_dataset(data, size, channels, split="train") if isinstance(data, (str, os.PathLike)) else data
+    return encode_dataset(start, dataset, cache, on_error="fail", **options)
 
 
 # -- principal components ----------------------------------------------------------------------------------------------

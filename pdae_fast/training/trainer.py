@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .. import config as configs
 from ..errors import UserError
-from ..files import atomic_write, make_folder
+from ..files import atomic_write, clear_unfinished, make_folder
 from ..models import PDAE, Prior
 from ..processes import Group
 from . import distributed, state
@@ -91,16 +91,24 @@ class Trainer:
 
     # -- state -----------------------------------------------------------------------------------------------------
 
-    def resume(self) -> None:
-        """Continue the run in ``out`` exactly where its last checkpoint left it."""
-        saved = state.load(self.out / state.CHECKPOINT_NAME)
+    def resume(self, may_lack: bool = False) -> int:
+        """Continue the run in ``out`` exactly where its last checkpoint left it.
+
+        may_lack: whether the data set may have lost images since, whose number is returned; the order of the others is
+        then that of a run which never had them.
+        """
+        path = self.out / state.CHECKPOINT_NAME
+        saved = state.load(path)
         self.settings.check_resumable(saved["settings"])
         count, task = len(self.dataset), self.task
-        state.check_same_run(saved, self.out, self._config(), task.units, count, task.record)
+        fewer = saved["images"] - count if may_lack and count < saved["images"] else 0
+        state.check_same_run(saved, self.out, self._config(), task.units, count + fewer, task.record)
+        state.check_whole(path, saved, self.model, self.ema, self.parameters)
         self.model.load_state_dict(saved["model"])
         self.ema.load_state_dict(saved["ema"])
         load_optimizer(self.optimizer, saved["optimizer"])
         self.step = self.saved_step = saved["step"]
+        return fewer
 
     def save(self) -> None:
         """Write the checkpoint, then the users' model; each is replaced whole. All processes call it, one writes.
@@ -236,6 +244,8 @@ class Trainer:
             if self.out.is_dir():
                 self.save()
                 note = f"step {self.step} is saved in {self.out}, --resume continues once the file is whole"
+                if self.task.units == "images":
+                    note += ", with --on-error skip without it"
                 reason = f"{reason or 'another process could not read its images'}; {note}"
             distributed.agree(self.group, 0)  # nobody leaves before the checkpoint is written
             raise UserError(reason) from failure
@@ -309,12 +319,12 @@ class Trainer:
                     bar.set_postfix(loss=f"{values['loss']:.4g}", images=f"{values['images_per_second']:.1f}/s")
                     self._log(values)
                     steps, since = 0, time.perf_counter()
-                if self.step % self.save_every == 0:
-                    self.save()
                 if self.preview and self.sample_every and self.step % self.sample_every == 0:
                     with self._advice():
                         self.losses.check()
-                    self._preview()
+                    self._preview()  # before the checkpoint, after which a resumed run does not come here again
+                if self.step % self.save_every == 0:
+                    self.save()
             self.save()
             distributed.agree(self.group, 0)  # nobody leaves before the checkpoint is written
         return self._stop
@@ -326,7 +336,7 @@ class Trainer:
         if not self.group.first:
             return
         make_folder(self.out)
-        state.discard_unfinished(self.out)
+        clear_unfinished(self.out)  # a checkpoint can be gigabytes
         with atomic_write(self.out / "train.json", "w") as file:
             values = {**dataclasses.asdict(self.settings), **self.notes, **self.task.record}
             if self.options.chosen():

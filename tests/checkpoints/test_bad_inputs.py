@@ -138,6 +138,23 @@ BAD = {
         lambda s, d: fabricate.save(d / "a.pt", {"fc.weight": torch.zeros(3, 3)}),
         ("not a checkpoint known here", "fc.weight"),
     ),
+    "lucidrains": (
+        lambda s, d: fabricate.save(
+            d / "model-3.pt",
+            {"step": 1, "model": {"model.init_conv.weight": torch.zeros(3), "model.downs.0.0": torch.zeros(3)}},
+        ),
+        ("a denoising-diffusion-pytorch (lucidrains) model",),
+    ),
+    "text-conditional": (
+        lambda s, d: fabricate.save(
+            d / "u.bin", {"down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q.weight": torch.zeros(3, 3)}
+        ),
+        ("a diffusers model that is no UNet2DModel",),
+    ),
+    "module-in-an-entry": (
+        lambda s, d: fabricate.save(d / "m.pt", {"model": s.encoder, "epoch": 3}),
+        ("not a checkpoint known here", "model is a pdae_fast.models.encoder.Encoder (not read"),
+    ),
     "optimiser": (
         lambda s, d: fabricate.save(d / "opt1.pt", torch.optim.Adam(s.parameters()).state_dict()),
         ("an optimiser's state", "expected model weights"),
@@ -147,7 +164,7 @@ BAD = {
             d / "last.ckpt",
             {"state_dict": {"ema_model.time_embed.time_embed.0.weight": torch.zeros(2, 2)}, "global_step": 1},
         ),
-        ("a Diff-AE autoencoder", "a different model from PDAE"),
+        ("the U-Net of a Diff-AE alone", "--encoder FILE"),
     ),
     "diffae-conditioned": (
         lambda s, d: fabricate.save(
@@ -157,7 +174,7 @@ BAD = {
                 | {"ema_model.input_blocks.1.0.cond_emb_layers.1.weight": torch.zeros(2, 2)}
             },
         ),
-        ("a Diff-AE autoencoder",),
+        ("the U-Net of a Diff-AE alone",),
     ),
     "diffae-classifier": (
         lambda s, d: fabricate.save(d / "last.ckpt", {"state_dict": {"classifier.weight": torch.zeros(4, 4)}}),
@@ -253,7 +270,7 @@ BAD = {
             "--latent",
             fabricate.save(d / "c.pt", fabricate.classifier(s)[1]),
         ),
-        ("a PDAE attribute classifier; expected a PDAE latent DPM",),
+        ("a PDAE attribute classifier; expected a latent DPM",),
     ),
     "statistics-of-zero": (
         lambda s, d: (

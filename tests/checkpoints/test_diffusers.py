@@ -137,6 +137,32 @@ def test_schedules(name, tmp_path):
     assert checkpoints.load(tmp_path / "back").config == loaded.config
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DDIM",
+        "PNDM",
+        "DPMSolverMultistep",
+        "UniPCMultistep",
+        "EulerDiscrete",
+        "HeunDiscrete",
+        "KDPM2Discrete",
+        "DEISMultistep",
+    ],
+)
+def test_other_schedulers_train_the_same_way(name, tmp_path):
+    """Their own defaults included, also where the file leaves them out."""
+    scheduler = getattr(diffusers, f"{name}Scheduler")()
+    model("defaults").save_pretrained(tmp_path)
+    scheduler.save_pretrained(tmp_path)
+    for kept in (None, ("_class_name",)):
+        path = tmp_path / "scheduler_config.json"
+        if kept:
+            path.write_text(json.dumps({key: json.loads(path.read_text())[key] for key in kept}))
+        ours = build_schedule(checkpoints.load(tmp_path).config.schedule).alpha_bar
+        assert abs(ours - scheduler.alphas_cumprod.double().numpy()).max() < 1e-6
+
+
 def test_an_adm_prior_goes_there(tmp_path):
     """A guided-diffusion network with classes, in the new attention order, runs in diffusers."""
     unet = fabricate.unet(head_channel=16, use_new_attention_order=True, num_classes=4, learn_sigma=True)

@@ -66,9 +66,9 @@ CONFIGURATIONS = {
     "words": (UNET, {"layers_per_block": "two"}, "layers_per_block is 'two'; expected a number"),
     "image": (UNET, {"sample_size": [32, 64]}, "expected the side of a square image"),
     "skip-blocks": (UNET, {"down_block_types": ["SkipDownBlock2D"] * 2}, "a network with SkipDownBlock2D"),
-    "fourier": (UNET, {"time_embedding_type": "fourier"}, "time_embedding_type 'fourier'"),
+    "fourier": (UNET, {"time_embedding_type": "fourier"}, "time_embedding_type is 'fourier'"),
     "fork": (UNET, {"attention_legacy_order": True}, "made for a fork of diffusers (attention_legacy_order)"),
-    "fork-time": (UNET, {"time_embedding_type": "adm"}, "'adm', made for a fork of diffusers"),
+    "fork-time": (UNET, {"time_embedding_type": "adm"}, "made for a fork of diffusers (time_embedding_type 'adm')"),
     "class-timestep": (UNET, {"class_embed_type": "timestep"}, "class_embed_type is 'timestep'; only null"),
     "class-identity": (UNET, {"class_embed_type": "identity"}, "class_embed_type is 'identity'; only null"),
     "activation": (UNET, {"act_fn": "gelu"}, "act_fn is 'gelu'; only silu or swish"),
@@ -163,6 +163,7 @@ def test_options_may_only_repeat(pipeline, capsys):
     assert "says schedule cosine but" in one_line(pipeline, capsys, "--schedule", "cosine")
     assert "says image_size 64 but" in one_line(pipeline, capsys, "--image-size", 64)
     assert checkpoints.load(pipeline, num_heads=1, image_size=32, schedule="linear").config == SOURCE.config
+    assert checkpoints.load(pipeline, dropout=0.3).config.unet.dropout == 0.3
 
 
 def test_paths_inside(pipeline):

@@ -57,7 +57,7 @@ def test_ddim_and_its_configuration(tmp_path):
     state = ddim_state(source)
     training = [{f"module.{k}": t + 1 for k, t in state.items()}, {"state": {}, "param_groups": []}, 3, 900, state]
     path = fabricate.save(tmp_path / "ckpt.pth", training)
-    (tmp_path / "c.yml").write_text(yaml.safe_dump(YAML))
+    (tmp_path / "c.yml").write_text(yaml.safe_dump(YAML).replace("0.001", "1e-3"))
     found = Prior.from_pretrained(path, config=tmp_path / "c.yml")
     assert found.config == source.config
     assert found.notes == ()
@@ -77,7 +77,9 @@ def test_ddim_and_its_configuration(tmp_path):
         ("model", "num_res_blocks", 2, "but the weights say 1"),
         ("model", "attn_resolutions", [32], "feature-map sizes [32]"),
         ("model", "attn_resolutions", [True], "expected a list of integers"),
+        ("model", "resamp_with_conv", False, "resamp_with_conv False but the weights say True"),
         ("diffusion", "beta_schedule", "jsd", "'jsd' is not known"),
+        ("diffusion", "beta_start", "low", "beta_start is 'low'; expected a number"),
     ],
 )
 def test_a_ddim_configuration_that_contradicts(section, key, value, said, tmp_path):
@@ -156,6 +158,27 @@ def test_flags_are_options(tmp_path, capsys):
     ] * 5
     with pytest.raises(UserError, match="say head_channel 8 and num_head_channels 16, which is another name"):
         checkpoints.load(path, head_channel=8, num_head_channels=16)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("num_channels", 64, "base_channel 64 but the weights say 32"),
+        ("channel_mult", "1,4", "channel_multiplier [1, 4] but the weights say [1, 2]"),
+        ("attention_resolutions", "32", "feature-map sizes [32]"),
+        ("class_cond", False, "class_cond False but the weights say True"),
+        ("resblock_updown", False, "resblock_updown False but the weights say True"),
+        ("learn_sigma", False, "learn_sigma False but the weights say True"),
+        ("use_scale_shift_norm", False, "use_scale_shift_norm False but the weights say True"),
+        ("num_head_channels", 24, "cannot be split by head_channel=24"),
+    ],
+)
+def test_flags_that_contradict(flag, value, said, tmp_path):
+    prior = fabricate.prior(PriorConfig(32, ADM["guided"]))
+    path = fabricate.save(tmp_path / "p.pt", prior.unet.state_dict())
+    with pytest.raises(UserError) as error:
+        checkpoints.load(path, config=guided_flags(prior.config) | {flag: value})
+    assert said in str(error.value)
 
 
 REFUSED = {

@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from foreign_golden import FOLDER, listed, shapes
+from foreign_golden import listed, shapes
 from pdae_fast import UserError, checkpoints
 from pdae_fast.checkpoints import infer, names
 from pdae_fast.checkpoints.diffusers import network_settings
 from pdae_fast.checkpoints.kinds import Kind, identify
 from pdae_fast.config import UNetConfig
 
-_ALL = listed() if FOLDER else {}
+_ALL = listed()
 FAMILIES = {
     family: [n for n, v in _ALL.items() if v["family"] == family] for family in {v["family"] for v in _ALL.values()}
 }
-ADM = [n for n in FAMILIES.get("guided-diffusion", []) + FAMILIES.get("improved-diffusion", []) if "flags" in _ALL[n]]
+ADM = [n for n in FAMILIES["guided-diffusion"] + FAMILIES["improved-diffusion"] if "flags" in _ALL[n]]
 # What the scripts of both projects take where no --channel_mult is given.
 MULTIPLIERS = {
     512: (0.5, 1, 1, 2, 2, 4, 4),
@@ -49,7 +49,7 @@ def test_improved_and_guided(name):
     )
 
 
-@pytest.mark.parametrize("name", FAMILIES.get("diffusers", []))
+@pytest.mark.parametrize("name", FAMILIES["diffusers"])
 def test_diffusers(name, tmp_path):
     state, config = shapes(name), _ALL[name]["config.json"]
     assert identify(state) is Kind.DIFFUSERS
@@ -75,7 +75,7 @@ def fabricated(fields, said) -> dict:
         return UNet(UNetConfig(**fields, **free)).state_dict()
 
 
-@pytest.mark.parametrize("name", FAMILIES.get("pytorch_diffusion / ddim", []))
+@pytest.mark.parametrize("name", FAMILIES["pytorch_diffusion / ddim"])
 def test_ddim(name):
     state, config = shapes(name), _ALL[name]["config"]
     assert identify(state) is Kind.DDIM

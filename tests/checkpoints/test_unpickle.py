@@ -3,6 +3,8 @@
 import argparse
 import builtins
 import collections
+import copyreg
+import io
 import os
 import pickle
 import sys
@@ -17,7 +19,7 @@ from checkpoints import fabricate
 
 from pdae_fast import Prior, UserError, checkpoints
 from pdae_fast.checkpoints.read import read_file
-from pdae_fast.checkpoints.unpickle import Inert, load
+from pdae_fast.checkpoints.unpickle import Inert, _load, load
 
 
 class Calls:
@@ -127,6 +129,12 @@ def test_other_tensors_are_named(kind, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_torchs_own_unpickler_cannot_be_forced(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+    with pytest.raises(UserError, match="TORCH_FORCE_WEIGHTS_ONLY_LOAD is set"):
+        read_file(fabricate.save(tmp_path / "a.pt", {"a": torch.zeros(1)}))
+
+
 def test_views_and_shared_storages_are_read(tmp_path):
     whole = torch.randn(6, 4)
     contents = {"whole": whole, "part": whole[1:3], "turned": whole.T, "parameter": torch.nn.Parameter(whole)}
@@ -171,3 +179,33 @@ def test_files_without_check_sums_are_read(tmp_path):
     finally:
         torch.serialization.set_crc32_options(True)
     assert torch.equal(checkpoints.load(path).state["unet.out.2.bias"], source.unet.out[2].bias)
+
+
+# Every way in which a pickle can ask for a call or an import, by hand.
+OPCODES = {
+    "reduce": b"cos\nsystem\n(S'touch RAN'\ntR.",
+    "inst": b"(S'touch RAN'\nios\nsystem\n.",
+    "obj": b"(cos\nsystem\nS'touch RAN'\no.",
+    "newobj": b"\x80\x02cos\nsystem\nU\x09touch RAN\x85\x81.",
+    "newobj-ex": b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x09touch RAN\x85}\x92.",
+    "stack-global": b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x09touch RAN\x85R.",
+    "dotted": b"\x80\x04\x8c\x0ctorch._utils\x8c\x09os.system\x93\x8c\x09touch RAN\x85R.",
+    "twice": b"cfunctools\npartial\n(cos\nsystem\ntR(S'touch RAN'\ntR.",
+    "build": b"ccollections\nOrderedDict\n)R(S'items'\ncos\nsystem\ndb.",
+}
+
+
+@pytest.mark.parametrize("name", OPCODES)
+def test_no_opcode_reaches_a_function(name, monkeypatch):
+    monkeypatch.setattr(os, "system", lambda *a: pytest.fail("called"))
+    found = _load(io.BytesIO(OPCODES[name]))
+    assert isinstance(found, dict)
+    assert not any(callable(value) and value is os.system for value in vars(found).values())
+
+
+def test_registered_extensions_are_not_followed():
+    copyreg.add_extension("os", "system", 240)
+    try:
+        assert isinstance(_load(io.BytesIO(b"\x80\x02\x82\xf0U\x04true\x85R.")), Inert)
+    finally:
+        copyreg.remove_extension("os", "system", 240)

@@ -177,3 +177,49 @@ def test_labels_of_an_lmdb_where_some_are_missing(tmp_path):
         file_labels(["256-00007"], table)
     with pytest.raises(UserError, match="no attribute hat"):
         file_labels(["None-0099998"], table, ["hat"])
+
+
+NUMBERS = "3\na b\n1.jpg {} 1\n2.jpg -1 1\n3.jpg -1 -1\n"
+
+
+@pytest.mark.parametrize("value", ["nan", "NaN", "inf", "-Infinity", "1" * 5000, "1e999"])
+@pytest.mark.parametrize("text", [NUMBERS, "image,a,b\n0,1,1\n1,{},1\n2,-1,0\n"], ids=["text", "csv"])
+def test_numbers_that_are_none(tmp_path, text, value):
+    path = tmp_path / "a.txt"
+    path.write_text(text.format(value))
+    with pytest.raises(UserError, match=r"a.txt, line 3: a is .*; expected a number in every row") as caught:
+        read_attributes(path)
+    assert len(str(caught.value)) < 200 + len(str(path))
+    assert read_attributes(path, ["b"]).columns == ["b"]  # nobody asked for it
+
+
+def test_an_empty_cell_is_said(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("image,a,b,c\n0,1,red,1\n1,,blue,1\n2,-1, ,0\n")
+    with pytest.raises(UserError, match="a.csv, line 3: a has no value; expected a number in every row"):
+        read_attributes(path)
+    for column in ("b", "b=red"):
+        with pytest.raises(UserError, match="a.csv, line 4: no b; expected a word in every row"):
+            read_attributes(path, [column])
+    assert read_attributes(path, ["c"]).values.tolist() == [[1], [1], [0]]
+
+
+@pytest.mark.parametrize("first", ["²", "1" * 5000, "１２", "-3", "1.0"])
+def test_a_first_line_that_is_no_count(tmp_path, first):
+    path = tmp_path / "a.txt"
+    path.write_text(f"{first}\na b\n1.jpg 1 1\n")
+    with pytest.raises(UserError, match="starts with") as caught:
+        read_attributes(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_superscripts_are_words(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("image,a,b\n0,²,1\n1,³,0\n")
+    assert read_attributes(path).columns == ["b"] and read_attributes(path, ["a=²"]).values.tolist() == [[1], [0]]
+
+
+def test_a_header_that_no_csv_has(tmp_path):
+    (tmp_path / "a.csv").write_text('image,"' + "a" * 200_000 + "\n")
+    with pytest.raises(UserError, match="a.csv, line 1: field larger than field limit"):
+        read_attributes(tmp_path / "a.csv")

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pdae_fast.data import BrokenImage, ImageFiles, collate
+from pdae_fast.data import BrokenImage, ImageFiles, collate, readable
+from pdae_fast.data.latents import data_fingerprint
 from pdae_fast.errors import UserError
 
 
@@ -175,3 +176,49 @@ def test_sixteen_bit_and_colour_files_mix(tmp_path):
     Image.fromarray(np.full((4, 4), 65535, np.uint16)).save(tmp_path / "deep.png")
     Image.new("RGB", (9, 4), "white").save(tmp_path / "wide.png")
     assert all((sample.image == 1).all() for sample in map(ImageFiles(tmp_path, 4).__getitem__, range(2)))
+
+
+def test_a_link_to_itself_is_a_broken_image_or_nothing(tmp_path):
+    make(tmp_path, "a.png")
+    (tmp_path / "b.png").symlink_to("b.png")
+    (tmp_path / "folder").symlink_to("folder")
+    dataset = ImageFiles(tmp_path, 4)
+    assert dataset.names == ["a", "b"] and dataset[0].name == "a"
+    with pytest.raises(BrokenImage, match="no such file"):
+        dataset[1]
+    for name in ("b.png", "folder"):
+        with pytest.raises(UserError, match="no such"):
+            ImageFiles(tmp_path / name, 4)
+
+
+def test_results_are_no_images(tmp_path, monkeypatch):
+    make(tmp_path, "a.png", "sub/b.png", "out/images/a.png", "out/grid.png", "outer/c.png")
+    assert ImageFiles(tmp_path, 4).names == ["a", "out/grid", "out/images/a", "outer/c", "sub/b"]
+    for out in (tmp_path / "out", f"{tmp_path}/sub/../out/"):
+        assert ImageFiles(tmp_path, 4, without=out).names == ["a", "outer/c", "sub/b"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("out")
+    assert ImageFiles(".", 4, without="link").names == ["a", "outer/c", "sub/b"]
+    # What is named is read where commands write no images.
+    assert ImageFiles("sub", 4, without=".").names == ["b"] and ImageFiles("out/grid.png", 4, without="out").names
+    for root in (".", "out", "out/images", tmp_path / "link"):
+        with pytest.raises(UserError, match="where results are written .*choose another --out"):
+            ImageFiles(root, 4, without=root if root == "." else "out")
+
+
+def test_the_readable_images_alone(tmp_path):
+    make(tmp_path / "whole", "a.png", "c.png", "d.png")
+    make(tmp_path / "parts", "a.png", "b.png", "c.png", "d.png")
+    assert readable(ImageFiles(tmp_path / "parts", 4))[1] == []
+    (tmp_path / "parts" / "b.png").write_bytes(b"no image")
+    whole = ImageFiles(tmp_path / "whole", 4)
+    left, broken = readable(ImageFiles(tmp_path / "parts", 4))
+    assert left.names == whole.names and broken == [("b", "not an image in a known format")]
+    assert [left[i].name for i in range(3)] == ["a", "c", "d"] and len(pickle.loads(pickle.dumps(left))) == 3
+    assert data_fingerprint(left) == data_fingerprint(whole)
+    (tmp_path / "parts" / "c.png").write_bytes((tmp_path / "whole" / "c.png").read_bytes() + b" ")
+    assert data_fingerprint(readable(ImageFiles(tmp_path / "parts", 4))[0]) != data_fingerprint(whole)
+    for name in "abcd":
+        (tmp_path / "parts" / f"{name}.png").write_bytes(b"")
+    with pytest.raises(UserError, match="none of the 4 images could be read"):
+        readable(ImageFiles(tmp_path / "parts", 4))

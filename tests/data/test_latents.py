@@ -158,6 +158,67 @@ def test_a_damaged_cache_is_made_again(tmp_path, folder, damage):
     assert encoded(pipeline(), folder, tmp_path / "cache")[1] == 0
 
 
+def nan(found):
+    found["z"][2, 3] = float("nan")
+
+
+def fewer_dimensions(found):
+    for name in ("z", "mean", "std"):
+        found[name] = found[name][..., :-1].clone()
+
+
+def no_statistics(found):
+    del found["std"]
+
+
+def zero_statistics(found):
+    found["std"].zero_()
+
+
+def reversed_names(found):
+    found["names"].reverse()
+
+
+def words_for_labels(found):
+    found["labels"][0] = "many"
+
+
+def one_value(found):
+    found["z"][0, 0] += 1
+
+
+def a_number_for_z(found):
+    found["z"] = 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        nan,
+        fewer_dimensions,
+        no_statistics,
+        zero_statistics,
+        reversed_names,
+        words_for_labels,
+        one_value,
+        a_number_for_z,
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_a_cache_that_holds_something_else_is_made_again_and_said(tmp_path, folder, capsys, change):
+    first, _ = encoded(pipeline(), folder, tmp_path / "cache")
+    (path,) = (tmp_path / "cache").iterdir()
+    found = torch.load(path, weights_only=True)
+    change(found)
+    torch.save(found, path)
+    with pytest.raises(UserError, match="damaged, so that there are no latents of these 7 images"):
+        encoded(pipeline(), folder, tmp_path / "cache", require=True)
+    capsys.readouterr()
+    again, passed = encoded(pipeline(), folder, tmp_path / "cache")
+    assert passed == 7 and torch.equal(again.z, first.z) and again.names == first.names
+    assert capsys.readouterr().err == f"note: {path}: damaged or of an earlier version; made again\n"
+
+
 def test_broken_images_are_left_out_and_named_or_fatal(tmp_path, folder):
     (folder / "03.png").write_bytes(b"nothing")
     with pytest.raises(BrokenImage, match="03.png"):

@@ -4,13 +4,14 @@ import io
 import os
 import struct
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from pdae_fast.data import BrokenImage, load_image
+from pdae_fast.data import BrokenImage, load_image, open_dataset, spec
 from pdae_fast.errors import UserError
 
 
@@ -384,3 +385,103 @@ def test_bad_arguments(tmp_path, arguments):
     with pytest.raises(UserError) as caught:
         load_image(path, *arguments)
     assert not isinstance(caught.value, BrokenImage)
+
+
+# -- CelebA's crop -----------------------------------------------------------------------------------------------------
+
+
+def aligned(path):
+    """178 x 218 pixels that say where they are: red is the column, green the row."""
+    pixels = np.zeros((218, 178, 3), np.uint8)
+    pixels[..., 0], pixels[..., 1] = np.arange(178), np.arange(218)[:, None]
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_the_published_crop_of_celeba(tmp_path):
+    path = aligned(tmp_path / "000001.png")
+    pixels = ((load_image(path, 128, crop="celeba") + 1) * 127.5).round()
+    assert pixels[0, 0, 0] == 25 and pixels[1, 0, 0] == 57 and pixels[0, 0, -1] == 152 and pixels[1, -1, 0] == 184
+    with Image.open(path) as image:
+        expected = np.asarray(image.crop((25, 57, 153, 185)).resize((64, 64), Image.Resampling.LANCZOS))
+    found = ((load_image(path, 64, crop="celeba") + 1) * 127.5).round().numpy().transpose(1, 2, 0)
+    assert np.array_equal(found, expected)
+    centred = ((load_image(path, 178) + 1) * 127.5).round()
+    assert centred[0, 0, 0] == 0 and centred[1, 0, 0] == 20
+    Image.new("RGB", (64, 64)).save(tmp_path / "small.png")
+    with pytest.raises(BrokenImage, match="64 x 64 pixels; the crop celeba is for aligned images of 178 x 218"):
+        load_image(tmp_path / "small.png", 64, crop="celeba")
+    with pytest.raises(UserError, match="crop 'face' is not known; expected centre or celeba"):
+        load_image(path, 64, crop="face")
+
+
+def test_nothing_said_about_the_crop_of_aligned_images(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    aligned(tmp_path / "a" / "1.png")
+    spec._note.cache_clear()
+    for crop in ("centre", "celeba"):
+        open_dataset(tmp_path / "a", 64, crop=crop)
+    assert capsys.readouterr().err == ""
+    for _ in range(2):
+        assert torch.equal(open_dataset(tmp_path / "a", 64)[0].image, load_image(tmp_path / "a" / "1.png", 64))
+    assert len(capsys.readouterr().err.splitlines()) == 1  # once
+    chosen = SimpleNamespace(crop="celeba")
+    assert [spec.crop_for(asked, chosen) for asked in (None, "centre")] == ["celeba", "centre"]
+    assert spec.crop_for(None, SimpleNamespace(crop="centre")) is None
+
+
+# -- the chunks of a PNG -----------------------------------------------------------------------------------------------
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def with_chunk(content, kind, data):
+    """``content`` with one more chunk behind the header."""
+    return content[:33] + chunk(kind, data) + content[33:]
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def test_every_flipped_bit_of_a_png_is_seen(picture):
+    content = picture.read_bytes()
+    for place in range(len(content)):
+        picture.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
+        with pytest.raises(BrokenImage) as caught:
+            load_image(picture, 16)
+        assert "\n" not in str(caught.value)
+    for end in range(0, len(content), 7):
+        picture.write_bytes(content[:end])
+        with pytest.raises(BrokenImage):
+            load_image(picture, 16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        (b"tEXt", b"Comment\0" + b"x" * (3 << 20)),
+        (b"zTXt", b"Comment\0\0" + zlib.compress(b"x" * (3 << 20))),
+        (b"iTXt", b"Comment\0\1\0\0\0" + zlib.compress(b"x" * (3 << 20))),
+        (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(b"x" * (3 << 20))),
+        (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"x" * (3 << 20))),
+        (b"zTXt", b"Comment\0\0not packed"),
+        (b"iCCP", b"profile\0\0" + zlib.compress(b"x" * (3 << 20))),
+    ],
+)
+def test_long_text_has_no_part_in_the_pixels(picture, kind, data):
+    expected = load_image(picture, 16)
+    picture.write_bytes(with_chunk(picture.read_bytes(), kind, data))
+    assert torch.equal(load_image(picture, 16), expected)
+
+
+def test_text_that_says_which_way_is_up_is_read(picture):
+    expected = load_image(picture, 16).rot90(-1, (1, 2))
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    picture.write_bytes(with_chunk(picture.read_bytes(), b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp))
+    assert torch.equal(load_image(picture, 16), expected)

@@ -289,13 +289,13 @@ def test_unknown_plan():
 @pytest.mark.skipif(not kernels.winograd_status()[0], reason=kernels.winograd_status()[1])
 def test_transformed_weights_are_awaited_once_and_copied():
     model, x = network(NETWORKS["three-levels"]), noise(2, 1, 32, 32)
-    options = Rewrites(packed_weights=False, native_convolutions=True)  # what oneDNN packs cannot be copied
+    options = Rewrites(packed_weights=False, native_convolutions=True)
     plan = FusedPlan(model, CPU, torch.float32, options)
     before, copied = plan.awaited_bytes(), copy.deepcopy(plan)
     assert before > 4 * sum(c.weight.nbytes for c in model.decoder.modules() if isinstance(c, torch.nn.Conv2d)) // 2
     found = plan.field()(x, 17, False)[0]
     assert plan.awaited_bytes() == plan.reusing(plan.reuse).awaited_bytes() == 0
-    assert copied.awaited_bytes() == before
+    assert copied.awaited_bytes() == 0 < before  # copies share the weights
     for other in (copied, copy.deepcopy(plan)):
         assert torch.equal(other.field()(x, 17, False)[0], found)
 

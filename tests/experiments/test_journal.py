@@ -1,5 +1,6 @@
 """Blocks, the journal, and jobs of several processes: nothing is lost, nothing is done twice, the order is kept."""
 
+import errno
 import json
 import os
 import subprocess
@@ -165,3 +166,119 @@ def test_a_killed_process_ends_the_job_and_the_rest_is_done_later(tmp_path):
 
 def _numbers(path):
     return [json.loads(line)["block"] for line in path.read_text().splitlines() if line]
+
+
+# -- damage --------------------------------------------------------------------------------------------------------
+
+
+def damaged(name, change):
+    """A name of a file in parts, and what to do to its bytes."""
+    return pytest.param(name, change, id=f"{name.split('.')[-1]}-{change.__name__}")
+
+
+def shorter(data):
+    return data[:-1]
+
+
+def longer_in_front(data):
+    return b"\0" + data
+
+
+def a_bit(data):
+    half = len(data) // 2
+    return data[:half] + bytes([data[half] ^ 1]) + data[half + 1 :]
+
+
+def empty(data):
+    return b""
+
+
+def renamed(data):
+    return data.replace(b"image-2", b"image-", 1)
+
+
+def other_block(data):
+    return data.replace(b'"block": 1', b'"block": 2', 1)
+
+
+def led_away(data):
+    return data.replace(b"rank-00000.half.f32", b"../rank-00000.half.f32")
+
+
+def a_list(data):
+    return b"[1, 2]\n" + data + b'{"block": 0}\n{"block": {}}\n"block"\n\xff\xfe\n' + b"[" * 5000 + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        damaged(name, change)
+        for name, changes in {
+            "rank-00000.half.f32": (shorter, longer_in_front, a_bit, empty),
+            "rank-00000.one.f32": (shorter, a_bit, empty),
+            "rank-00000.jsonl": (shorter, longer_in_front, a_bit, empty, renamed, other_block, led_away, a_list),
+        }.items()
+        for change in changes
+    ],
+)
+def test_damaged_parts_are_done_again(tmp_path, name, change):
+    """Of a job that was stopped after three blocks; whatever is wrong, it ends with the values of one that was not."""
+
+    def stop(block):
+        if block.number == 3:
+            raise KeyboardInterrupt
+        return keep(block)
+
+    whole = journal(tmp_path / "whole")
+    whole.run(Images(11), keep)
+    expected = list(whole.entries())
+    with pytest.raises(KeyboardInterrupt):
+        journal(tmp_path / "out").run(Images(11), stop)
+    path = tmp_path / "out" / "parts" / name
+    path.write_bytes(change(path.read_bytes()))
+    journal(tmp_path / "out").run(Images(11), keep)
+    again = journal(tmp_path / "out")
+    assert again.missing() == []
+    for a, b in zip(again.entries(), expected, strict=True):
+        assert a[:5] == b[:5] and all(np.array_equal(v, b.arrays[k]) for k, v in a.arrays.items())
+
+
+def test_an_array_that_is_lost_before_the_results_are_written(tmp_path):
+    job = journal(tmp_path)
+    job.run(Images(11), keep)
+    path = tmp_path / "parts" / "rank-00000.one.f32"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="lacks 1 blocks; run the same command again"):
+        list(job.entries())
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"block": 2', '"block": 3'), ('"block": 2', '"block": 0'), ('"steps": 5', '"steps": 6'), ("{", "[")],
+)
+def test_settings_that_were_changed_are_refused(tmp_path, old, new):
+    journal(tmp_path)
+    path = tmp_path / "parts" / "settings.json"
+    path.write_text(path.read_text().replace(old, new))
+    for settings in ({"steps": 5}, {"steps": 6}):
+        with pytest.raises(UserError, match="missing or damaged; delete") as caught:
+            journal(tmp_path, settings)
+        assert "\n" not in str(caught.value)
+
+
+def test_blocks_of_another_size_are_not_taken_over(tmp_path):
+    journal(tmp_path / "a", block=3).run(Images(11), keep)
+    journal(tmp_path / "b", block=2)
+    for path in (tmp_path / "a" / "parts").glob("rank-*"):
+        path.rename(tmp_path / "b" / "parts" / path.name)
+    assert journal(tmp_path / "b", block=2).left() == 11
+
+
+def test_a_full_disk_is_said_with_the_name_of_the_part(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    job = journal(tmp_path / "a")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"cannot write .*rank-00000\.half\.f32: No space left on device"):
+        job.run(Images(11), keep)

@@ -135,6 +135,18 @@ def test_no_noise_left(image, device, request, use):
 
 
 @pytest.mark.parametrize("use", ["kernel", "op"])
+@pytest.mark.parametrize("end", [0.0, 1.0])
+def test_to_pure_noise_and_to_the_clean_image(make_case, request, use, end):
+    """ᾱ' = 0 leaves the noise that leads from the clamped x̂0 to x, ᾱ' = 1 that x̂0."""
+    update = ddim_update if use == "op" else request.getfixturevalue("run_kernel")
+    x, eps, *_ = make_case((2, 3, 5, 7))
+    out = update(x, eps, None, ddim_coefficients([0.3], [end]).to(x.device), torch.tensor(0, device=x.device))
+    x0 = (x.double() / 0.3**0.5 - (1 / 0.3 - 1) ** 0.5 * eps.double()).clamp(-1, 1)
+    noise = (x.double() - 0.3**0.5 * x0) / 0.7**0.5
+    torch.testing.assert_close(out.double(), x0 if end else noise, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("use", ["kernel", "op"])
 def test_nan_is_kept(make_case, request, use):
     """A network that returns NaN must not come out of the clamp as a plausible image."""
     update = ddim_update if use == "op" else request.getfixturevalue("run_kernel")

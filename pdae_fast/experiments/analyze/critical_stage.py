@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ... import cli
 from ...data import save_grid
 from ...errors import UserError
-from ...files import make_folder
+from ...files import claim_folder
 from ...plots import chart
 from ...samplers import ddim
 from ...schedule import Schedule, Trajectory
@@ -217,8 +217,8 @@ def command(args: argparse.Namespace) -> None:
     T = pipe.schedule.T
     trajectory = pipe.schedule.decoding(pipe.recipe.steps, spacing=pipe.recipe.spacing)
     parts = stages_of(trajectory, T, args.stages)
+    claim_folder(out)
     data = labelled(run, args.attribute)
-    make_folder(out)
     if args.epochs is None:
         args.epochs = max(1, SEEN // len(data.images))
     trained = (args.guide is None) + (args.judge is None)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ... import cli
 from ...data import save_grid
 from ...errors import UserError
-from ...files import make_folder
+from ...files import claim_folder
 from ...metrics import METRICS
 from ...pipeline import Pipeline
 from ...plots import COLOURS, chart
@@ -215,7 +215,7 @@ def command(args: argparse.Namespace) -> None:
     own = {name: case.pipeline(pipe) for name, case in chosen.items()}
     pairs = find_pairs(run, args.pairs, args.pair_limit)
     x0 = common.load(run.dataset, range(len(run.dataset))).images
-    make_folder(out)
+    claim_folder(out)
     rows: dict[str, dict[str, Any]] = {}
     pictures, paths = [x0[:SHOWN]], []
     total = sum(evaluations(pipe, s, len(x0), args.points, pairs) for s in chosen.values())

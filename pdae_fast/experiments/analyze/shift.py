@@ -19,7 +19,7 @@ from torch import Tensor
 from ... import cli, metrics
 from ...data import save_grid, stream
 from ...errors import UserError
-from ...files import make_folder
+from ...files import claim_folder
 from ...plots import COLOURS, chart
 from ...samplers.ddim import shifted_eps
 from ...samplers.noise import ImageNoise
@@ -157,7 +157,7 @@ class _OverTime:
         T = run.pipe.schedule.T
         self.times = list(range(T)) if args.all_times else time_grid(T, args.times)
         self.shown = _shown_times(args, T) if shown else []
-        make_folder(run.out)
+        claim_folder(run.out)
         self.broken: list[tuple[str, str]] = []
         self.cost = Cost()
         total = len(run.dataset) * len(self.times)

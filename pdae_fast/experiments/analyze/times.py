@@ -44,7 +44,8 @@ def time_grid(T: int, count: int) -> list[int]:
 
 def noise_at(seed: int, t: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Draws for the noise of x_t [B, *shape]: image k has the same at t whatever else is computed, others elsewhere."""
-    return ImageNoise(seed + (t + 2) * 2**32, indices, shape)()  # streams 0 and 1 are x_T's and z_T's
+    # Streams 0 and 1 are x_T's and z_T's.
+    return ImageNoise(seed, indices, shape, stream=(t + 2) * 2**32)()
 
 
 def points(

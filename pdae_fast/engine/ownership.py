@@ -1,0 +1,45 @@
+"""A plan's own weights: what happens to the caller's model later cannot reach them."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+
+def owned(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A copy of ``model`` on ``device`` in ``dtype``, in eval mode and without gradients; ``model`` is left alone.
+
+    Not a deep copy: hooks, gradients and whatever else hangs on the caller's modules stay with them. Weights that are
+    one tensor in the model are one in the copy. UserError for a model without values (on the meta device).
+    """
+    tensors: dict[int, Tensor] = {}
+
+    def tensor(value: Tensor | None) -> Tensor | None:
+        if value is None:
+            return None
+        if value.is_meta:
+            raise UserError("the model has no weights (it is on the meta device); load it before it is run")
+        if id(value) not in tensors:
+            to = dtype if value.is_floating_point() else value.dtype
+            own = value.detach().to(device, to, copy=True)
+            tensors[id(value)] = nn.Parameter(own, requires_grad=False) if isinstance(value, nn.Parameter) else own
+        return tensors[id(value)]
+
+    modules: dict[int, nn.Module] = {}
+
+    def module(given: nn.Module) -> nn.Module:
+        if id(given) not in modules:
+            own = modules[id(given)] = object.__new__(type(given))
+            hooks = {name: type(value)() for name, value in vars(given).items() if name.endswith("_hooks")}
+            own.__dict__.update({**vars(given), **hooks, "training": False})
+            for name, change in (("_parameters", tensor), ("_buffers", tensor), ("_modules", module)):
+                parts = copy.copy(vars(given)[name])
+                parts.update({key: None if part is None else change(part) for key, part in parts.items()})
+                own.__dict__[name] = parts
+        return modules[id(given)]
+
+    return module(model)

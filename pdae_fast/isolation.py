@@ -1,0 +1,73 @@
+"""Settings of the caller's process that would change a result: put aside while the project computes, never changed.
+
+Those of a thread (default device, autocast, grad mode, inference mode) are put aside for that thread. Those of the
+whole process are put aside while anybody computes, and are the caller's again when the last one is done. The default
+dtype is of the whole process and is never set: whoever makes a tensor says its dtype.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Compute without the thread's default device, autocast, autograd and inference mode; also as a decorator.
+
+    Tensors that are made inside are ordinary ones, which autograd takes, whatever mode the caller is in.
+    """
+    with torch.inference_mode(False), torch.no_grad(), float32_means_float32():
+        yield
+
+
+@contextlib.contextmanager
+def float32_means_float32() -> Iterator[None]:
+    """Compute float32 in float32: no autocast, no products of fewer bits; and on the CPU, unless told otherwise."""
+    with contextlib.ExitStack() as stack:
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(_EXACT)
+        yield
+
+
+class _ExactProducts:
+    """Products of float32 are not rounded while at least one thread is inside. cuDNN's switch is the engine's affair.
+
+    All switches are left alone where none of them says otherwise, which is how PyTorch starts.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.inside = threading.Lock(), 0
+        self.found: list[tuple[Any, str]] = []
+
+    def __enter__(self) -> None:
+        backends = torch.backends
+        owners = (backends.mkldnn.matmul, backends.mkldnn.conv, backends.cuda.matmul)
+        with self.lock:
+            if not self.inside:
+                said = {owner.fp32_precision for owner in (*owners, backends.mkldnn, backends)}
+                self.found = [(owner, owner.fp32_precision) for owner in owners if not said <= {"none", "ieee"}]
+                for owner, _ in self.found:
+                    owner.fp32_precision = "ieee"
+            self.inside += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                for owner, value in self.found:
+                    owner.fp32_precision = value
+
+
+_EXACT = _ExactProducts()
+if hasattr(os, "register_at_fork"):  # a thread that was inside is not in the child
+    os.register_at_fork(after_in_child=_EXACT.__init__)

@@ -51,7 +51,7 @@ def as_number(name: str, value: Any, least: float = -math.inf, most: float = mat
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise UserError(f"{name} must be a number, not {brief(value)}") from None
     if not math.isfinite(number) or not least <= number <= most:
-        expected = "finite" if math.isinf(least) and math.isinf(most) else f"between {least:g} and {most:g}"
+        expected = "finite" if math.isinf(least) and math.isinf(most) else f"a number between {least:g} and {most:g}"
         raise UserError(f"{name} must be {expected}, not {number:g}")
     return number
 

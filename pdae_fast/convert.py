@@ -144,7 +144,7 @@ def _check_directory(out: Path, overwrite: bool) -> None:
         ) from None
 
 
-def _retire(path: Path, model: PDAE | Prior) -> None:
+def _retire(path: Path, model: Autoencoder | Prior) -> None:
     """Remove an earlier configuration that is not the model's: it must not stand beside the new weights for a moment.
     The new one is written last."""
     with suppress(OSError):

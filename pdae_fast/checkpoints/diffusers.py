@@ -177,6 +177,8 @@ def network_settings(config: Mapping[str, Any], path: Path) -> dict[str, Given]:
         raise UserError(
             f"{path}: {len(downs)} down blocks, {len(ups)} up blocks and {len(widths)} widths; expected as many of each"
         )
+    if min(widths) < 1:
+        raise UserError(f"{path}: block_out_channels is {list(widths)}; expected positive numbers")
     base, levels = widths[0], len(widths)
     values = {
         "input_channel": c["in_channels"],

@@ -134,7 +134,7 @@ def build(file: ForeignFile, settings: Settings, encoder: ForeignFile | None = N
     """
     notes = file.notes
     if settings.get("rescale_timesteps"):
-        scale = 1000 / settings.get("timesteps", 1000)
+        scale = 1000 / (settings.get("timesteps", 1000) or 1)  # ScheduleConfig refuses 0
         settings.add({"time_scale": dataclasses.replace(settings.given["rescale_timesteps"], value=scale)})
     if file.kind in PRIORS:
         if encoder is not None:
@@ -159,7 +159,7 @@ def _prior(file: ForeignFile, settings: Settings, notes: list[str]) -> tuple[Pri
         fields["downsample"] = "conv_asymmetric"
     if file.kind in (Kind.DIFFAE, Kind.DDIM, Kind.UNET):
         _resolve_feature_sizes(settings, fields, _drawn_size(file, fields), file)
-    size = settings.get("image_size") or _drawn_size(file, fields)
+    size = settings.get("image_size", _drawn_size(file, fields))
     unet = _unet_config(fields, settings, file.where, notes)
     if size is None:
         size, reason = infer.prior_image_size(unet.attention_resolutions, unet.levels)
@@ -188,7 +188,7 @@ def _adm_names(file: ForeignFile, settings: Settings) -> dict[str, Tensor]:
 
     def heads(channels: int) -> int:
         width = settings.get("head_channel", -1)
-        count = settings.get("num_heads", 1) if width == -1 else channels // width
+        count = settings.get("num_heads", 1) if width == -1 else channels // width if width > 0 else 0
         if count < 1 or channels % count or (width != -1 and channels % width):
             said = f"num_heads={count}" if width == -1 else f"head_channel={width}"
             raise UserError(f"{file.where}: attention layers of {channels} channels cannot be split by {said}")

@@ -116,8 +116,8 @@ _FLAGS = {
     "rescale_timesteps": "rescale_timesteps",
     "predict_xstart": "prediction",
 }
-# Options that are known under a flag's name too.
-SYNONYMS = {flag: name for flag, name in _FLAGS.items() if flag.startswith(("num_head_", "diffusion_", "noise_"))}
+# Options that are known under a flag's name too, or only under it.
+_FLAG_OPTIONS = ("num_head_channels", "noise_schedule", "diffusion_steps", "predict_xstart")
 _SCHEDULES = {"squaredcos_cap_v2": "cosine", "quad": "scaled_linear"}
 _LINEAR_BETAS = {"linear_beta_start": 1e-4, "linear_beta_end": 0.02}
 
@@ -180,7 +180,7 @@ def from_options(options: Mapping[str, Any]) -> dict[str, Given]:
     for option, value in options.items():
         if value is None:
             continue
-        name = _FLAGS[option] if option in (*SYNONYMS, "predict_xstart") else option
+        name = _FLAGS[option] if option in _FLAG_OPTIONS else option
         given = Given(_checked(name, value, "the option"), "the option")
         if name in found and found[name].value != given.value:
             raise UserError(

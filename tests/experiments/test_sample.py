@@ -104,7 +104,7 @@ class _Features(torch.nn.Module):
 
 BAD = [
     (["--count", 0], "at least 1"),
-    (["--stop-percent", 1.5], "stop_percent must be between 0 and 1"),
+    (["--stop-percent", 1.5], "stop_percent must be a number between 0 and 1"),
     (["--latent-steps", 2000], "between 1 and 1000"),
     (["--fid", "somewhere"], "go together"),
     (["--limit", 3], "at least 4 images; the input has 3"),

@@ -164,13 +164,15 @@ class UNet(nn.Module):
         return out[:, : self.config.input_channel]
 
     def decode_eps(self, features: Features) -> Tensor:
-        """eps_hat [B, C, H, W], whatever the network's output means."""
+        """eps_hat [B, C, H, W], whatever the network's output means: float32 at least where it is not eps, because near
+        t = 0 it is the small difference of two large terms."""
         out = self.decode(features)
         if self.to_eps is None:
             return out
-        factors = torch.from_numpy(self.to_eps).to(out.device)[features.t].to(out.dtype)
+        wide = torch.promote_types(out.dtype, torch.float32)
+        factors = torch.from_numpy(self.to_eps).to(out.device)[features.t].to(wide)
         of_x, of_out = factors[:, :, None, None, None].unbind(1)
-        return of_x * features.x.to(out.dtype) + of_out * out
+        return of_x * features.x.to(wide) + of_out * out.to(wide)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, z: Tensor | None = None) -> Tensor:
         """x_t [B, C, H, W], t int64 [B] -> eps_hat [B, C, H, W]; y and z as in `trunk`."""

@@ -8,9 +8,10 @@ import torch
 
 from golden_rule import fill, relative
 from helpers import TINY_UNET
-from pdae_fast import PDAE, PDAEConfig, UNetConfig, presets
+from pdae_fast import PDAE, PDAEConfig, ScheduleConfig, UNetConfig, presets
 from pdae_fast.models import Encoder, PDAEDecoder, UNet
 from pdae_fast.models.layers import AttentionBlock, ResBlock, group_norm, timestep_embedding
+from pdae_fast.schedule import build_schedule
 
 
 def group_norm_float64(x, weight, bias, groups=32):
@@ -131,6 +132,20 @@ def test_learned_variance_is_dropped():
     x, t = torch.randn(1, 1, 32, 32), torch.tensor([5])
     with torch.no_grad():
         torch.testing.assert_close(unet(x, t), plain(x, t))
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+@torch.no_grad()
+def test_eps_of_a_bfloat16_network_is_made_in_float32(prediction):
+    """Its output is rounded; rounding x_t and the factors, which are about 100 at t = 0, would come on top."""
+    to_eps = build_schedule(ScheduleConfig()).to_eps(prediction)
+    unet = fill(UNet(TINY_UNET, to_eps)).bfloat16()
+    x, t = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 900])
+    features = unet.trunk(x, t)
+    factors = torch.from_numpy(to_eps[t])[..., None, None, None]
+    expected = factors[:, 0] * x.double() + factors[:, 1] * unet.decode(features).double()
+    eps = unet.decode_eps(features)
+    assert eps.dtype == torch.float32 and relative(eps, expected) < 1e-6
 
 
 def test_a_batch_of_different_times_equals_single_images():

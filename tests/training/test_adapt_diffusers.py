@@ -41,7 +41,7 @@ def x0_of(folder):
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def pretrain(folder, out, prediction, steps=60):
+def pretrain(folder, out, prediction, steps=40):
     """A pipeline directory as diffusers' own tutorial leaves it."""
     torch.manual_seed(0)
     unet = diffusers.UNet2DModel(
@@ -129,7 +129,7 @@ def test_a_diffusers_prior_trained_further(tmp_path, images):
     """Under its own loss, that of v, which is no larger after it than before."""
     unet, scheduler = pretrain(images, tmp_path / "ddpm", "v_prediction")
     base = ("--init-from", tmp_path / "ddpm", "--data", images, "--batch-size", 8, "--device", "cpu", "--no-flip")
-    run(train.main, "prior", *base, "--out", tmp_path / "prior", "--steps", 40, "--lr", 5e-4, "--ema-decay", 0.9)
+    run(train.main, "prior", *base, "--out", tmp_path / "prior", "--steps", 30, "--lr", 1e-3, "--ema-decay", 0.9)
     tuned = Prior.from_pretrained(tmp_path / "prior")
     assert tuned.config.prediction == "v_prediction"
     torch.manual_seed(1)

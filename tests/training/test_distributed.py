@@ -16,19 +16,24 @@ from pathlib import Path
 import pytest
 import torch
 
+from golden_rule import fill
 from helpers import TINY, TINY_FULL, image_folder, images, tiny_pdae, tiny_prior
-from pdae_fast import PDAE, UserError, config, train
+from pdae_fast import PDAE, DiffAE, DiffAEConfig, UserError, config, train
 from pdae_fast.data import Sample
 from pdae_fast.data.latents import LatentSet
 from pdae_fast.processes import Group, processes
 from pdae_fast.training import Trainer, TrainSettings
 from pdae_fast.training import distributed as ranks
 from pdae_fast.training.feed import BatchOrder, global_seed, step_generator
+from pdae_fast.training.settings import ON_IMAGES
 from pdae_fast.training.state import CHECKPOINT_NAME
-from pdae_fast.training.tasks import ClassifierTask, LatentTask, PDAETask, PriorTask
+from pdae_fast.training.tasks import ClassifierTask, DiffAETask, ImagesWithRows, LatentTask, PDAETask, PriorTask
 
 ROOT = Path(__file__).resolve().parents[2]
-CASES = [("prior", 1), ("prior", 2), ("pdae", 1), ("pdae", 2), ("latent", 2), ("classifier", 2)]
+CASES = [
+    *(("prior", 1), ("prior", 2), ("pdae", 1), ("pdae", 2), ("labelled", 2), ("diffae", 2)),
+    *(("latent", 2), ("classifier", 2)),
+]
 STEPS = 3
 # Dropout draws by the shape of what a process computes, so with it one process and two do the same only on average.
 PLAIN = dataclasses.replace(TINY, unet=dataclasses.replace(TINY.unet, dropout=0.0))
@@ -56,6 +61,13 @@ def make(name):
     """
     if name == "prior":
         task, dataset = PriorTask(tiny_prior(PLAIN)), Pictures()
+    elif name == "labelled":
+        unet = dataclasses.replace(PLAIN.unet, num_classes=3)
+        task = PDAETask(tiny_pdae(dataclasses.replace(PLAIN, unet=unet, prediction="v_prediction")))
+        dataset = ImagesWithRows(Pictures(), torch.arange(16) % 3, range(16))
+    elif name == "diffae":
+        config = DiffAEConfig(image_size=32, latent_dim=16, unet=PLAIN.unet, encoder_multiplier=(1, 1, 1))
+        task, dataset = DiffAETask(fill(DiffAE(config))), Pictures()
     elif name == "pdae":
         torch.manual_seed(0)
         task = PDAETask(PDAE.from_prior(tiny_prior(PLAIN), latent_dim=16, encoder_channel=32))
@@ -72,10 +84,10 @@ def make(name):
 
 
 def trainer(out, name="prior", group=None, dataset=None, **changes):
-    values = {"steps": STEPS, "batch_size": 4, "lr": 1e-3, "seed": 3, "flip": name in ("prior", "pdae"), **changes}
     task, usual = make(name)
+    values = {"steps": STEPS, "batch_size": 4, "lr": 1e-3, "seed": 3, "flip": task.name in ON_IMAGES, **changes}
     return Trainer(
-        task, dataset or usual, TrainSettings(name, "x", **values), out, log_every=1, save_every=2, quiet=True,
+        task, dataset or usual, TrainSettings(task.name, "x", **values), out, log_every=1, save_every=2, quiet=True,
         group=group,
     )  # fmt: skip
 

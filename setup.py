@@ -43,13 +43,14 @@ extras = {
     "convert": ["pyyaml"],
     "metrics": ["torchmetrics>=1.9"],
     # Pinned: the avatars' pixels are those of these versions, and a folder's manifest refuses others.
-    "data": ["dicebear-core==10.7.0", "dicebear-styles==10.6.0", "resvg-py==0.5.0", "lmdb"],
+    "data": ["dicebear-core==10.7.0", "dicebear-styles==10.6.0", "resvg-py==0.5.0"],
     "dev": [
         "pytest>=8",
         "pytest-benchmark>=5",
         "ruff>=0.15",
         "pyyaml",
-        # Independent implementations that the metrics and the readers of foreign models are tested against.
+        # Independent implementations that the metrics and the readers of foreign models and files are tested against.
+        "lmdb",
         "scipy",
         "torchmetrics>=1.9",
         "diffusers>=0.30",

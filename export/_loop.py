@@ -25,7 +25,7 @@ def compose(directory: Path, kind: str, steps: int, encode_steps: int) -> onnx.M
     if sum(model.ByteSize() for model in parts.values()) - parts["invert_step"].ByteSize() >= PROTOBUF_LIMIT:
         raise UserError("--single-file: the weights are more than the 2 GiB that one ONNX file holds; leave it out")
     conditioning = {}
-    if kind == "pdae":
+    if kind != "prior":
         conditioning = {"conditioning": "conditioning"}
         builder.nodes += builder.inline(parts["encoder"], "encoder", {"x0": "x0"}, {"z": "z"})
         builder.nodes += builder.inline(parts["conditioning"], "conditioning", {"z": "z"}, conditioning)
@@ -37,7 +37,7 @@ def compose(directory: Path, kind: str, steps: int, encode_steps: int) -> onnx.M
     example = parts["decode_step"]
     image = _shaped(example.graph.input[0], "x0")
     results = [_shaped(example.graph.output[0], "x")]
-    if kind == "pdae":
+    if kind != "prior":
         results.append(_shaped(parts["encoder"].graph.output[0], "z"))
     graph = helper.make_graph(builder.nodes, "reconstruct", [image], results, list(builder.weights.values()))
     return helper.make_model(graph, opset_imports=example.opset_import, ir_version=example.ir_version)

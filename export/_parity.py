@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..engine.rewrites import resblocks
 from ..errors import UserError
-from ..models import PDAE, Prior
+from ..models import PDAE, Autoencoder, DiffAE, Prior
 from ..samplers import ddim
 from ..schedule import Step, build_schedule
 from . import manifest as manifests
@@ -40,7 +40,7 @@ class PlainModules:
     ``label`` is the class of every image, of a class-conditional network.
     """
 
-    def __init__(self, model: PDAE | Prior, seed: int, label: int | None = None) -> None:
+    def __init__(self, model: PDAE | DiffAE | Prior, seed: int, label: int | None = None) -> None:
         self.model, self.schedule, self.label = model, build_schedule(model.config.schedule), label
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -56,16 +56,21 @@ class PlainModules:
     @torch.inference_mode()
     def conditioning(self, z: Tensor) -> Tensor:
         """[N, 2, M] from every ResBlock's own projection."""
-        decoder = self.model.decoder
-        emb = decoder.label_emb(z)
-        stages = [decoder.shift_middle_block, *decoder.shift_output_blocks]
-        pairs = [b.emb_z_layers(emb).chunk(2, dim=1) for stage in stages for b in resblocks(stage)]
+        if isinstance(self.model, DiffAE):
+            # z is what the blocks read, and only scales.
+            emb, blocks = z, resblocks(self.model.unet)
+            pairs = [(scale := b.emb_z_layers(emb), torch.zeros_like(scale)) for b in blocks]
+        else:
+            decoder = self.model.decoder
+            emb = decoder.label_emb(z)
+            stages = [decoder.shift_middle_block, *decoder.shift_output_blocks]
+            pairs = [b.emb_z_layers(emb).chunk(2, dim=1) for stage in stages for b in resblocks(stage)]
         return torch.stack([1 + torch.cat([s for s, _ in pairs], 1), torch.cat([b for _, b in pairs], 1)], 1)
 
     @torch.inference_mode()
     def encode(self, x0: Tensor) -> Tensor | None:
         """z [N, D]; None from a prior."""
-        return self.model.encode(x0) if isinstance(self.model, PDAE) else None
+        return self.model.encode(x0) if isinstance(self.model, Autoencoder) else None
 
     def field(self, z: Tensor | None) -> ddim.Field:
         """What samplers integrate: the modules as they are."""
@@ -73,6 +78,8 @@ class PlainModules:
         @torch.inference_mode()
         def evaluate(x: Tensor, t: int, use_gradient: bool) -> tuple[Tensor, Tensor | None]:
             times = torch.full((len(x),), t, dtype=torch.int64)
+            if isinstance(self.model, DiffAE):
+                return self.model(x, times, z), None
             y = None if self.label is None else torch.full((len(x),), self.label)
             return self.model(x, times, z, y) if z is not None else (self.model(x, times, y), None)
 
@@ -129,7 +136,7 @@ def measure(
     }
     for count in batches:
         x0, z, fixed = reference.images(count), None, {}
-        if manifest["kind"] == "pdae":
+        if manifest["kind"] != "prior":
             z = reference.encode(x0)
             worst["encoder"].add(backend.run("encoder", {"x0": x0.numpy()})["z"], z)
             conditioning = backend.run("conditioning", {"z": z.numpy()})["conditioning"]

@@ -11,6 +11,7 @@ under ONNX Runtime: a slice of the affine for every norm and channels-last atten
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable
 
 import torch
@@ -19,8 +20,8 @@ from torch.nn import functional as F
 
 from ..engine.rewrites import Affine, AffineTable, resblocks, time_embeddings
 from ..kernels import ddim_coefficients
-from ..models import PDAE, Prior
-from ..models.layers import AttentionBlock, ResBlock, Stage
+from ..models import PDAE, Autoencoder, DiffAE, Prior
+from ..models.layers import AttentionBlock, HalfBlock, ResBlock, Stage
 from ..models.unet import PDAEDecoder, UNet
 from ..schedule import Schedule, Trajectory
 
@@ -121,10 +122,26 @@ class TracedAttention(nn.Module):
         return out if self.divisor == 1 else out / self.divisor
 
 
+class TracedHalf(nn.Module):
+    """One block of Diff-AE's encoder."""
+
+    def __init__(self, block: HalfBlock, dtype: torch.dtype, form: str) -> None:
+        super().__init__()
+        self.dtype, self.pool, self.divisor = dtype, block.pool, block.divisor
+        self.norm = FixedNorm(block.in_layers[0], form)
+        self.conv, self.skip = as_dtype(block.in_layers[2], dtype), as_dtype(block.skip_connection, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.skip(self.pool(x)) + self.conv(self.pool(F.silu(self.norm(x)).to(self.dtype)))
+        return out if self.divisor == 1 else out / self.divisor
+
+
 def traced(layer: nn.Module, dtype: torch.dtype, form: str) -> nn.Module:
     """What stands for ``layer`` of a network in ``dtype``."""
     if isinstance(layer, ResBlock):
         return TracedResidual(layer, dtype, form)
+    if isinstance(layer, HalfBlock):
+        return TracedHalf(layer, dtype, form)
     if isinstance(layer, AttentionBlock):
         return TracedAttention(layer, dtype, form)
     return FixedNorm(layer, form) if isinstance(layer, nn.GroupNorm) else as_dtype(layer, dtype)
@@ -177,7 +194,7 @@ def _conditioned(unet: UNet) -> list[AffineTable]:
     return [table for table in _tables(unet) if table.z is not None]
 
 
-def _unet(model: PDAE | Prior) -> UNet:
+def _unet(model: PDAE | DiffAE | Prior) -> UNet:
     return model.decoder if isinstance(model, PDAE) else model.unet
 
 
@@ -187,7 +204,7 @@ class TracedNetworks(nn.Module):
     A class-conditional network is that of one ``label``.
     """
 
-    def __init__(self, model: PDAE | Prior, dtype: torch.dtype, form: str, label: int | None = None) -> None:
+    def __init__(self, model: PDAE | DiffAE | Prior, dtype: torch.dtype, form: str, label: int | None = None) -> None:
         super().__init__()
         unet = _unet(model)
         self.label = None if label is None else torch.tensor([label])
@@ -285,7 +302,7 @@ class PriorStepGraph(StepGraph):
 class ConditioningGraph(nn.Module):
     """z [N, D] -> conditioning [N, 2, M]: 1 + z_s and z_b of every norm that reads z, float32 in every export."""
 
-    def __init__(self, model: PDAE) -> None:
+    def __init__(self, model: PDAE | DiffAE) -> None:
         super().__init__()
         unet = _unet(model)
         label = unet.label_emb if isinstance(unet, PDAEDecoder) else nn.Identity()
@@ -310,10 +327,14 @@ class ConditioningGraph(nn.Module):
 class EncoderGraph(nn.Module):
     """x0 [N, C, H, W] -> z [N, D]."""
 
-    def __init__(self, model: PDAE, dtype: torch.dtype, form: str) -> None:
+    def __init__(self, model: PDAE | DiffAE, dtype: torch.dtype, form: str) -> None:
         super().__init__()
-        self.dtype = dtype
-        self.layers = nn.ModuleList(traced(layer, dtype, form) for layer in model.encoder.encoder)
+        self.dtype, encoder = dtype, model.encoder
+        if isinstance(model, DiffAE):
+            layers = [*itertools.chain(*encoder.input_blocks, encoder.middle_block, encoder.out), nn.Flatten()]
+        else:
+            layers = encoder.encoder
+        self.layers = nn.ModuleList(traced(layer, dtype, form) for layer in layers)
 
     def forward(self, x0: Tensor) -> Tensor:
         h = x0.to(self.dtype)
@@ -325,7 +346,7 @@ class EncoderGraph(nn.Module):
 
 
 def build_graphs(
-    model: PDAE | Prior,
+    model: PDAE | DiffAE | Prior,
     schedule: Schedule,
     steps: int,
     encode_steps: int,
@@ -339,17 +360,17 @@ def build_graphs(
     """
     with torch.no_grad():
         graphs: dict[str, nn.Module] = {}
-        if isinstance(model, PDAE):
+        if isinstance(model, Autoencoder):
             graphs["encoder"] = EncoderGraph(model, dtype, form)
             graphs["conditioning"] = ConditioningGraph(model)
-        step = StepGraph if isinstance(model, PDAE) else PriorStepGraph
+        step = StepGraph if isinstance(model, Autoencoder) else PriorStepGraph
         networks = TracedNetworks(model, dtype, form, label)
         graphs["decode_step"] = step(networks, schedule.decoding(steps))
         graphs["invert_step"] = step(networks, schedule.inversion(encode_steps))
     return {name: graph.eval() for name, graph in graphs.items()}
 
 
-def conditioning_width(model: PDAE | Prior) -> int | None:
+def conditioning_width(model: PDAE | DiffAE | Prior) -> int | None:
     """M, the columns of conditioning; None for a prior."""
     tables = _conditioned(_unet(model))
     return sum(table.width for table in tables) if tables else None

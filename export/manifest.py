@@ -3,7 +3,7 @@
 An exported directory holds the graphs (or engines), files they refer to (shared weights), and this manifest, which is
 written last: a directory without one is half-finished. Every other file is listed with its size and SHA-256.
 
-Graphs of ``kind`` "pdae" (a "prior" has only the last two, without the input ``conditioning``):
+Graphs of ``kind`` "pdae" or "diffae" (a "prior" has only the last two, without the input ``conditioning``):
 
     encoder       x0 [N, C, H, W]                                                 -> z [N, D]
     conditioning  z [N, D]                                                        -> conditioning [N, 2, M]
@@ -33,6 +33,7 @@ DIGEST = "manifest_sha256"
 BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 GRAPHS = {
     "pdae": ("encoder", "conditioning", "decode_step", "invert_step"),
+    "diffae": ("encoder", "conditioning", "decode_step", "invert_step"),
     "prior": ("decode_step", "invert_step"),
 }
 RECONSTRUCT = "reconstruct"

@@ -20,11 +20,11 @@ import torch
 from tqdm import tqdm
 
 from .. import checkpoints, cli
-from ..config import PDAEConfig
+from ..config import PriorConfig, to_dict
 from ..engine.device import DTYPES
 from ..errors import UserError
 from ..files import atomic_write
-from ..models import PDAE, Prior
+from ..models import PDAE, Autoencoder, DiffAE, Prior
 from ..schedule import build_schedule
 from . import manifest as manifests
 from .graphs import NORMS, build_graphs, conditioning_width
@@ -111,7 +111,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def export_onnx(
-    model: PDAE | Prior,
+    model: PDAE | DiffAE | Prior,
     out: str | Path,
     settings: ExportSettings | None = None,
     source: dict[str, Any] | None = None,
@@ -157,17 +157,17 @@ def _require_onnx() -> None:
             raise UserError(f"{name} cannot be imported ({error}); {INSTALL}") from None
 
 
-def _load(name: str, prior: bool, options: dict[str, Any]) -> PDAE | Prior:
+def _load(name: str, prior: bool, options: dict[str, Any]) -> PDAE | DiffAE | Prior:
     if prior:
         return Prior.from_pretrained(name, **options)
     loaded = checkpoints.load(name, **options)
-    cls = PDAE if isinstance(loaded.config, PDAEConfig) else Prior
+    cls = Prior if isinstance(loaded.config, PriorConfig) else Autoencoder
     model = cls.from_state(loaded.config, loaded.state, loaded.origin)
     model.notes = tuple(loaded.notes)
     return model
 
 
-def _check_label(model: PDAE | Prior, label: int | None) -> None:
+def _check_label(model: PDAE | DiffAE | Prior, label: int | None) -> None:
     classes = model.config.unet.num_classes
     if classes is None and label is not None:
         raise UserError(f"label {label}: this model is not class-conditional; expected none")
@@ -178,7 +178,7 @@ def _check_label(model: PDAE | Prior, label: int | None) -> None:
         )
 
 
-def _as_reference(model: PDAE | Prior) -> PDAE | Prior:
+def _as_reference(model: PDAE | DiffAE | Prior) -> PDAE | DiffAE | Prior:
     """``model`` as the reference is: float32, on the CPU, in eval mode; copied when it is not."""
     weights = next(model.parameters())
     if weights.dtype == torch.float32 and weights.device.type == "cpu" and not model.training:
@@ -244,8 +244,8 @@ def _compare(
     manifest["parity"] = parity
 
 
-def _work(model: PDAE | Prior, settings: ExportSettings) -> int:
-    graphs = len(manifests.GRAPHS["pdae" if isinstance(model, PDAE) else "prior"])
+def _work(model: PDAE | DiffAE | Prior, settings: ExportSettings) -> int:
+    graphs = len(manifests.GRAPHS[to_dict(model.config)["kind"]])
     return graphs + 1 + settings.single_file + (settings.single_file or settings.verify)
 
 
@@ -261,7 +261,7 @@ def _origin(name: str) -> dict[str, Any]:
 
 
 def _describe(
-    model: PDAE | Prior, settings: ExportSettings, encode_steps: int, source: dict[str, Any] | None
+    model: PDAE | DiffAE | Prior, settings: ExportSettings, encode_steps: int, source: dict[str, Any] | None
 ) -> dict[str, Any]:
     """The manifest as far as it is known before anything is written."""
     import onnx
@@ -270,12 +270,11 @@ def _describe(
 
     schedule = build_schedule(model.config.schedule)
     decode, invert = schedule.timesteps(settings.steps), schedule.timesteps(encode_steps)
-    pdae = isinstance(model, PDAE)
     return {
         "backend": "onnxruntime",
-        "kind": "pdae" if pdae else "prior",
+        "kind": to_dict(model.config)["kind"],
         "image_shape": list(model.image_shape),
-        "latent_dim": model.config.latent_dim if pdae else None,
+        "latent_dim": model.config.latent_dim if isinstance(model, Autoencoder) else None,
         "conditioning_width": conditioning_width(model),
         "noise": model.config.noise,
         "label": settings.label,
@@ -313,7 +312,7 @@ def _entry(directory: Path, graph: str, manifest: dict[str, Any], external: list
     return {**manifests.graph_entry(path, *signature), "external": external}
 
 
-def _summary(out: str, manifest: dict[str, Any], model: PDAE | Prior, seconds: float) -> str:
+def _summary(out: str, manifest: dict[str, Any], model: PDAE | DiffAE | Prior, seconds: float) -> str:
     rows = []
     for name, entry in manifest["graphs"].items():
         errors = manifest["parity"][name]

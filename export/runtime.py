@@ -143,7 +143,7 @@ class Session:
 
     def _codes(self, z: Any, count: int | None = None) -> np.ndarray | None:
         """z checked; None for a prior, which takes none."""
-        if self.manifest["kind"] != "pdae":
+        if self.manifest["kind"] == "prior":
             if z is not None:
                 raise UserError("this export holds a prior alone, which takes no z")
             return None
@@ -170,7 +170,7 @@ class Session:
 
     def encode(self, x0: np.ndarray) -> np.ndarray:
         """x0 [N, C, H, W] -> z [N, D] float32."""
-        if self.manifest["kind"] != "pdae":
+        if self.manifest["kind"] == "prior":
             raise UserError("encode needs a PDAE; this export holds a prior alone")
         x0 = self._images(x0, "x0")
         z = np.empty((len(x0), self.manifest["latent_dim"]), np.float32)
@@ -213,5 +213,5 @@ class Session:
 
     def reconstruct(self, x0: np.ndarray) -> np.ndarray:
         """x0 -> z and inferred x_T -> x0 again [N, C, H, W], by the separate graphs."""
-        z = self.encode(x0) if self.manifest["kind"] == "pdae" else None
+        z = self.encode(x0) if self.manifest["kind"] != "prior" else None
         return self.decode(z, self.invert(x0, z))

@@ -14,8 +14,8 @@ import numpy as np
 from .errors import UserError
 
 MOST_SEED = 2**63 - 1
-# Images are in [-1, 1], and what was decoded from them is a little outside; nothing else has such values by mistake.
-UNUSUAL, IMPOSSIBLE = 2.0, 8.0
+# Images are in [-1, 1], and decoded ones a little outside; an untrained network's are far outside, to both sides.
+UNUSUAL, EIGHT_BIT = 2.0, 16.0
 CONVERT = "for 0 to 255 pass x / 127.5 - 1, for 0 to 1 pass 2 * x - 1"
 
 
@@ -98,7 +98,7 @@ def as_images(x: Any, shape: tuple[int, int, int], what: str, batch: str = "B", 
 def check_range(low: float, high: float, what: str) -> None:
     """UserError or a warning for images whose values, from ``low`` to ``high``, are not in [-1, 1]."""
     found = f"{what} has values from {low:g} to {high:g}; images are in [-1, 1]: {CONVERT}"
-    if max(-low, high) > IMPOSSIBLE:
+    if low >= 0 and high > EIGHT_BIT:
         raise UserError(found)
     if max(-low, high) > UNUSUAL or (low >= 0 and low < high <= 1):
         warnings.warn(found, ImageRangeWarning, stacklevel=4)

@@ -57,6 +57,7 @@ class Pipeline:
         progress: called as progress(n) whenever n images have advanced by one network evaluation.
         plan: "auto", "fused" (the engine's rewrites) or "eager" (the modules as they are).
         attention: "auto", "sdpa" or "xformers".
+        label: the class of every image, of a class-conditional model; the methods' ``y`` goes before it.
 
     Images are floating point tensors [B, C, H, W] in [-1, 1], or arrays of NumPy (arguments.as_images); results come
     back float32 on the CPU, as ordinary tensors. ``pipe.recipe`` says what runs, ``pipe.noise`` how random x_T is
@@ -79,6 +80,7 @@ class Pipeline:
         progress: Callable[[int], None] | None = None,
         plan: str = "auto",
         attention: str = "auto",
+        label: int | None = None,
         **fields: Any,
     ) -> None:
         if not isinstance(model, (Autoencoder, Prior)):
@@ -88,6 +90,7 @@ class Pipeline:
         if progress is not None and not callable(progress):
             raise UserError(f"progress must be a function or None, not {brief(progress)}")
         self.model, self.progress = model, progress
+        self.label = None if label is None else self._labels([label])
         self.schedule = build_schedule(model.config.schedule)
         self.recipe = Recipe.of(recipe, **fields)
         self.recipe.check(self.schedule)
@@ -154,14 +157,14 @@ class Pipeline:
     def _images(self, x: Tensor | np.ndarray, what: str, picture: bool = True) -> Tensor:
         return as_image_tensor(x, self.model.image_shape, what, picture)
 
-    def _pdae(self, what: str) -> Autoencoder:
+    def _autoencoder(self, what: str) -> Autoencoder:
         if not isinstance(self.model, Autoencoder):
             raise UserError(f"{what} needs an autoencoder (PDAE or DiffAE); this pipeline holds a prior alone")
         return self.model
 
     def _mixes(self, what: str) -> PDAE:
         """The model, where codes can be mixed in G."""
-        model = self._pdae(what)
+        model = self._autoencoder(what)
         if not isinstance(model, PDAE):
             raise UserError(f"{what} mixes G of several z, and a Diff-AE has no G; expected a PDAE")
         return model
@@ -171,11 +174,44 @@ class Pipeline:
             if isinstance(self.model, DiffAE):
                 raise UserError("z is missing: every block of a Diff-AE reads it; give z, of encode or sample_latents")
             return None
-        D = self._pdae("z").config.latent_dim
+        D = self._autoencoder("z").config.latent_dim
         z = as_tensor(z, "z")
         if z.ndim != 2 or z.shape[1] != D or (count is not None and len(z) != count):
             raise UserError(f"z has shape {list(z.shape)}; expected [{'B' if count is None else count}, {D}]")
         return as_values(z, "z")
+
+    def _labels(self, y: Any, count: int | None = None) -> Tensor | None:
+        """Labels int64 [count] of y, or the pipeline's own [1]; UserError where the model's classes ask for others."""
+        classes = self.model.config.unet.num_classes
+        if y is None:
+            if classes is not None and self.label is None:
+                raise UserError(
+                    f"y is missing: this model is class-conditional; expected labels from 0 to {classes - 1}, or label="
+                )
+            return self.label
+        if classes is None:
+            raise UserError("y: this model is not class-conditional; expected no labels")
+        labels = [as_int("y", label, 0, classes - 1) for label in as_indices("y", y)]
+        if count is not None and len(labels) != count:
+            raise UserError(f"y has {len(labels)} labels; expected {count}, one for each image")
+        return torch.tensor(labels, dtype=torch.int64)
+
+    def field(
+        self,
+        z: Tensor | None = None,
+        weights: Tensor | None = None,
+        labels: Tensor | None = None,
+        part: slice = slice(None),
+    ) -> Field:
+        """What samplers integrate for the images ``part``; arguments as of engine.Plan.field, the label filled in."""
+        labels = self._labels(None) if labels is None else labels
+        if labels is not None and len(labels) > 1:
+            labels = labels[part]
+        if z is None:
+            return self.plan.field(None, labels=labels)
+        if weights is None:
+            return self.plan.field(z[part], labels=labels)
+        return self.plan.field(z[:, part], weights[:, part], labels)
 
     def _chunks(self, count: int) -> Iterator[slice]:
         for start in range(0, count, self.batch_size):
@@ -210,22 +246,24 @@ class Pipeline:
     @calls
     def encode(self, x0: Tensor) -> Tensor:
         """x0 [B, C, H, W] -> z [B, latent_dim]."""
-        model, x0 = self._pdae("encode"), self._images(x0, "x0")
+        model, x0 = self._autoencoder("encode"), self._images(x0, "x0")
         return self._batched(len(x0), lambda part: self.plan.encode(x0[part]), (model.config.latent_dim,))
 
     @calls
-    def invert(self, x0: Tensor, z: Tensor | None = None) -> Tensor:
-        """Inferred x_T [B, C, H, W] of x0 [B, C, H, W] given its z [B, latent_dim] (None: by the prior alone).
+    def invert(self, x0: Tensor, z: Tensor | None = None, y: Sequence[int] | Tensor | None = None) -> Tensor:
+        """Inferred x_T [B, C, H, W] of x0 [B, C, H, W] given its z [B, latent_dim] (None: by the prior alone) and, with
+        a class-conditional model, labels y [B].
 
         By the recipe: DDIM steps upward, or the steps that decode, solved for their start. The solver "belm" returns
         pairs [B, 2, C, H, W]: [:, 0] x_T and [:, 1] the state one point below. UserError where steps draw noise.
         """
         x0, recipe = self._images(x0, "x0"), self.recipe
         z, up = self._codes(z, len(x0)), recipe.up(self.schedule)
+        labels = self._labels(y, len(x0))
         self.plan.prepare([0, *(step.t for step in up)])
 
         def run(part: slice) -> Tensor:
-            x, field = x0[part].to(self.device), self.plan.field(None if z is None else z[part])
+            x, field = x0[part].to(self.device), self.field(z, labels=labels, part=part)
             return recipe.method.infer(field, x, up, recipe.iterations, progress=self._tick(len(x)))
 
         shape, states = self.model.image_shape, recipe.method.states
@@ -275,13 +313,14 @@ class Pipeline:
         indices: Sequence[int] | None = None,
         generator: torch.Generator | None = None,
         count: int | None = None,
+        y: Sequence[int] | Tensor | None = None,
     ) -> Tensor:
         """Images [B, C, H, W] (not clamped) decoded from z [B, latent_dim] and x_T, [B, C, H, W] or what invert gave.
 
         Without x_T it is drawn: image k of the call is image ``indices[k]`` (None: k) of ``seed`` (noise.ImageNoise),
         or the next draw of ``generator``. Noise that the steps draw (solver "ddpm", eta above 0) is chosen likewise.
         Without z the prior alone decodes, and G is not run; then ``x_T`` or ``count`` says how many images.
-        ``stop_percent``: G is left out for the last part of the trajectory.
+        ``stop_percent``: G is left out for the last part of the trajectory. ``y``: as in `invert`.
         """
         z, x_T = self._codes(z), None if x_T is None else self._latent(x_T)
         indices = None if indices is None else as_indices("indices", indices)
@@ -293,7 +332,7 @@ class Pipeline:
                 f"z, x_T, indices and count disagree on the number of images: {sorted(known) or 'none given'}"
             )
         (count,) = known
-        trajectory = self.recipe.down(self.schedule, stop_percent)
+        labels, trajectory = self._labels(y, count), self.recipe.down(self.schedule, stop_percent)
         if generator is not None:
             if not isinstance(generator, torch.Generator):
                 raise UserError(f"generator must be a torch.Generator, not {type(generator).__name__}")
@@ -303,7 +342,7 @@ class Pipeline:
             drawn = self.random_x_T(seed, indices) if x_T is None else None
             noise = ImageNoise(seed, indices, (), stream=STEP_STREAM).generators if self.recipe.draws else None
         latent = x_T if drawn is None else drawn
-        return self._decode(latent, trajectory, lambda part: self.plan.field(None if z is None else z[part]), noise)
+        return self._decode(latent, trajectory, lambda part: self.field(z, labels=labels, part=part), noise)
 
     @calls
     def random_x_T(self, seed: int, indices: Sequence[int]) -> Tensor:
@@ -329,10 +368,10 @@ class Pipeline:
         return drawn, noise if self.recipe.draws else None
 
     @calls
-    def reconstruct(self, x0: Tensor) -> Tensor:
-        """x0 -> z and inferred x_T -> x0 again [B, C, H, W]."""
+    def reconstruct(self, x0: Tensor, y: Sequence[int] | Tensor | None = None) -> Tensor:
+        """x0 -> z and inferred x_T -> x0 again [B, C, H, W]; y as in `invert`."""
         z = self.encode(x0)
-        return self.decode(z, self.invert(x0, z))
+        return self.decode(z, self.invert(x0, z, y), y=y)
 
     # -- what z is for ---------------------------------------------------------------------------------------------
 
@@ -369,7 +408,7 @@ class Pipeline:
         the second. weights: n numbers, the same for every pair. Returns [P, n, C, H, W].
         """
         self._check_interpolation(kind)
-        self._pdae("blend")
+        self._autoencoder("blend")
         z, x_T = as_tensor(z, "z"), as_tensor(x_T, "x_T")
         if z.ndim != 3 or len(z) != 2 or x_T.shape[:2] != z.shape[:2]:
             raise UserError(
@@ -399,10 +438,10 @@ class Pipeline:
             raise UserError("decode_mixture decodes with steps that draw no noise")
         z, weights = as_values(z, "z"), as_values(weights, "weights")
         trajectory = self.recipe.down(self.schedule, stop_percent)
-        return self._decode(x_T, trajectory, lambda part: self.plan.field(z[:, part], weights[:, part]))
+        return self._decode(x_T, trajectory, lambda part: self.field(z, weights, part=part))
 
     def _statistics(self, what: str) -> tuple[Tensor, Tensor]:
-        self._pdae(what)
+        self._autoencoder(what)
         if self._latents is None:
             raise UserError(f"{what} needs the mean and standard deviation of the latents; this model has none")
         return self._latents
@@ -436,7 +475,7 @@ class Pipeline:
     @calls
     def direction(self, attribute: str | int) -> Tensor:
         """sqrt(latent_dim) w / ||w|| [latent_dim], w the classifier's row of ``attribute`` (a name or its place)."""
-        model = self._pdae("manipulate")
+        model = self._autoencoder("manipulate")
         names = model.config.attributes
         if self._directions is None:
             raise UserError(
@@ -472,8 +511,8 @@ class Pipeline:
     ) -> Tensor:
         """``count`` new images [count, C, H, W]: z from the latent DPM, then decoded from random x_T.
 
-        ``latent_steps`` and ``latent_clamp`` are those of `sample_latents`. A prior samples alone.
-        They are images ``first``, ``first + 1`` ... of ``seed``: the same however a caller splits them.
+        ``latent_steps`` and ``latent_clamp`` are those of `sample_latents`. A prior samples alone. They are images
+        ``first``, ``first + 1`` ... of ``seed``: the same however a caller splits them.
         """
         count, first = as_int("the number of images", count, 1), as_int("first", first, 0)
         self.recipe.down(self.schedule, stop_percent)  # a mistake shows before the work
@@ -503,7 +542,7 @@ class Pipeline:
     def latent_settings(self, steps: int | None = None, clamp: bool | None = None) -> tuple[Trajectory, bool]:
         """What `sample_latents` runs with these arguments; UserError where the model has no latent DPM, or the latent
         DPM no such steps."""
-        model = self._pdae("sample")
+        model = self._autoencoder("sample")
         if model.config.latent is None:
             raise UserError(
                 "sample needs a latent DPM; this model has none: make one with `python -m pdae_fast.train latent`, or "
@@ -513,6 +552,7 @@ class Pipeline:
         diffae = isinstance(model, DiffAE)
         if steps is None:
             steps = DIFFAE_LATENT_STEPS if diffae else self.recipe.steps
+        steps = as_int("steps", steps, 1)
         schedule = build_schedule(model.config.latent.schedule)
         trajectory = schedule.decoding(steps, spacing="strided" if diffae else "uniform")
         return trajectory, not diffae if clamp is None else clamp

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -373,3 +374,93 @@ def test_help_states_a_default_once_and_none_that_is_not():
     text = " ".join(p.format_help().split())
     assert "seven (default: 7)" in text and "of its own (default: chosen)" in text
     assert text.count("default") == 2 and text.endswith("a switch")
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**63), "1.5", "None"])
+@pytest.mark.parametrize("command", [reconstruct, sample, encode, evaluate, pareto])
+def test_a_bad_seed_writes_nothing(tmp_path, model_dir, capsys, command, seed):
+    with pytest.raises(SystemExit, match="2"):
+        run(command.main, "--model", model_dir, "--out", tmp_path / "out", f"--seed={seed}", "--device", "cpu")
+    error = capsys.readouterr().err
+    assert error.startswith("error: argument --seed: ") and len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_ends_a_command_from_outside(capsys):
+    def terminated(argv):
+        signal.raise_signal(signal.SIGTERM)
+
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    assert cli.run(terminated) == 143 and cli.run(interrupted) == 130
+    assert capsys.readouterr().err == "interrupted; files written so far are complete\n" * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["info"], ["pareto", "--list"]], ids=" ".join)
+def test_a_reader_that_has_enough(command):
+    line = f"{sys.executable} -m pdae_fast.{' '.join(command)} | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert done.stderr == "" and len(done.stdout.splitlines()) == 1 and done.returncode in (0, 141)
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 but no RANK or MASTER_ADDR or MASTER_PORT: start the processes with torch"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1"}, "WORLD_SIZE=2 but no MASTER_ADDR: start"),
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE=many, which is no number of processes; unset it"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0, which is no number"),
+    ],
+)
+def test_half_an_environment_of_torchrun(tmp_path, model_dir, capsys, monkeypatch, environment, words):
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    folder = image_folder(tmp_path / "in", 2)
+    base = ["--model", model_dir, "--input", folder, "--out", tmp_path / "out", "--device", "cpu", "--steps", 2]
+    assert run(reconstruct.main, *base) == 2
+    error = capsys.readouterr().err
+    assert words in error and len(error.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_warnings_of_libraries_stay_inside(recwarn):
+    def main(argv):
+        for module in ("PIL.Image", "PIL.TiffImagePlugin", "torch.nn.parallel.distributed", "somebody.else"):
+            warnings.warn_explicit("odd", UserWarning, "file.py", 1, module=module)
+
+    assert cli.run(main) == 0
+    assert len(recwarn) == 1  # somebody else's
+
+
+def test_results_are_not_read_as_images(tmp_path, model_dir, monkeypatch):
+    image_folder(tmp_path, 1)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(3):
+        assert run(reconstruct.main, "--model", model_dir, "--input", ".", "--out", "out", "--steps", 2, "--quiet",
+                   "--device", "cpu") == 0  # fmt: skip
+        assert json.loads((tmp_path / "out" / "metrics.json").read_text())["images"] == 1
+
+
+def test_the_crop_is_the_models_unless_asked(tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (218, 178), dtype=np.uint8)
+    (tmp_path / "in").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "in" / "1.png")
+    tiny_pdae(dataclasses.replace(TINY, crop="celeba")).save_pretrained(tmp_path / "celeba")
+    tiny_pdae(TINY).save_pretrained(tmp_path / "plain")
+    found = {}
+    for name, model, options in (
+        ("told", "celeba", ()),
+        ("asked", "plain", ("--crop", "celeba")),
+        ("against", "celeba", ("--crop", "centre")),
+        ("nothing", "plain", ()),
+    ):
+        capsys.readouterr()
+        assert run(encode.main, "--model", tmp_path / model, "--input", tmp_path / "in", "--out", tmp_path / name,
+                   "--device", "cpu", "--quiet", *options) == 0  # fmt: skip
+        report = json.loads((tmp_path / name / "metrics.json").read_text())
+        with np.load(tmp_path / name / "latents.npz") as archive:
+            found[name] = report["crop"], archive["z"].tobytes()
+    assert found["told"] == found["asked"] != found["against"] == found["nothing"]

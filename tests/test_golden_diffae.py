@@ -133,5 +133,5 @@ def test_what_a_diffae_cannot_do():
     ):
         with pytest.raises(UserError, match=words):
             call()
-    halfway = pipe.with_recipe(steps=4, encode_steps=4).interpolate(x, x + 0.5, [0.0, 0.5, 1.0])
+    halfway = pipe.with_recipe(steps=4, encode_steps=4).interpolate(x, x - 0.5, [0.0, 0.5, 1.0])
     assert halfway.shape == (3, 3, 32, 32)

@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 
 import idx_files
+import killing
 from helpers import TINY, image_folder, tiny_pdae, tiny_prior
-from pdae_fast import PDAE, Pipeline, UserError, cli, train
+from pdae_fast import PDAE, Pipeline, Prior, UserError, cli, config, train
 from pdae_fast.checkpoints import save_official
 from pdae_fast.engine import plan
-from pdae_fast.training import curves
+from pdae_fast.training import Trainer, curves
 from pdae_fast.training.curves import plot_curves, read_log, smooth
 
 SMALL = ("--steps", 4, "--batch-size", 8, "--log-every", 1, "--device", "cpu")
@@ -288,3 +289,72 @@ def test_a_prior_that_cannot_see_colour_is_pointed_out(tmp_path, capsys, base):
     )
     assert run("prior", *arguments, "--steps", 1, "--batch-size", 2, "--device", "cpu") == 0
     assert ("normalised alone" in capsys.readouterr().out) == (base == 32)
+
+
+# -- broken images, and the crop ---------------------------------------------------------------------------------------
+
+
+def images_command(tmp_path, data, out, *options, task="prior"):
+    (tmp_path / "tiny.json").write_text(config.dumps(TINY))
+    tiny_prior().save_pretrained(tmp_path / "prior")
+    start = () if task == "prior" else ("--init-from", tmp_path / "prior")
+    return run(task, "--data", data, "--out", out, "--architecture", tmp_path / "tiny.json", "--steps", 4,
+               "--batch-size", 2, "--save-every", 2, "--device", "cpu", "--quiet", *start, *options)  # fmt: skip
+
+
+@pytest.mark.parametrize("task", ["prior", "pdae"])
+def test_a_broken_image_is_left_out_as_if_it_were_not_there(tmp_path, capsys, task):
+    whole, parts = image_folder(tmp_path / "whole", 6), image_folder(tmp_path / "parts", 6)
+    (whole / "03.png").unlink()
+    (parts / "03.png").write_bytes((parts / "03.png").read_bytes()[:60])
+    assert images_command(tmp_path, whole, tmp_path / "a", task=task) == 0
+    assert images_command(tmp_path, parts, tmp_path / "b", "--on-error", "skip", task=task) == 0
+    assert "left out: 03: truncated" in capsys.readouterr().err
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    # Stopped by it, and continued without it; with the file deleted too.
+    assert images_command(tmp_path, parts, tmp_path / "c", task=task) == 2
+    assert "--resume continues once the file is whole, with --on-error skip without it" in capsys.readouterr().err
+    shutil.copytree(tmp_path / "c", tmp_path / "d")
+    assert images_command(tmp_path, parts, tmp_path / "c", "--resume", "--on-error", "skip", task=task) == 0
+    assert "note: 1 images fewer than the saved run saw" in capsys.readouterr().err
+    (parts / "03.png").unlink()
+    assert images_command(tmp_path, parts, tmp_path / "d", "--resume", task=task) == 2
+    assert images_command(tmp_path, parts, tmp_path / "d", "--resume", "--on-error", "skip", task=task) == 0
+    assert (tmp_path / "c/model.safetensors").read_bytes() == (tmp_path / "d/model.safetensors").read_bytes()
+    assert images_command(tmp_path, parts, tmp_path / "b", "--resume", task=task) == 0  # it never saw the broken one
+
+
+def test_a_trained_model_remembers_its_crop(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    for i in range(3):
+        Image.new("L", (178, 218), 60 * i).save(tmp_path / "data" / f"{i}.png")
+    assert images_command(tmp_path, tmp_path / "data", tmp_path / "a", "--crop", "celeba") == 0
+    assert Prior.from_pretrained(tmp_path / "a").config.crop == "celeba" and capsys.readouterr().err == ""
+    assert images_command(tmp_path, tmp_path / "data", tmp_path / "a", "--resume") == 2
+    assert "crop is centre, not celeba" in capsys.readouterr().err
+    assert images_command(tmp_path, tmp_path / "data", tmp_path / "b") == 0
+    assert Prior.from_pretrained(tmp_path / "b").config.crop == "centre"
+
+
+def test_two_runs_at_once_in_one_folder(tmp_path):
+    """The second is refused while the first runs; nothing of the first changes, and it ends as one alone."""
+    data = image_folder(tmp_path / "images", 6)
+    assert images_command(tmp_path, data, tmp_path / "alone") == 0
+    inner = []
+
+    def second(self, values, real=Trainer._log):
+        if not inner:
+            before = killing.content(tmp_path / "out")
+            ended = killing.run(lambda: images_command(tmp_path, data, tmp_path / "out", "--seed", 1))
+            inner.append((ended.status, ended.err, killing.content(tmp_path / "out") == before))
+        real(self, values)
+
+    original, Trainer._log = Trainer._log, second
+    try:
+        assert images_command(tmp_path, data, tmp_path / "out", "--log-every", 1) == 0
+    finally:
+        Trainer._log = original
+    ((status, err, same),) = inner
+    assert status == 2 and same and len(err.splitlines()) == 1 and "another process is writing to" in err
+    assert (tmp_path / "alone/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")} == set()

@@ -26,7 +26,7 @@ class Client:
         self.server = http.InferenceServerClient(url)
         config = self.server.get_model_config(f"{name}_reconstruct")
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
-        self.has_z = parameters["kind"] == "pdae"
+        self.has_z = parameters["kind"] != "prior"
         self.steps, self.encode_steps = int(parameters["steps"]), int(parameters["encode_steps"])
         self.max_batch = int(config["max_batch_size"])
 

@@ -173,10 +173,10 @@ class Layout:
         return config | (self._batching() if batched else {}), files
 
     def _pipeline(self, task: str) -> dict[str, Any]:
-        pdae = self.onnx["kind"] == "pdae"
+        has_z = self.onnx["kind"] != "prior"
         image = ["N", *self.onnx["image_shape"]]
         latents = [manifests.tensor_entry("x_T", "float32", image)]
-        if pdae:
+        if has_z:
             latents.append(manifests.tensor_entry("z", "float32", ["N", self.onnx["latent_dim"]]))
         x0, x = ([manifests.tensor_entry(name, "float32", image)] for name in ("x0", "x"))
         inputs, outputs = {"reconstruct": (x0, x), "invert": (x0, latents), "decode": (latents, x)}[task]

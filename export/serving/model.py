@@ -21,7 +21,7 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
         self.task, self.prefix = parameters["task"], parameters["prefix"]
-        self.has_z = parameters["kind"] == "pdae"
+        self.has_z = parameters["kind"] != "prior"
         self.steps, self.encode_steps = int(parameters["steps"]), int(parameters["encode_steps"])
         self.inputs = [tensor["name"] for tensor in config["input"]]
         self.outputs = [tensor["name"] for tensor in config["output"]]

@@ -69,7 +69,7 @@ def _errors(reference: Backend, tested: Backend, built: dict[str, Any], count: i
     random = np.random.default_rng(count)
     shape = (count, *built["image_shape"])
     conditioning: dict[str, np.ndarray] = {}
-    if built["kind"] == "pdae":
+    if built["kind"] != "prior":
         given = {"x0": random.uniform(-1, 1, shape).astype(np.float32)}
         for graph in ("encoder", "conditioning"):
             (output, expected), *_ = reference.run(graph, given).items()

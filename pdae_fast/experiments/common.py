@@ -88,7 +88,8 @@ def open_run(
     """
     recipe = Recipe.from_args(args) if recipe is None else recipe
     model = Autoencoder.from_pretrained(args.model, **cli.foreign_options(args))
-    pipe = Pipeline(model, recipe, args.device, args.dtype, args.batch_size, plan=args.plan, attention=args.attention)
+    options = {"plan": args.plan, "attention": args.attention, "label": args.label}
+    pipe = Pipeline(model, recipe, args.device, args.dtype, args.batch_size, **options)
     if infers:
         recipe.up(pipe.schedule)
     spec = data_spec(args, model, default_input)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,9 +125,9 @@ def cached_classifier(
     for array in arrays:
         digest.update(np.ascontiguousarray(array))
     job = digest.hexdigest()
-    state = _read(path, job)
+    model = ImageClassifier(images.shape[1], classes, timed)
+    state = _read(path, job, model.state_dict())
     if state is not None:
-        model = ImageClassifier(images.shape[1], classes, timed)
         model.load_state_dict(state)
         advance(epochs * len(images))
         return model.to(device).eval().requires_grad_(False)
@@ -139,14 +138,19 @@ def cached_classifier(
     return model
 
 
-def _read(path: Path, job: str) -> dict[str, Tensor] | None:
+def _read(path: Path, job: str, expected: dict[str, Tensor]) -> dict[str, Tensor] | None:
     """None when the file is missing, damaged or of another job: it is then made again."""
     if not path.is_file():
         return None
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-        return found["state"] if (found["format"], found["job"]) == (FORMAT, job) else None
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, AttributeError, KeyError, TypeError):
+        state = found["state"]
+        whole = (found["format"], found["job"]) == (FORMAT, job) and state.keys() == expected.keys()
+        same = whole and all(state[k].shape == v.shape and state[k].dtype == v.dtype for k, v in expected.items())
+        return state if same and all(bool(torch.isfinite(v).all()) for v in state.values()) else None
+    except MemoryError:
+        raise
+    except Exception:  # damaged bytes make the readers of zip files and pickles raise almost anything
         return None
 
 

@@ -159,7 +159,7 @@ def _two_passes(pipe: Pipeline, z: Tensor, weight: Tensor, x_T: Tensor) -> Tenso
     """`Pipeline.decode_mixture` of one frame without sharing: the whole network for each end."""
     trajectory = pipe.recipe.down(pipe.schedule)
     pipe.plan.prepare(step.t for step in trajectory)
-    field_a, field_b = pipe.plan.field(z[0]), pipe.plan.field(z[1])
+    field_a, field_b = pipe.field(z[0]), pipe.field(z[1])
     weight = weight.to(pipe.device)
 
     def field(x: Tensor, t: int, use_gradient: bool) -> tuple[Tensor, Tensor | None]:

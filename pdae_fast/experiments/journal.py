@@ -270,14 +270,14 @@ class Journal:
 
     def _array(self, name: str, offset: int, shape: list[int], crc: int) -> np.ndarray | None:
         """The array of a line; None when its file is too short or holds something else there."""
-        size = 4 * math.prod(shape)
+        count = math.prod(shape)
         try:
             with open(self.folder / name, "rb") as file:
                 file.seek(offset)
-                data = file.read(size)
+                array = np.fromfile(file, "<f4", count)
         except OSError:
             return None
-        return np.frombuffer(data, "<f4").reshape(shape) if len(data) == size and zlib.crc32(data) == crc else None
+        return array.reshape(shape) if len(array) == count and zlib.crc32(array) == crc else None
 
     def remove(self, with_folder: bool = False) -> None:
         """Delete the parts (``with_folder``: and the folder they are in): the results are written."""

@@ -66,7 +66,10 @@ class Recipe:
             )
         if self.noise is not None:
             check_noise(self.noise)
-        self._set("eta", as_number("eta", self.eta, 0, 1))
+        try:
+            self._set("eta", as_number("eta", self.eta, 0, 1))
+        except UserError:
+            raise UserError(f"eta must be a number between 0 and 1, not {self.eta!r}") from None
         if self.eta and not solver.solved:
             raise UserError(f"eta belongs to ddim and cannot be combined with {self.solver}")
         if self.iterations is None:

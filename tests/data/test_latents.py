@@ -236,7 +236,7 @@ def test_broken_images_are_left_out_and_named_or_fatal(tmp_path, folder):
 
 def test_other_mistakes(tmp_path, folder):
     dataset = open_dataset(folder, 32, 1)
-    with pytest.raises(UserError, match="needs a PDAE"):
+    with pytest.raises(UserError, match="needs an autoencoder"):
         encode_dataset(tiny_prior(), dataset, quiet=True)
     with pytest.raises(UserError, match="on_error"):
         encode_dataset(tiny_pdae(), dataset, on_error="ignore", quiet=True)

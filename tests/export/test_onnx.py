@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from flavours import BASE, FLAVOURS, GOOGLE, PREDICTIONS
-from helpers import TINY_FULL, tiny_pdae, tiny_prior
-from pdae_fast import UNetConfig, UserError, cli
+from golden_rule import fill
+from helpers import TINY_FULL, images, tiny_pdae, tiny_prior
+from pdae_fast import DiffAE, Pipeline, UNetConfig, UserError, cli
+from pdae_fast.config import DiffAEConfig
 from pdae_fast.export import manifest as manifests
 
 onnx = pytest.importorskip("onnx")
@@ -22,6 +24,7 @@ pytest.importorskip("onnxruntime")
 from pdae_fast.export import __main__ as command  # noqa: E402
 from pdae_fast.export import _parity  # noqa: E402
 from pdae_fast.export.onnx import ExportSettings, export_onnx  # noqa: E402
+from pdae_fast.export.runtime import Session  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +81,25 @@ def test_flavours_are_compared_with_their_modules(tmp_path, changes, settings, l
         with pytest.raises(UserError, match="class-conditional"):
             export_onnx(tiny_pdae(config), tmp_path / "other", ExportSettings(steps=4, label=wrong))
     assert not (tmp_path / "other").exists()
+
+
+def test_a_diffae_is_compared_with_its_modules(tmp_path):
+    config = DiffAEConfig(
+        image_size=32, latent_dim=16, encoder_multiplier=(1, 1, 2), unet=UNetConfig(**BASE), schedule=TINY_FULL.schedule
+    )
+    model, out = fill(DiffAE(config)), tmp_path / "out"
+    manifest = export_onnx(model, out, ExportSettings(steps=3, single_file=True, verify=True))
+    assert manifest["kind"] == "diffae" and set(manifest["graphs"]) == {*manifests.GRAPHS["pdae"], "reconstruct"}
+    for name in ("encoder", "conditioning", "decode_step", "invert_step"):
+        assert manifest["parity"][name]["relative_error"] < 1e-4
+    session, x0 = Session(out), images(2, config)
+    z = session.encode(x0.numpy())
+    assert np.allclose(z, model.encode(x0).detach().numpy(), atol=1e-5)
+    pipe = Pipeline(model, "published", steps=3, device="cpu", dtype="float32")
+    x_T = pipe.invert(x0, torch.from_numpy(z)).numpy()
+    assert np.abs(session.decode(z, x_T) - pipe.decode(torch.from_numpy(z), torch.from_numpy(x_T)).numpy()).max() < 1e-3
+    # z is read by every block.
+    assert np.abs(session.decode(z[::-1].copy(), x_T) - session.decode(z, x_T)).max() > 1e-2
 
 
 def test_every_graph_was_compared(exported):

@@ -1,10 +1,13 @@
 """The runner that needs no PyTorch, against the PyTorch pipeline."""
 
+import copy
 import dataclasses
 import json
+import pickle
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ import torch
 
 from helpers import TINY, tiny_pdae, tiny_prior
 from pdae_fast import PDAE, Pipeline, Recipe, UserError
+from pdae_fast.arguments import ImageRangeWarning
 from pdae_fast.export.runtime import Session, load_backend, noise
 
 ort = pytest.importorskip("onnxruntime")
@@ -234,6 +238,7 @@ class Block:
             raise ImportError(f"{name} is blocked in this process")
 sys.meta_path.insert(0, Block())
 import numpy as np
+from pdae_fast.arguments import ImageRangeWarning
 from pdae_fast.export.runtime import Session
 directory, images, result, task = sys.argv[1:]
 session, x0 = Session(directory, threads=1), np.load(images)
@@ -308,3 +313,53 @@ def test_another_image_size_and_head_layout(tmp_path):
     x0 = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(2)) * 2 - 1
     expected = Pipeline(model, "published", steps=3, device="cpu", dtype="float32", plan="eager").reconstruct(x0)
     assert relative(Session(tmp_path / "out", threads=1).reconstruct(x0.numpy()), expected) < 1e-4
+
+
+def test_many_threads_share_a_session(exported, session, x0):
+    inputs = [np.ascontiguousarray(x0[i % 3 :]) for i in range(8)]
+    expected = [session.reconstruct(x) for x in inputs]
+    fresh = Session(exported, threads=1)  # the graphs are loaded by whoever comes first
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(fresh.reconstruct, inputs))
+    assert max(relative(a, b) for a, b in zip(found, expected, strict=True)) < 1e-4
+
+
+def test_copies_are_opened_anew(exported, session, x0, monkeypatch):
+    monkeypatch.chdir(exported.parent)
+    first = Session(exported.name, threads=1, batch_size=2)
+    copies = copy.deepcopy(first), pickle.loads(pickle.dumps(first))
+    monkeypatch.chdir("/")
+    for other in copies:
+        assert other.batch_size == 2 and other.backend is not first.backend
+        assert relative(other.encode(x0), session.encode(x0)) < 1e-6
+
+
+ARGUMENTS = [
+    (lambda s, x: s.decode(np.zeros((1, 16)), seed=-1), "seed must be between 0 and 9223372036854775807, not -1"),
+    (lambda s, x: s.decode(np.zeros((1, 16)), seed=2**63), "seed must be between"),
+    (lambda s, x: s.decode(np.zeros((1, 16)), seed=None), "seed must be a whole number, not None"),
+    (lambda s, x: s.decode(np.zeros((1, 16)), seed=1.0), "seed must be a whole number, not 1.0"),
+    (lambda s, x: s.decode(np.zeros((1, 16)), first=-1), "first must be at least 0"),
+    (lambda s, x: s.decode(np.zeros((1, 16)), count=1.0), "count must be a whole number"),
+    (lambda s, x: s.decode(np.zeros((1, 16)), [x[0]]), "x_T has shape list"),
+    (lambda s, x: s.encode(x * 127.5 + 127.5), r"images are in \[-1, 1\]: for 0 to 255 pass x / 127.5 - 1"),
+    (lambda s, x: Session(s.directory, batch_size=2.0), "batch size must be a whole number"),
+    (lambda s, x: Session(s.directory, threads=None, batch_size="2"), "batch size must be a whole number"),
+    (lambda s, x: Session(s.directory, threads=1.5), "threads must be a whole number"),
+    (lambda s, x: Session(None), "must be a path, not NoneType"),
+]
+
+
+@pytest.mark.parametrize(("call", "words"), ARGUMENTS, ids=[str(i) for i in range(len(ARGUMENTS))])
+def test_arguments_are_checked(session, x0, call, words):
+    with pytest.raises(UserError, match=words) as error:
+        call(session, x0)
+    assert "\n" not in str(error.value)
+
+
+def test_whole_numbers_of_numpy_and_other_ranges(session, x0):
+    z = session.encode(x0)
+    one = session.decode(z, seed=np.int64(3), first=np.int32(1))
+    assert np.array_equal(one, session.decode(z, seed=3, first=1))
+    with pytest.warns(ImageRangeWarning, match="for 0 to 1 pass 2"):
+        session.encode((x0 + 1) / 2)

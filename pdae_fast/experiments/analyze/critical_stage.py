@@ -285,7 +285,7 @@ def _sample(
         pipe.plan.prepare(step.t for part in parts for step in part)
         for part in torch.arange(len(wanted)).split(pipe.batch_size):
             found = guided_stages(
-                pipe.plan.field(),
+                pipe.field(),
                 log_probability(guide, wanted[part]),
                 pipe.random_x_T(args.seed, part.tolist()).to(pipe.device),
                 pipe.schedule,

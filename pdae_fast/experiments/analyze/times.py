@@ -61,7 +61,7 @@ def points(
     z = pipe.encode(x0)
     x0 = x0.float().to(device)
     for t in times:
-        field = pipe.plan.field(z)  # a new one: reuse between neighbouring times would not be what is measured
+        field = pipe.field(z)  # a new one: reuse between neighbouring times would not be what is measured
         eps_true = random_noise(pipe.noise, noise(t)).to(device)
         x_t = q_sample(schedule, x0, torch.full((len(x0),), t, dtype=torch.int64, device=device), eps_true)
         eps, gradient = field(x_t, t, True)

@@ -56,6 +56,12 @@ def add_foreign_options(p: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--config", metavar="YAML", default=argparse.SUPPRESS, help="the configuration the checkpoint came with")
     add("--encoder", metavar="FILE", default=argparse.SUPPRESS, help="a second file that holds the encoder")
+    add(
+        "--image-size",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="side of a prior's images (else from --config, else deduced)",
+    )
     add("--num-heads", type=int, default=argparse.SUPPRESS, help="attention heads (else 1)")
     add(
         "--head-channel", "--num-head-channels", type=int, default=argparse.SUPPRESS, help="channels per attention head"
@@ -92,6 +98,7 @@ def add_foreign_options(p: argparse.ArgumentParser) -> None:
 FOREIGN = (
     "config",
     "encoder",
+    "image_size",
     "num_heads",
     "head_channel",
     "num_heads_upsample",

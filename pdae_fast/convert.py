@@ -43,7 +43,6 @@ _READING = (
     "classifier",
     "statistics",
     "attributes",
-    "image_size",
     "dropout",
     "weights",
 )
@@ -69,7 +68,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--classifier", metavar="FILE", help="attribute classifier to make part of the autoencoder")
     add("--statistics", metavar="FILE", help="mean and std of the latents, to make part of the autoencoder")
     add("--attributes", metavar="FILE|NAMES", help="names of the classifier's rows: a file, or a,b,c")
-    add("--image-size", type=int, help="side of a prior's images (else from --config, else deduced)")
     add("--dropout", type=float, help="dropout for further training (else from --config, else 0.1)")
     add("--weights", choices=("ema", "raw"), help="which weights to read where a file has both (else ema)")
     return p

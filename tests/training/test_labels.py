@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import foreign_golden
 import idx_files
 from golden_rule import fill
 from helpers import TINY, image_folder, needs_sklearn
@@ -146,6 +147,20 @@ def test_mistakes_print_one_line_and_exit_2(places, capsys, task, arguments, wor
     printed = capsys.readouterr()
     assert words in printed.err and len(printed.err.splitlines()) == 1 and printed.out == ""
     assert not (places / "out").exists()
+
+
+def test_a_foreign_class_conditional_file(tmp_path):
+    """guided-diffusion's network at 512 px, in small: what is adapted computes what their code did."""
+    torch.save(foreign_golden.weights("guided-512"), tmp_path / "512.pt")
+    data = folders(tmp_path / "data", "0", "5")
+    said = ("--image-size", 32, "--head-channel", 32, "--latent-dim", 8, "--encoder-channel", 32)
+    base = ("--init-from", tmp_path / "512.pt", "--data", data, "--out", tmp_path / "out", "--quiet", *SMALL)
+    assert run("pdae", *base, *said) == 0
+    model, numbers = PDAE.from_pretrained(tmp_path / "out"), foreign_golden.numbers("guided-512")
+    x, t, y = (numbers[f"forward.{name}"] for name in "xty")
+    with torch.no_grad():
+        eps, _ = model(x, t, torch.zeros(len(x), 8), y)
+    torch.testing.assert_close(eps, numbers["forward.out"][:, :3], rtol=0, atol=2e-5)
 
 
 # -- a new prior, and the networks of one that is there ---------------------------------------------------------------

@@ -28,6 +28,7 @@ TITLES = {
     "ratio: baseline over contender",
     "kernel": "one operation against the framework's sequence of operators, on data larger than the caches; ratio: "
     "framework over ours; of copy: bytes that must move, over time, as a fraction of a large copy's rate",
+    "evaluation": "one eps of another family's network (random weights); all took turns; ratio: modules over contender",
     "rewrite": "switches of the fused plan turned around, beside the default; ratio: default over changed, so that "
     "below 1 the default is the faster one",
     "wall_clock": "images encoded and decoded against the published 999+100 steps, extrapolated; ratio: published over "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..files import atomic_write
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+DIGEST = "sha256"  # of all tensors, in the metadata of their file: a safetensors file has no check sum of its own
 BUNDLED = Path(__file__).resolve().parent.parent / "pretrained"
 
 
@@ -79,10 +81,28 @@ def load_directory(directory: Path) -> Loaded:
         raise UserError(
             f"{directory}: no {CONFIG_NAME} in it; expected what save_pretrained wrote, or a diffusers model"
         )
-    config = configs.load(directory / CONFIG_NAME)
-    state = read_safetensors(directory / WEIGHTS_NAME)
-    check_finite(state, str(directory / WEIGHTS_NAME))
+    config, path = configs.load(directory / CONFIG_NAME), directory / WEIGHTS_NAME
+    state = read_safetensors(path)
+    odd = next((name for name, tensor in state.items() if not tensor.is_floating_point()), None)
+    if odd is not None:
+        raise UserError(f"{path}: {odd} is {state[odd].dtype}; expected floating-point weights")
+    with safetensors.safe_open(path, "pt") as file:
+        written = (file.metadata() or {}).get(DIGEST)
+    # Models saved before there were digests have none.
+    if written not in (None, digest(state)):
+        raise UserError(f"{path}: damaged or changed: its tensors are not those that were written (see its {DIGEST})")
+    check_finite(state, str(path))
     return Loaded(config, state, str(directory))
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and values, whatever their order."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        if tensor.numel():
+            found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def save_directory(
@@ -102,6 +122,6 @@ def save_directory(
     }
     # The weights go first: a reader that finds the new config finds its weights too.
     with atomic_write(directory / WEIGHTS_NAME) as file:
-        file.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+        file.write(safetensors.torch.save(tensors, metadata={"format": "pt", DIGEST: digest(tensors)}))
     with atomic_write(directory / CONFIG_NAME, "w") as file:
         file.write(configs.dumps(config))

@@ -56,6 +56,8 @@ class Plan:
         skips = len(self.unet.input_blocks)
         if reuse.outer > skips:
             raise UserError(f"reuse {reuse}: this network has {skips} skips, not {reuse.outer}")
+        if self.unet.z_width is not None and (reuse.gradient > 1 or reuse.window is not None):
+            raise UserError(f"reuse {reuse}: leaves out G, which a Diff-AE does not have")
         plan = object.__new__(type(self))
         plan.__dict__.update(vars(self))
         plan.reuse, plan.evaluations = reuse, Counter()

@@ -14,6 +14,7 @@ from pdae_fast.engine.fused import FusedPlan
 from pdae_fast.engine.options import Rewrites
 from pdae_fast.engine.plan import Plan
 from pdae_fast.models import UNet
+from pdae_fast.samplers.reuse import Reuse
 
 CPU = torch.device("cpu")
 OPTIONS = {"cpu": Rewrites.for_device(CPU), "plain": Rewrites(packed_weights=False), "device": ON_DEVICE}
@@ -96,6 +97,9 @@ def test_z_in_every_block(changes, options):
     assert relative(plan.field(z.flip(0))(x, 7, True)[0], plan.field(z)(x, 7, True)[0]) > 1e-3
     # A sampler that leaves G out cannot leave z out.
     assert torch.equal(plan.field(z)(x, 7, False)[0], plan.field(z)(x, 7, True)[0])
+    for spec in ("gradient:2", "window:3-9", "gradient:off"):
+        with pytest.raises(UserError, match="leaves out G"):
+            plan.reusing(Reuse.parse(spec))
     for arguments in ((None,), (torch.stack([z, z]), torch.ones(2, 2) / 2)):
         with pytest.raises(UserError, match="Diff-AE"):
             plan.field(*arguments)

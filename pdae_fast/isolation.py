@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from .errors import UserError
+
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
@@ -45,11 +47,17 @@ class _ExactProducts:
     All switches are left alone where none of them says otherwise, which is how PyTorch starts.
     """
 
-    def __init__(self) -> None:
-        self.lock, self.inside = threading.Lock(), 0
+    def __init__(self, forked: bool = False) -> None:
+        self.lock, self.inside, self.forked, self.used = threading.Lock(), 0, forked, False
         self.found: list[tuple[Any, str]] = []
 
     def __enter__(self) -> None:
+        if self.forked and torch.get_num_threads() > 1:
+            raise UserError(
+                "this process was forked from one that had computed, whose threads it lacks: start it by spawn, or "
+                "call torch.set_num_threads(1) in it"
+            )
+        self.used = True
         backends = torch.backends
         owners = (backends.mkldnn.matmul, backends.mkldnn.conv, backends.cuda.matmul)
         with self.lock:
@@ -70,4 +78,4 @@ class _ExactProducts:
 
 _EXACT = _ExactProducts()
 if hasattr(os, "register_at_fork"):  # a thread that was inside is not in the child
-    os.register_at_fork(after_in_child=_EXACT.__init__)
+    os.register_at_fork(after_in_child=lambda: _EXACT.__init__(_EXACT.forked or _EXACT.used))

@@ -241,6 +241,25 @@ def test_other_processes(model, method):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
 
 
+def _refused(pipe, x0, queue):
+    torch.set_num_threads(2)
+    try:
+        pipe.reconstruct(x0)
+    except UserError as error:
+        queue.put(str(error))
+
+
+@pytest.mark.slow
+def test_a_forked_process_with_threads_is_refused_and_does_not_hang(model):
+    pipe, context = pipeline(model), multiprocessing.get_context("fork")
+    pipe.reconstruct(images(1))
+    queue = context.Queue()
+    process = context.Process(target=_refused, args=(pipe, images(1), queue))
+    process.start()
+    assert "start it by spawn, or call torch.set_num_threads(1)" in queue.get(timeout=60)
+    process.join(60)
+
+
 class _Codes(torch.utils.data.Dataset):
     def __init__(self, pipe):
         self.pipe = pipe

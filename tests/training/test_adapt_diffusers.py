@@ -102,7 +102,8 @@ def test_it_reconstructs_encodes_and_edits(adapted, images, tmp_path):
     given = ("--model", pdae, "--input", images, *CPU)
     run(reconstruct.main, *given, "--steps", 20, "--limit", 4, "--out", tmp_path / "r")
     found = json.loads((tmp_path / "r" / "metrics.json").read_text())["modes"]
-    assert found["inferred"]["mean"]["mse"] < 0.01 < found["random"]["mean"]["mse"]
+    inferred, random = (found[mode]["mean"]["mse"] for mode in ("inferred", "random"))
+    assert inferred < 0.03 and inferred < 0.25 * random, (inferred, random)
     run(encode.main, *given, "--out", tmp_path / "z")
     with np.load(tmp_path / "z" / "latents.npz") as file, torch.no_grad():
         expected = PDAE.from_pretrained(pdae).encode(x0_of(images))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,22 @@ from pdae_fast.training import Trainer
 needs_sklearn = pytest.mark.skipif(
     importlib.util.find_spec("sklearn") is None, reason="needs pip install 'pdae_fast[experiments]'"
 )
+
+needs_diffusers = pytest.mark.skipif(
+    importlib.util.find_spec("diffusers") is None, reason="needs pip install 'pdae_fast[dev]' (diffusers)"
+)
+
+
+class Later:
+    """A module that is imported when a test first uses it: diffusers imports Triton, which tests/kernels must do first,
+    when it is collected."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __getattr__(self, attribute: str):
+        return getattr(importlib.import_module(self.name), attribute)
+
 
 TINY_UNET = UNetConfig(
     input_channel=1,

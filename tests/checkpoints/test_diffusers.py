@@ -8,11 +8,13 @@ import torch
 from checkpoints import fabricate
 
 from golden_rule import fill, relative
+from helpers import Later, needs_diffusers
 from pdae_fast import Prior, PriorConfig, ScheduleConfig, UserError, checkpoints
 from pdae_fast.convert import main
 from pdae_fast.schedule import build_schedule
 
-diffusers = pytest.importorskip("diffusers", reason="needs pip install 'pdae_fast[dev]' (diffusers)")
+pytestmark = needs_diffusers
+diffusers = Later("diffusers")
 
 # Small enough that a case takes a second.
 BASE = {

@@ -7,10 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers import Later, needs_diffusers
 from pdae_fast import PDAE, Prior, cli, train
 from pdae_fast.experiments import encode, manipulate, reconstruct
 
-diffusers = pytest.importorskip("diffusers", reason="needs pip install -e '.[dev]'")
+pytestmark = needs_diffusers
+diffusers = Later("diffusers")
 
 COUNT, SIZE = 48, 32
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .errors import UserError
+from .limits import brief
 
 MOST_SEED = 2**63 - 1
 # Images are in [-1, 1], and decoded ones a little outside; an untrained network's are far outside, to both sides.
@@ -110,11 +111,6 @@ def wrong_shape(x: Any, shape: Sequence[int], what: str, batch: str = "B") -> st
         return f"{what} has shape {type(x).__name__}; expected one tensor or array {expected}: stack the images"
     found = list(x.shape) if hasattr(x, "shape") else type(x).__name__
     return f"{what} has shape {found}; this model expects {expected}"
-
-
-def brief(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 # -- for argparse, whose one line names the option ---------------------------------------------------------------------

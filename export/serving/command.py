@@ -105,10 +105,12 @@ class Engines:
                 "with --flavor tensorrt, or serve the ONNX graphs"
             )
         graphs = manifests.GRAPHS[onnx["kind"]]
-        hashes = made.get("onnx", {}).get("graphs", {})
+        hashes = (made.get("onnx") or {}).get("graphs", {})
         if any(hashes.get(name) != onnx["graphs"][name]["sha256"] for name in graphs):
             raise UserError(f"{directory}: built from other ONNX graphs than those given; build once more")
         profile = made.get("profile")
+        if not isinstance(made.get("tensorrt_version"), str):
+            raise UserError(f"{directory}: does not say which TensorRT built it; build once more")
         if not isinstance(profile, list) or profile[0] != 1:
             raise UserError(f"{directory}: profile {profile}; a server gets single images, so build with MIN 1")
         self.files = {

@@ -69,7 +69,7 @@ EDITS = [
     (lambda m: m.update(max_batch=0), "max_batch is 0; expected at least 1"),
     (lambda m: m.update(format="other"), "format 'other'; this version reads"),
     (lambda m: m.update(noise="pink"), "noise 'pink'; expected normal or standardised"),
-    (lambda m: m.update(kind="poem"), "kind 'poem'; expected pdae or prior"),
+    (lambda m: m.update(kind="poem"), "kind 'poem'; expected pdae or diffae or prior"),
     (lambda m: m.update(backend="magic"), "made for magic; expected onnxruntime or tensorrt"),
     (lambda m: m.update(image_shape=[1, 8]), r"image_shape is \[1, 8\]"),
     (lambda m: m["graphs"].pop("encoder"), "no graph encoder"),

@@ -33,7 +33,7 @@ def as_int(name: str, value: Any, least: int | None = None, most: int | None = N
     except TypeError:
         raise UserError(f"{name} must be a whole number, not {brief(value)}") from None
     if least is not None and number < least and most is None:
-        raise UserError(f"{name} must be at least {least}, not {number}")
+        raise UserError(f"{name} must be at least {least}, not {brief(number)}")
     if (least is not None and number < least) or (most is not None and number > most):
         raise UserError(f"{name} must be between {least} and {most}, not {brief(number)}")
     return number

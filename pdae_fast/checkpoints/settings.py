@@ -119,7 +119,7 @@ _FLAGS = {
 # Options that are known under a flag's name too, or only under it.
 _FLAG_OPTIONS = ("num_head_channels", "noise_schedule", "diffusion_steps", "predict_xstart")
 _UNSET = ("head_channel", "num_heads_upsample")  # integers of which -1 says that another setting counts
-_MAX_YAML = 2**18  # bytes: reading YAML takes its time
+_MAX_YAML = 2**17  # bytes: reading YAML takes its time
 _SCHEDULES = {"squaredcos_cap_v2": "cosine", "quad": "scaled_linear"}
 _LINEAR_BETAS = {"linear_beta_start": 1e-4, "linear_beta_end": 0.02}
 
@@ -208,7 +208,7 @@ def from_config(config: str | Path | Mapping[str, Any]) -> dict[str, Given]:
         raise UserError(f"config= is {brief(config)}; expected a file, or the mapping that it holds")
     found: dict[str, Given] = {}
     for path, name, value in _walk(tree, ()):
-        section = " ".join(".".join(path).split())[:100]
+        section = "".join(c if c.isprintable() else "?" for c in ".".join(path)[:100])
         place = f"{origin} ({section})" if path else origin
         if name in _LINEAR_BETAS:
             _check_beta(name, value, place)

@@ -182,7 +182,16 @@ def test_hostile_mappings_are_one_line(tmp_path):
         from_config(tmp_path / "c.json")
 
 
-@hostile.quick(150)
+@hostile.quick(300)
+@given(hostile.mutated(fabricate.yaml_tree(MODEL)))
+def test_any_configuration_is_settings_or_one_line(tree):
+    try:
+        from_config(tree)
+    except UserError as error:
+        assert str(error).isprintable() and len(str(error)) < 1500
+
+
+@hostile.quick(8)
 @given(hostile.mutated(fabricate.yaml_tree(MODEL)))
 def test_any_configuration_gives_a_model_or_one_line(path, tree):
     try:

@@ -208,7 +208,7 @@ def from_config(config: str | Path | Mapping[str, Any]) -> dict[str, Given]:
         raise UserError(f"config= is {brief(config)}; expected a file, or the mapping that it holds")
     found: dict[str, Given] = {}
     for path, name, value in _walk(tree, ()):
-        section = "".join(c if c.isprintable() else "?" for c in ".".join(path)[:100])
+        section = ".".join(path)[:100]
         place = f"{origin} ({section})" if path else origin
         if name in _LINEAR_BETAS:
             _check_beta(name, value, place)

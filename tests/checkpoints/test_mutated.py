@@ -13,7 +13,7 @@ from pdae_fast.models import Prior
 SMALL = PriorConfig(
     32, fabricate.unet(channel_multiplier=(1,), attention_resolutions=(), middle="none", time_channel=32)
 )
-MUTANTS = 600
+MUTANTS = 200
 
 
 def write(form, path):

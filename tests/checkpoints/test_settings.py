@@ -156,7 +156,7 @@ def laughs(first, row):
         ("{base_channel: 32, attention_resolutions: [0]}", r"attention_resolutions is \[0\]; expected numbers"),
         ("schedule: {kind: stored, betas: 3}", "betas are 3; expected a list of numbers"),
         ("prediction: [x]", r"prediction is \['x'\]; expected a word"),
-        ('"a\\nb": {num_heads: x}', r"\(a\?b\): num_heads is 'x'"),
+        ('"a\\nb": {num_heads: x}', r"\(a b\): num_heads is 'x'"),
         ("# comment\n" * 20000, "more than 128 KiB of YAML"),
     ],
 )

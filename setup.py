@@ -47,6 +47,7 @@ extras = {
     "dev": [
         "pytest>=8",
         "pytest-benchmark>=5",
+        "hypothesis>=6",
         "ruff>=0.15",
         "pyyaml",
         # Independent implementations that the metrics and the readers of foreign models and files are tested against.

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from typing import Any
 from ..config import NOISES
 from ..errors import UserError
 from ..files import atomic_write
+from ..limits import MAX_SIZE, MAX_TIMESTEPS, brief, is_int, parse_json, read_text
 
 FORMAT = "pdae_fast-export-1"
 NAME = "manifest.json"
@@ -37,6 +40,9 @@ GRAPHS = {
     "prior": ("decode_step", "invert_step"),
 }
 RECONSTRUCT = "reconstruct"
+DTYPES = ("float32", "float16", "bfloat16")
+# Values of one image, and of its conditioning: 8192 x 8192 in colour.
+MAX_IMAGE = 2**28
 # Fields that every reader relies on, with their types; more may be there.
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "backend": str,
@@ -51,6 +57,20 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "graphs": dict,
     "files": dict,
 }
+# Others that some reader relies on where they are there.
+_OPTIONAL = {
+    "noise": str,
+    "schedule": dict,
+    "versions": dict,
+    "tensorrt_version": str,
+    "engines": dict,
+    "profile": list,
+    "tf32": bool,
+    "onnx": dict,
+}
+_COUNTS = {"steps": MAX_TIMESTEPS, "encode_steps": MAX_TIMESTEPS, "max_batch": MAX_SIZE}
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def digest(path: str | Path) -> str:
@@ -110,12 +130,21 @@ def graph_path(directory: str | Path, manifest: dict[str, Any], graph: str) -> P
 
 
 def names_file(entry: Any, name: str | None = None) -> bool:
-    """Whether ``entry`` names a file (``name`` where it does not say), its hash and its size.
+    """Whether ``entry`` names a file (``name``, where that is given and it says nothing else), its hash and its size.
 
     A manifest must not lead a reader out of its own directory.
     """
-    file = entry.get("file", name) if isinstance(entry, dict) else None
-    return isinstance(file, str) and Path(file).name == file and {"sha256", "bytes"} <= set(entry)
+    if not isinstance(entry, dict):
+        return False
+    file, sha256 = entry.get("file", name), entry.get("sha256")
+    return (
+        isinstance(file, str)
+        and _FILE.fullmatch(file) is not None
+        and (name is None or file == name)
+        and isinstance(sha256, str)
+        and _SHA256.fullmatch(sha256) is not None
+        and is_int(entry.get("bytes"), 0, math.inf)
+    )
 
 
 def write(directory: str | Path, manifest: dict[str, Any]) -> None:
@@ -142,16 +171,17 @@ def read(directory: str | Path, backends: Iterable[str] = BACKENDS) -> dict[str,
         raise UserError(
             f"{directory}: no {NAME} in it, so it is a half-finished export or none at all; export once more"
         )
+    text = read_text(path, "what an export wrote; export once more")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        manifest = parse_json(text)
+    except ValueError as error:
         raise UserError(f"{path}: not readable JSON ({error}); export once more") from None
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
-        raise UserError(f"{path}: format {found!r}; this version reads {FORMAT!r}")
+        raise UserError(f"{path}: format {brief(found)}; this version reads {FORMAT!r}")
     _check_fields(manifest, path)
     if manifest["backend"] not in backends:
-        raise UserError(f"{directory}: made for {manifest['backend']}; expected {' or '.join(backends)}")
+        raise UserError(f"{directory}: made for {brief(manifest['backend'])[1:-1]}; expected {' or '.join(backends)}")
     if manifest.get(DIGEST) != _own_digest(manifest):
         raise UserError(
             f"{path}: its content does not match its own {DIGEST}: edited after the export; export once more"
@@ -195,26 +225,97 @@ def check_files(directory: str | Path, manifest: dict[str, Any], graphs: Iterabl
             raise UserError(f"{path}: its SHA-256 is not the one in {NAME}: edited after the export; export once more")
 
 
+def check_signatures(directory: str | Path, manifest: dict[str, Any]) -> None:
+    """UserError unless the graphs have the inputs and outputs of the table above."""
+    sizes = (manifest["image_shape"], manifest["latent_dim"], manifest["conditioning_width"])
+    for graph in GRAPHS[manifest["kind"]]:
+        entry = manifest["graphs"][graph]
+        if (entry["inputs"], entry["outputs"]) != signature(graph, *sizes):
+            raise UserError(
+                f"{Path(directory) / NAME}: the inputs and outputs of {graph} are not those of a {manifest['kind']} "
+                "with its image_shape, latent_dim and conditioning_width; export once more"
+            )
+
+
 def _check_fields(manifest: dict[str, Any], path: Path) -> None:
-    for name, kind in _FIELDS.items():
+    for name, kind in (
+        _FIELDS | {name: kind for name, kind in _OPTIONAL.items() if manifest.get(name) is not None}
+    ).items():
         if name not in manifest:
             raise UserError(f"{path}: no field {name!r}; edited after the export? export once more")
         value = manifest[name]
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise UserError(f"{path}: {name} is {value!r}, which no export writes; export once more")
-    if manifest["kind"] not in GRAPHS:
-        raise UserError(f"{path}: kind {manifest['kind']!r}; expected {' or '.join(GRAPHS)}")
-    missing = [name for name in GRAPHS[manifest["kind"]] if name not in manifest["graphs"]]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise UserError(f"{path}: {name} is {brief(value)}, which no export writes; export once more")
+    kind = manifest["kind"]
+    for name, known in (("kind", tuple(GRAPHS)), ("dtype", DTYPES), ("noise", NOISES)):
+        if manifest.get(name, known[0]) not in known:
+            raise UserError(f"{path}: {name} {brief(manifest[name])}; expected {' or '.join(known)}")
+    missing = [name for name in GRAPHS[kind] if name not in manifest["graphs"]]
     if missing:
         raise UserError(f"{path}: no graph {', '.join(missing)}; export once more")
-    if manifest.get("noise", NOISES[0]) not in NOISES:
-        raise UserError(f"{path}: noise {manifest['noise']!r}; expected {' or '.join(NOISES)}")
     shape = manifest["image_shape"]
-    if len(shape) != 3 or not all(isinstance(v, int) and v > 0 for v in shape):
-        raise UserError(f"{path}: image_shape is {shape!r}; expected [C, H, W]")
-    for name in ("steps", "encode_steps", "max_batch"):
+    if len(shape) != 3 or not all(is_int(v, 1, MAX_SIZE) for v in shape) or math.prod(shape) > MAX_IMAGE:
+        raise UserError(f"{path}: image_shape is {brief(shape)}; expected [C, H, W], at most {MAX_IMAGE} values")
+    for name, most in (("latent_dim", MAX_SIZE), ("conditioning_width", MAX_IMAGE)):
+        value = manifest[name]
+        if value is not None if kind == "prior" else not is_int(value, 1, most):
+            expected = "null of a prior" if kind == "prior" else f"1 to {most}"
+            raise UserError(f"{path}: {name} is {brief(value)}; expected {expected}")
+    for name, most in _COUNTS.items():
         if manifest[name] < 1:
-            raise UserError(f"{path}: {name} is {manifest[name]}; expected at least 1")
-    for name, entry in [*manifest["graphs"].items(), *manifest["files"].items()]:
+            raise UserError(f"{path}: {name} is {brief(manifest[name])}; expected at least 1")
+        if manifest[name] > most:
+            raise UserError(f"{path}: {name} is {brief(manifest[name])}; expected at most {most}")
+    for steps, times in (("steps", "decode_times"), ("encode_steps", "invert_times")):
+        found = (manifest.get("schedule") or {}).get(times)
+        if found is not None and (not isinstance(found, list) or len(found) != manifest[steps] + 1):
+            raise UserError(
+                f"{path}: {steps} is {manifest[steps]}, but {times} are not as many and one; export once more"
+            )
+    for name, entry in manifest["graphs"].items():
+        if not names_file(entry) or not all(_is_signature(entry.get(side)) for side in ("inputs", "outputs")):
+            raise UserError(
+                f"{path}: the entry of {brief(name)} names no file with its hash and size, or no inputs and outputs; "
+                "export once more"
+            )
+    for name, entry in manifest["files"].items():
         if not names_file(entry, name):
-            raise UserError(f"{path}: the entry of {name!r} names no file with its hash and size; export once more")
+            raise UserError(
+                f"{path}: the entry of {brief(name)} names no file with its hash and size; export once more"
+            )
+    _check_engines(manifest, path)
+
+
+def _is_signature(tensors: Any) -> bool:
+    """Whether ``tensors`` are :func:`tensor_entry` values: numbers that are known, in shapes that can be made."""
+    return (
+        isinstance(tensors, list)
+        and 1 <= len(tensors) <= 8
+        and all(
+            isinstance(tensor, dict)
+            and isinstance(tensor.get("name"), str)
+            and _FILE.fullmatch(tensor["name"]) is not None
+            and isinstance(tensor.get("dtype"), str)
+            and tensor["dtype"] in ("int64", *DTYPES)
+            and isinstance(tensor.get("shape"), list)
+            and 1 <= len(tensor["shape"]) <= 8
+            and all(size == "N" or is_int(size, 1, MAX_IMAGE) for size in tensor["shape"])
+            and math.prod(size for size in tensor["shape"] if size != "N") <= MAX_IMAGE
+            for tensor in tensors
+        )
+    )
+
+
+def _check_engines(manifest: dict[str, Any], path: Path) -> None:
+    """What a directory of engines says beyond its graphs, where it says it."""
+    profile, engines, onnx = (manifest.get(name) for name in ("profile", "engines", "onnx"))
+    if profile is not None and not (
+        len(profile) == 3 and all(is_int(v, 1, MAX_SIZE) for v in profile) and profile == sorted(profile)
+    ):
+        raise UserError(f"{path}: profile is {brief(profile)}; expected [fewest, usual, most] images; build once more")
+    for capability, entries in (engines or {}).items():
+        if re.fullmatch(r"\d{1,3}\.\d", capability) is None or not isinstance(entries, dict):
+            raise UserError(f"{path}: the engines of {brief(capability)} are {brief(entries)}; build once more")
+    for part, values in (onnx or {}).items():
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: {brief(part)} of onnx is {brief(values)}; build once more")

@@ -115,6 +115,7 @@ class Session:
         self._opened = functools.partial(
             type(self), self.directory.absolute(), backend, provider, **options, check_files=check_files
         )
+        manifests.check_signatures(self.directory, self.manifest)
         if check_files:
             manifests.check_files(self.directory, self.manifest)
         self.backend = load_backend(self.directory, self.manifest, backend, provider, threads, allow_fallback)
@@ -162,9 +163,21 @@ class Session:
     def _loop(self, graph: str, x: np.ndarray, z: np.ndarray | None, steps: int) -> np.ndarray:
         out = np.empty_like(x)
         for part in self._parts(len(x)):
-            conditioning = None if z is None else self.backend.run("conditioning", {"z": z[part]})["conditioning"]
-            out[part] = self.backend.loop(graph, x[part], conditioning, steps)
+            conditioning = None if z is None else self._run("conditioning", {"z": z[part]}, "conditioning")
+            out[part] = self._expected(graph, self.backend.loop(graph, x[part], conditioning, steps), x[part].shape)
         return out
+
+    def _run(self, graph: str, inputs: dict[str, np.ndarray], output: str) -> np.ndarray:
+        """One output of one evaluation."""
+        count = len(next(iter(inputs.values())))
+        entry = next(entry for entry in self.manifest["graphs"][graph]["outputs"] if entry["name"] == output)
+        return self._expected(graph, self.backend.run(graph, inputs).get(output), (count, *entry["shape"][1:]))
+
+    def _expected(self, graph: str, found: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+        if found is None or found.shape != shape:
+            what = "no such output" if found is None else f"{list(found.shape)}"
+            raise UserError(f"{self.directory}: {graph} gives {what}; its manifest says {list(shape)}")
+        return found
 
     # -- what users call -------------------------------------------------------------------------------------------
 
@@ -175,7 +188,7 @@ class Session:
         x0 = self._images(x0, "x0")
         z = np.empty((len(x0), self.manifest["latent_dim"]), np.float32)
         for part in self._parts(len(x0)):
-            z[part] = self.backend.run("encoder", {"x0": x0[part]})["z"]
+            z[part] = self._run("encoder", {"x0": x0[part]}, "z")
         return z
 
     def invert(self, x0: np.ndarray, z: np.ndarray | None = None) -> np.ndarray:

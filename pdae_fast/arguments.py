@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .errors import UserError
+from .limits import brief
 
 MOST_SEED = 2**63 - 1
 # Images are in [-1, 1], and decoded ones a little outside; an untrained network's are far outside, to both sides.
@@ -32,7 +33,7 @@ def as_int(name: str, value: Any, least: int | None = None, most: int | None = N
     except TypeError:
         raise UserError(f"{name} must be a whole number, not {brief(value)}") from None
     if least is not None and number < least and most is None:
-        raise UserError(f"{name} must be at least {least}, not {number}")
+        raise UserError(f"{name} must be at least {least}, not {brief(number)}")
     if (least is not None and number < least) or (most is not None and number > most):
         raise UserError(f"{name} must be between {least} and {most}, not {brief(number)}")
     return number
@@ -110,11 +111,6 @@ def wrong_shape(x: Any, shape: Sequence[int], what: str, batch: str = "B") -> st
         return f"{what} has shape {type(x).__name__}; expected one tensor or array {expected}: stack the images"
     found = list(x.shape) if hasattr(x, "shape") else type(x).__name__
     return f"{what} has shape {found}; this model expects {expected}"
-
-
-def brief(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 # -- for argparse, whose one line names the option ---------------------------------------------------------------------

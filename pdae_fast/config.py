@@ -7,12 +7,32 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .limits import (
+    MAX_ATTRIBUTES,
+    MAX_BLOCKS,
+    MAX_LAYERS,
+    MAX_LEVELS,
+    MAX_NAME,
+    MAX_SIZE,
+    MAX_TIMESTEPS,
+    boolean,
+    brief,
+    instance,
+    is_int,
+    is_number,
+    listed,
+    load_json,
+    one_of,
+    positive,
+    require,
+    weights,
+)
 
 FORMAT_VERSION = 1
 NORM_GROUPS = 32  # of E_phi's norms, and of the U-Net's unless its configuration says otherwise
@@ -23,34 +43,6 @@ CROPS = ("centre", "celeba")  # which square of an image is seen, see data.prepr
 DOWNSAMPLES = ("residual", "conv", "conv_asymmetric", "pool")
 UPSAMPLES = ("residual", "conv", "nearest")
 MIDDLES = ("attention", "plain", "none")
-# What no model has more of: a damaged or hostile configuration is refused before anything is built from it.
-MAX_SIZE, MAX_LEVELS, MAX_TIMESTEPS = 2**16, 12, 10**6
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
-def _as_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _positive(name: str, value: Any, what: str = "a positive integer") -> None:
-    _require(_as_int(value) and value >= 1, f"{name} must be {what}, not {value!r}")
-    _require(value <= MAX_SIZE, f"{name} must be at most {MAX_SIZE}, not {value}")
-
-
-def _boolean(name: str, value: Any) -> None:
-    _require(isinstance(value, bool), f"{name} must be true or false, not {value!r}")
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
-    _require(value in known, f"{name} {value!r} is not known; expected one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -71,25 +63,26 @@ class ScheduleConfig:
     zero_terminal_snr: bool = False
 
     def __post_init__(self) -> None:
-        _one_of("schedule kind", self.kind, SCHEDULES)
-        _require(
-            _as_int(self.timesteps) and 2 <= self.timesteps <= MAX_TIMESTEPS,
-            f"timesteps must be an integer from 2 to {MAX_TIMESTEPS}, not {self.timesteps!r}",
+        one_of("schedule kind", self.kind, SCHEDULES)
+        require(
+            is_int(self.timesteps, 2, MAX_TIMESTEPS),
+            f"timesteps must be an integer from 2 to {MAX_TIMESTEPS}, not {brief(self.timesteps)}",
         )
         for name in ("beta_start", "beta_end"):
             value = getattr(self, name)
-            _require(
-                value is None or (_number(value) and 0 < value < 1), f"{name} must be between 0 and 1, not {value!r}"
+            require(
+                value is None or (is_number(value, 0, 1) and 0 < value < 1),
+                f"{name} must be between 0 and 1, not {brief(value)}",
             )
-        _require((self.beta_start is None) == (self.beta_end is None), "beta_start and beta_end go together")
+        require((self.beta_start is None) == (self.beta_end is None), "beta_start and beta_end go together")
         if self.betas is not None:
-            object.__setattr__(self, "betas", tuple(self.betas))
-            _require(
-                all(_number(b) and 0 < b <= 1 for b in self.betas) and len(self.betas) == self.timesteps,
+            object.__setattr__(self, "betas", listed("betas", self.betas, "numbers"))
+            require(
+                all(is_number(b, 0, 1) and b > 0 for b in self.betas) and len(self.betas) == self.timesteps,
                 f"betas must be {self.timesteps} numbers between 0 and 1",
             )
-        _require((self.betas is not None) == (self.kind == "stored"), "betas go with the schedule kind stored")
-        _boolean("zero_terminal_snr", self.zero_terminal_snr)
+        require((self.betas is not None) == (self.kind == "stored"), "betas go with the schedule kind stored")
+        boolean("zero_terminal_snr", self.zero_terminal_snr)
 
 
 @dataclass(frozen=True)
@@ -147,17 +140,16 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         for name in ("channel_multiplier", "attention_resolutions"):
-            value = getattr(self, name)
-            _require(isinstance(value, (tuple, list)), f"{name} must be a list of numbers, not {value!r}")
-            object.__setattr__(self, name, tuple(value))
-        for name in ("input_channel", "base_channel", "num_residual_blocks_of_a_block", "num_heads", "norm_groups"):
-            _positive(name, getattr(self, name))
+            object.__setattr__(self, name, listed(name, getattr(self, name), "numbers"))
+        for name in ("input_channel", "base_channel", "num_heads", "norm_groups"):
+            positive(name, getattr(self, name))
+        positive("num_residual_blocks_of_a_block", self.num_residual_blocks_of_a_block, most=MAX_BLOCKS)
         for name in ("time_channel", "stem_channel", "num_classes"):
             if getattr(self, name) is not None:
-                _positive(name, getattr(self, name), "a positive integer or None")
+                positive(name, getattr(self, name), "a positive integer or None")
         for name in ("head_channel", "num_heads_upsample"):
             if getattr(self, name) != -1:
-                _positive(name, getattr(self, name), "-1 or a positive integer")
+                positive(name, getattr(self, name), "-1 or a positive integer")
         for name in (
             "use_new_attention_order",
             "learn_sigma",
@@ -166,41 +158,54 @@ class UNetConfig:
             "middle_attention_norm",
             "center_input_sample",
         ):
-            _boolean(name, getattr(self, name))
-        _require(
+            boolean(name, getattr(self, name))
+        require(
             1 <= len(self.channel_multiplier) <= MAX_LEVELS
-            and all(_number(m) and 0 < m * self.base_channel <= MAX_SIZE for m in self.channel_multiplier),
-            f"channel_multiplier must be 1 to {MAX_LEVELS} positive numbers, not {self.channel_multiplier!r}",
+            and all(is_number(m, 0, MAX_SIZE) for m in self.channel_multiplier)
+            and all(1 <= m * self.base_channel <= MAX_SIZE for m in self.channel_multiplier),
+            f"channel_multiplier must be 1 to {MAX_LEVELS} positive numbers that make widths from 1 to {MAX_SIZE}, "
+            f"not {brief(self.channel_multiplier)}",
         )
         whole = tuple(int(m) if m == int(m) else m for m in self.channel_multiplier)
         object.__setattr__(self, "channel_multiplier", whole)
-        _require(
-            all(_as_int(r) and r >= 1 for r in self.attention_resolutions),
-            f"attention_resolutions must be positive integers (rates), not {self.attention_resolutions!r}",
+        require(
+            all(is_int(r, 1, MAX_SIZE) for r in self.attention_resolutions)
+            and len(self.attention_resolutions) <= 2 * MAX_LEVELS,
+            f"attention_resolutions must be positive integers (rates), not {brief(self.attention_resolutions)}",
         )
-        _one_of("downsample", self.downsample, DOWNSAMPLES)
-        _one_of("upsample", self.upsample, UPSAMPLES)
-        _one_of("middle", self.middle, MIDDLES)
-        _require(
-            _number(self.dropout) and 0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), not {self.dropout!r}"
+        one_of("downsample", self.downsample, DOWNSAMPLES)
+        one_of("upsample", self.upsample, UPSAMPLES)
+        one_of("middle", self.middle, MIDDLES)
+        require(
+            is_number(self.dropout, 0, 1) and self.dropout < 1, f"dropout must be in [0, 1), not {brief(self.dropout)}"
         )
-        _require(
-            _number(self.freq_shift) and 0 <= self.freq_shift < self.base_channel // 2,
-            f"freq_shift must be from 0 to less than half of base_channel, not {self.freq_shift!r}",
+        require(
+            is_number(self.freq_shift, 0, MAX_SIZE) and self.freq_shift < self.base_channel // 2,
+            f"freq_shift must be from 0 to less than half of base_channel, not {brief(self.freq_shift)}",
         )
-        for name in ("norm_eps", "time_scale", "middle_scale_factor"):
+        for name, least, most in (
+            ("norm_eps", 1e-12, 1),
+            ("time_scale", 1e-6, MAX_SIZE),
+            ("middle_scale_factor", 1e-6, MAX_SIZE),
+        ):
             value = getattr(self, name)
-            _require(_number(value) and value > 0, f"{name} must be a positive number, not {value!r}")
-        for channels in sorted(self._norm_widths()):
+            require(
+                is_number(value, least, most),
+                f"{name} must be a positive number from {least:g} to {most}, not {brief(value)}",
+            )
+        blocks = self.blocks()
+        embedded = self.time_width + 2 * sum(out for _, out in blocks) + (self.num_classes or 0)
+        weights("the U-Net", sum(9 * out * (into + out) for into, out in blocks) + self.time_width * embedded)
+        for channels in sorted({width for block in blocks for width in block}):
             groups = min(self.norm_groups, channels)
-            _require(
+            require(
                 channels % groups == 0,
                 f"a norm of {channels} channels cannot have {groups} groups; expected multiples of norm_groups",
             )
         for channels in self.attention_channels():
             for heads in (self.num_heads, self.num_heads_upsample if self.num_heads_upsample != -1 else 1):
                 per_head = heads if self.head_channel == -1 else self.head_channel
-                _require(
+                require(
                     channels % per_head == 0,
                     f"attention layers of {channels} channels cannot be split by "
                     + (f"num_heads={heads}" if self.head_channel == -1 else f"head_channel={self.head_channel}"),
@@ -245,13 +250,13 @@ class UNetConfig:
             skips += [width] * (self.num_residual_blocks_of_a_block + (level < self.levels - 1))
         return skips
 
-    def _norm_widths(self) -> set[int]:
-        """Channels of every norm, those of joined maps included."""
+    def blocks(self) -> list[tuple[int, int]]:
+        """Channels that every residual block of the two halves reads, joined maps included, and writes."""
         skips, width = self.skip_widths(), self.widths[-1]
-        found = set(skips)
+        found = list(zip(skips, skips[1:], strict=False))
         for out in reversed(self.widths):
             for _ in range(self.num_residual_blocks_of_a_block + 1):
-                found.add(width + skips.pop())
+                found.append((width + skips.pop(), out))
                 width = out
         return found
 
@@ -267,26 +272,31 @@ class LatentConfig:
 
     def __post_init__(self) -> None:
         for name in ("latent_dim", "hidden"):
-            _require(
-                _as_int(getattr(self, name)) and getattr(self, name) >= 1, f"latent {name} must be a positive integer"
-            )
-        _require(
-            _as_int(self.layers) and self.layers >= 2, f"the latent MLP needs at least 2 layers, not {self.layers!r}"
+            positive(f"latent {name}", getattr(self, name))
+        require(
+            is_int(self.layers, 2, MAX_LAYERS),
+            f"the latent MLP needs at least 2 layers, and has at most {MAX_LAYERS}, not {brief(self.layers)}",
         )
+        instance("the latent DPM's schedule", self.schedule, ScheduleConfig)
+        D, H = self.latent_dim, self.hidden
+        weights("the latent DPM", self.layers * H * (H + 2 * D) + D * D)
 
 
 def check_noise(noise: Any) -> None:
     """UserError unless ``noise`` is one of NOISES."""
-    _require(noise in NOISES, f"noise {noise!r} is not known; expected {' or '.join(NOISES)}")
+    known = isinstance(noise, str) and noise in NOISES
+    require(known, f"noise {brief(noise)} is not known; expected {' or '.join(NOISES)}")
 
 
 def _check_process(config: AnyConfig) -> None:
     """What the configurations of all models share."""
+    instance("unet", config.unet, UNetConfig)
+    instance("schedule", config.schedule, ScheduleConfig)
     _check_image_size(config.image_size, config.unet)
     check_noise(config.noise)
-    _one_of("prediction", config.prediction, PREDICTIONS)
-    _one_of("crop", config.crop, CROPS)
-    _require(
+    one_of("prediction", config.prediction, PREDICTIONS)
+    one_of("crop", config.crop, CROPS)
+    require(
         not config.schedule.zero_terminal_snr or config.prediction != "epsilon",
         "a network that predicts eps says nothing about the image where alpha_bar is 0; expected v_prediction or "
         "sample with zero_terminal_snr",
@@ -295,20 +305,36 @@ def _check_process(config: AnyConfig) -> None:
 
 def _check_codes(config: PDAEConfig | DiffAEConfig) -> None:
     """What the configurations of autoencoders share."""
-    _require(
-        _as_int(config.latent_dim) and config.latent_dim >= 1,
-        f"latent_dim must be a positive integer, not {config.latent_dim!r}",
+    positive("latent_dim", config.latent_dim)
+    weights("what reads z", config.latent_dim * sum(out for _, out in config.unet.blocks()))
+    boolean("latent_statistics", config.latent_statistics)
+    names = listed("attributes", config.attributes, "names")
+    require(
+        len(names) <= MAX_ATTRIBUTES and all(_is_name(name) for name in names),
+        f"attributes must be at most {MAX_ATTRIBUTES} names of at most {MAX_NAME} characters, not {brief(names)}",
     )
-    _require(
+    object.__setattr__(config, "attributes", names)
+    if config.latent is not None:
+        instance("latent", config.latent, LatentConfig)
+    require(
         config.latent is None or config.latent.latent_dim == config.latent_dim,
         f"the latent DPM is {config.latent and config.latent.latent_dim}-dimensional but z is {config.latent_dim}",
     )
 
 
+def _is_name(value: Any) -> bool:
+    """Whether ``value`` is a word that can be printed and written as UTF-8, all on one line."""
+    return (
+        isinstance(value, str)
+        and len(value) <= MAX_NAME
+        and not any(unicodedata.category(character) in ("Cc", "Cs") for character in value)
+    )
+
+
 def _check_image_size(size: Any, unet: UNetConfig) -> None:
     factor = 2 ** (unet.levels - 1)
-    _positive("image_size", size)
-    _require(
+    positive("image_size", size)
+    require(
         size % factor == 0,
         f"image_size {size} cannot be halved {unet.levels - 1} times (channel_multiplier has {unet.levels} levels)",
     )
@@ -355,18 +381,19 @@ class PDAEConfig:
     crop: str = "centre"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "attributes", tuple(self.attributes))
         _check_process(self)
         size = self.image_size
-        _require(
+        require(
             size >= 32 and size & (size - 1) == 0,
             f"the encoder needs an image_size that is a power of two from 32 up, not {size}",
         )
         _check_codes(self)
-        _require(
-            _as_int(self.encoder_channel) and self.encoder_channel >= 1 and self.encoder_channel % NORM_GROUPS == 0,
-            f"encoder_channel must be a multiple of {NORM_GROUPS}, not {self.encoder_channel!r}",
+        require(
+            is_int(self.encoder_channel, 1, MAX_SIZE) and self.encoder_channel % NORM_GROUPS == 0,
+            f"encoder_channel must be a multiple of {NORM_GROUPS} up to {MAX_SIZE}, not {brief(self.encoder_channel)}",
         )
+        width = self.encoder_channel * max(size // 32, 1)  # it doubles with every halving, down to 16x16
+        weights("the encoder", width * (12 * width + 16 * self.latent_dim))
 
     @property
     def prior(self) -> PriorConfig:
@@ -398,7 +425,6 @@ class DiffAEConfig:
     crop: str = "centre"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "attributes", tuple(self.attributes))
         _check_process(self)
         _check_codes(self)
         try:
@@ -426,10 +452,15 @@ def to_dict(config: AnyConfig) -> dict[str, Any]:
 
 
 def _build(cls: type, values: Any, where: str) -> Any:
-    _require(isinstance(values, dict), f"{where}: expected a JSON object, found {type(values).__name__}")
+    require(isinstance(values, dict), f"{where}: expected a JSON object, found {type(values).__name__}")
     known = {f.name for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - known)
-    _require(not unknown, f"{where}: unknown field {', '.join(unknown)}; expected some of {', '.join(sorted(known))}")
+    unknown = sorted(
+        name if isinstance(name, str) and name.isidentifier() else brief(name) for name in values.keys() - known
+    )
+    require(
+        not unknown,
+        f"{where}: unknown field {', '.join(unknown[:9])[:200]}; expected some of {', '.join(sorted(known))}",
+    )
     arguments = {
         k: _build(_NESTED[k], v, f"{where}.{k}")
         if k in _NESTED and v is not None
@@ -446,11 +477,14 @@ def _build(cls: type, values: Any, where: str) -> Any:
 
 def from_dict(values: dict[str, Any], where: str = "config") -> AnyConfig:
     """The inverse of :func:`to_dict`. Raises UserError naming the field that is wrong."""
-    _require(isinstance(values, dict), f"{where}: expected a JSON object, found {type(values).__name__}")
+    require(isinstance(values, dict), f"{where}: expected a JSON object, found {type(values).__name__}")
     values = dict(values)
     version, kind = values.pop("format", None), values.pop("kind", None)
-    _require(version == FORMAT_VERSION, f"{where}: format {version!r} is not readable here; expected {FORMAT_VERSION}")
-    _require(kind in _KINDS, f"{where}: kind {kind!r} is not known; expected one of {', '.join(_KINDS)}")
+    require(
+        is_int(version, FORMAT_VERSION, FORMAT_VERSION),
+        f"{where}: format {brief(version)} is not readable here; expected {FORMAT_VERSION}",
+    )
+    one_of(f"{where}: kind", kind, _KINDS)
     return _build(_KINDS[kind], values, where)
 
 
@@ -460,13 +494,7 @@ def dumps(config: AnyConfig) -> str:
 
 def load(path: str | Path) -> AnyConfig:
     """Read a ``config.json``. Raises UserError when it is missing, not JSON, or describes no model known here."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not a JSON file ({error})") from None
-    return from_dict(values, str(path))
+    return from_dict(load_json(Path(path), "the configuration of a model"), str(path))
 
 
 def _paper(size: int, base: int, multiplier: tuple[int, ...], heads: int) -> PDAEConfig:

@@ -1,9 +1,16 @@
 """What users hand over: one clear line, or the same as the plain form."""
 
+import decimal
+import fractions
+import warnings
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+import hostile
 from helpers import TINY_FULL, images, tiny_pdae
 from pdae_fast import Pipeline, Recipe, UserError
 from pdae_fast.arguments import ImageRangeWarning, as_images, as_indices, as_int, as_number, as_seed
@@ -170,3 +177,76 @@ def test_the_checks_themselves():
     for value in ("0.5", None, True, 1j, [1.0, 2.0]):
         with pytest.raises(UserError, match="x must be a number"):
             as_number("x", value)
+
+
+class Odd:
+    """Says that it is a number and is none."""
+
+    def __index__(self):
+        return 1.5
+
+    __float__ = __int__ = __iter__ = __index__
+
+    def __repr__(self):
+        raise RuntimeError
+
+
+ODD = (
+    Odd(), Odd, [Odd()], b"1", bytearray(b"1"), 1j, {1}, print, ..., range(-1, 2), range(10**30), 10**5000, -(10**5000),
+    decimal.Decimal("NaN"), decimal.Decimal("sNaN"), decimal.Decimal("1e9999"), fractions.Fraction(1, 3),
+    fractions.Fraction(10**400), np.datetime64("NaT"), np.array(["1970"], "M8[s]"), np.zeros(2, "i4,f4"), np.ma.masked,
+    np.ma.array([1, 2], mask=[0, 1]), np.array(None), np.array([10**400, None], object), np.array([1 << 70], object),
+    np.longdouble("1e4000"), np.full((1, 3, 4, 3), np.nan, np.float32), np.full((1, 3, 4, 3), 1e300),
+)  # fmt: skip
+arrays = st.builds(
+    lambda dtype, shape, fill: np.full(shape, fill, np.float64).astype(dtype),
+    st.sampled_from("?bBhHiIqQefdgFDSUO"),
+    st.sampled_from([(), (1,), (3,), (0,), (2, 2), (3, 4, 3), (1, 3, 4, 3), (2, 4, 3, 3), (4, 3, 3)]),
+    st.sampled_from((0.0, 1.0, 0.5, 3.0)),
+)
+anything = (
+    hostile.values
+    | arrays
+    | arrays.map(lambda a: torch.tensor(a) if a.dtype.char in "?bBhiqefdFD" else a)
+    | st.lists(hostile.scalars | arrays, max_size=3).flatmap(lambda v: st.sampled_from([v, tuple(v), iter(v)]))
+    | st.sampled_from(ODD)
+)
+SHAPE = (3, 4, 3)
+
+
+@hostile.quick(1000)
+@given(anything)
+def test_anything_is_a_value_in_range_or_one_line(value):
+    check(value)
+
+
+def test_odd_values_are_values_in_range_or_one_line():
+    for value in ODD:
+        check(value)
+
+
+def check(value):
+    checks = {
+        "int": (lambda: as_int("n", value, -3, 10**6), lambda v: type(v) is int and -3 <= v <= 10**6),
+        "least": (lambda: as_int("n", value, 1), lambda v: type(v) is int and v >= 1),
+        "seed": (lambda: as_seed(value), lambda v: type(v) is int and 0 <= v < 2**63),
+        "number": (lambda: as_number("x", value), lambda v: type(v) is float and np.isfinite(v)),
+        "range": (lambda: as_number("x", value, 0, 1), lambda v: type(v) is float and 0 <= v <= 1),
+        "indices": (
+            lambda: as_indices("i", value),
+            lambda v: (v[0] >= 0 if v else True) if isinstance(v, range) else all(type(i) is int and i >= 0 for i in v),
+        ),
+        "images": (
+            lambda: as_images(value, SHAPE, "x"),
+            lambda v: v.dtype == np.float32 and v.shape[1:] == SHAPE and np.isfinite(v).all(),
+        ),
+    }
+    for name, (call, valid) in checks.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                found = call()
+            except UserError as error:
+                assert str(error).isprintable() and len(str(error)) < 200, str(error)
+            else:
+                assert valid(found), (name, found)

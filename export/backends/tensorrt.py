@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import UserError
+from ...limits import brief
 from .. import manifest as manifests
 from .cuda import Cuda
 from .tensorrt_engine import Engine
@@ -22,10 +23,12 @@ from .tensorrt_flavor import FLAVORS
 def check_engines(directory: Path, manifest: dict[str, Any], capability: str) -> dict[str, Any]:
     """The manifest's entries of the engines for ``capability``, by graph; UserError unless the files are those."""
     entries = manifest["engines"][capability]
-    for graph in manifests.GRAPHS[manifest["kind"]]:
+    for graph in dict.fromkeys([*manifests.GRAPHS[manifest["kind"]], *(entries if isinstance(entries, dict) else ())]):
         entry = entries.get(graph) if isinstance(entries, dict) else None
         if not manifests.names_file(entry):
-            raise UserError(f"{directory / manifests.NAME}: no engine for {graph} on {capability}; build once more")
+            raise UserError(
+                f"{directory / manifests.NAME}: no engine for {brief(graph)[1:-1]} on {capability}; build once more"
+            )
     manifests.check_files(directory, {"graphs": entries, "files": {}})
     return entries
 

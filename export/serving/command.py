@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import mmap
 import re
 import shutil
@@ -14,6 +13,7 @@ from typing import Any
 from ... import cli
 from ...errors import UserError
 from ...files import atomic_write
+from ...limits import load_json
 from .. import manifest as manifests
 from ..backends.tensorrt import check_engines
 from ..backends.tensorrt_flavor import file_suffix
@@ -61,6 +61,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--queue-delay {args.queue_delay}; expected microseconds, 0 or more")
     source = Path(args.onnx).expanduser()
     onnx = manifests.read(source, ["onnxruntime"])
+    manifests.check_signatures(source, onnx)
     if args.engine and args.device == "cpu":
         raise UserError("TensorRT engines run on a GPU only; leave out --engine, or --device cpu")
     if onnx["dtype"] == "bfloat16" and args.device == "cpu":
@@ -87,8 +88,8 @@ def main(args: argparse.Namespace) -> None:
 def is_serving(path: Path) -> bool:
     """Whether ``path`` is what this command wrote earlier, and may be replaced."""
     try:
-        return json.loads((path / INDEX).read_text(encoding="utf-8"))["format"] == INDEX_FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
+        return load_json(path / INDEX, INDEX_FORMAT)["format"] == INDEX_FORMAT
+    except (UserError, KeyError, TypeError, IndexError):
         return False
 
 
@@ -104,10 +105,12 @@ class Engines:
                 "with --flavor tensorrt, or serve the ONNX graphs"
             )
         graphs = manifests.GRAPHS[onnx["kind"]]
-        hashes = made.get("onnx", {}).get("graphs", {})
+        hashes = (made.get("onnx") or {}).get("graphs", {})
         if any(hashes.get(name) != onnx["graphs"][name]["sha256"] for name in graphs):
             raise UserError(f"{directory}: built from other ONNX graphs than those given; build once more")
         profile = made.get("profile")
+        if not isinstance(made.get("tensorrt_version"), str):
+            raise UserError(f"{directory}: does not say which TensorRT built it; build once more")
         if not isinstance(profile, list) or profile[0] != 1:
             raise UserError(f"{directory}: profile {profile}; a server gets single images, so build with MIN 1")
         self.files = {

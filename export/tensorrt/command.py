@@ -143,7 +143,7 @@ def build(
                 **made,
                 "max_batch": builder.profile.maximum,
                 "refittable": False,
-                "versions": {**onnx.get("versions", {}), builder.flavor.module: builder.trt.__version__},
+                "versions": {**(onnx.get("versions") or {}), builder.flavor.module: builder.trt.__version__},
                 "graphs": {
                     name: {
                         **{k: first[name][k] for k in ("file", "sha256", "bytes")},

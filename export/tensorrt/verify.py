@@ -50,7 +50,7 @@ def verify(source: Path, engines: Path, quiet: bool = False) -> None:
         tested = load_backend(engines, built)
     except UserError as error:
         raise UserError(f"the engines are complete, but --verify could not compare them here: {error}") from error
-    tolerance = max(TOLERANCE[built["dtype"]], TOLERANCE_TF32 if built["tf32"] else 0.0)
+    tolerance = max(TOLERANCE[built["dtype"]], TOLERANCE_TF32 if built.get("tf32") else 0.0)
     rows, failed = [], []
     fewest, _, most = built["profile"]
     for count in dict.fromkeys((fewest, most)):

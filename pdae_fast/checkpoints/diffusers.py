@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UserError
+from ..limits import load_json, read_text
 from .kinds import Kind, as_state, identify
 from .names import modernise
 from .read import read_file
@@ -400,18 +400,13 @@ def scheduler_settings(config: Mapping[str, Any], path: Path) -> dict[str, Given
 def _is_theirs(path: Path) -> bool:
     """Whether ``path`` is a diffusers configuration (a saved model of this project has a config.json too)."""
     try:
-        return '"_class_name"' in path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        return '"_class_name"' in read_text(path, "a configuration")
+    except UserError:
         return False
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not a JSON file ({error})") from None
+    values = load_json(path, "a configuration of diffusers")
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds one {type(values).__name__}; expected a JSON object")
     return values

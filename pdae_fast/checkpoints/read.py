@@ -85,7 +85,12 @@ def _beside_config(path: Path) -> bool:
 def _read_zip(path: Path) -> Any:
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path}: truncated: it starts like a PyTorch checkpoint but its end is missing; {EXPECTED}")
-    with zipfile.ZipFile(path) as archive:
+    try:
+        archive = zipfile.ZipFile(path)
+    # A damaged directory of the archive fails in several ways, and some of its fields are sizes and names.
+    except Exception as error:
+        raise _damaged(path, error) from None
+    with archive:
         members = archive.infolist()
         names = [member.filename.rpartition("/")[2] for member in members]
         if "constants.pkl" in names:

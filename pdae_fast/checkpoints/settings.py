@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from ..config import UNetConfig
 from ..errors import UserError
+from ..limits import MAX_TIMESTEPS, brief, check_tree, is_int, is_number, parse_json, read_text
 
 _INTEGERS = (
     "input_channel",
@@ -118,6 +118,8 @@ _FLAGS = {
 }
 # Options that are known under a flag's name too, or only under it.
 _FLAG_OPTIONS = ("num_head_channels", "noise_schedule", "diffusion_steps", "predict_xstart")
+_UNSET = ("head_channel", "num_heads_upsample")  # integers of which -1 says that another setting counts
+_MAX_YAML = 2**17  # bytes: reading YAML takes its time
 _SCHEDULES = {"squaredcos_cap_v2": "cosine", "quad": "scaled_linear"}
 _LINEAR_BETAS = {"linear_beta_start": 1e-4, "linear_beta_end": 0.02}
 
@@ -197,10 +199,17 @@ def from_config(config: str | Path | Mapping[str, Any]) -> dict[str, Given]:
     Sections may nest and have any name; keys that describe no part of the model are ignored. Raises UserError when
     the file cannot be read, contradicts itself, or describes nothing known here.
     """
-    origin, tree = ("config=", config) if isinstance(config, Mapping) else (str(config), _parse(Path(config)))
+    if isinstance(config, Mapping):
+        origin, tree = "config=", config
+        _check_tree(tree, origin)
+    elif isinstance(config, str | Path):
+        origin, tree = str(config), _parse(Path(config))
+    else:
+        raise UserError(f"config= is {brief(config)}; expected a file, or the mapping that it holds")
     found: dict[str, Given] = {}
     for path, name, value in _walk(tree, ()):
-        place = f"{origin} ({'.'.join(path)})" if path else origin
+        section = ".".join(path)[:100]
+        place = f"{origin} ({section})" if path else origin
         if name in _LINEAR_BETAS:
             _check_beta(name, value, place)
             continue
@@ -208,7 +217,7 @@ def from_config(config: str | Path | Mapping[str, Any]) -> dict[str, Given]:
         if name in found and found[name].value != given.value:
             raise UserError(
                 f"{origin}: {name} is {_show(found[name].value)} in one section and {_show(given.value)} in another "
-                f"({'.'.join(path) or 'top level'}); expected one value"
+                f"({section or 'top level'}); expected one value"
             )
         found.setdefault(name, given)
     if not found:
@@ -226,6 +235,7 @@ def from_diffae(parameters: Any) -> dict[str, Given]:
     layout = {"use_new_attention_order": Given(False, "Diff-AE")}
     if not isinstance(parameters, Mapping):
         return layout
+    _check_tree([parameters.get(key) for key in _DIFFAE_KEYS], place)
     return layout | {
         name: Given(_checked(name, parameters[key], place), place)
         for key, name in _DIFFAE_KEYS.items()
@@ -259,8 +269,7 @@ def _walk(node: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tupl
         if not unset and (name != "attributes" or node[key]):
             yield path, name, node[key]
     for key, value in node.items():
-        # A YAML alias can make a section contain itself.
-        if isinstance(value, Mapping) and len(path) < 16:
+        if isinstance(value, Mapping):
             yield from _walk(value, (*path, str(key)))
 
 
@@ -296,14 +305,9 @@ def _keys_of(node: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, str]:
 
 
 def _parse(path: Path) -> Mapping[str, Any]:
+    text = read_text(path.expanduser(), "a YAML or JSON configuration")
     try:
-        text = path.expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a YAML or JSON configuration") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text file; expected a YAML or JSON configuration") from None
-    try:
-        tree = json.loads(text)
+        tree = parse_json(text)
     except ValueError as error:
         if path.suffix.lower() == ".json":
             raise UserError(f"{path}: not JSON ({error})") from None
@@ -320,43 +324,83 @@ def _parse_yaml(text: str, path: Path) -> Any:
         raise UserError(
             f'{path}: reading YAML needs pyyaml: pip install "pdae_fast[convert]" (JSON is read without it)'
         ) from None
+    if len(text) > _MAX_YAML:
+        raise UserError(f"{path}: more than {_MAX_YAML >> 10} KiB of YAML; expected a configuration")
+    loader = None
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        # Before anything is made of it: merging keys follows aliases too.
+        check_tree(node, _yaml_parts)
+        return loader.construct_document(node)
+    except RecursionError:
+        raise UserError(f"{path}: not YAML (nested too deeply)") from None
+    # A scalar that is not what its tag says makes its constructor fail in any way there is.
+    except Exception as error:
         raise UserError(f"{path}: not YAML ({' '.join(str(error).split())[:120]})") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _yaml_parts(node: Any) -> list[Any]:
+    """The nodes in a node of YAML: a scalar holds text, a sequence nodes, a mapping pairs of them."""
+    if isinstance(node.value, str):
+        return []
+    return [part for entry in node.value for part in (entry if isinstance(entry, tuple) else (entry,))]
+
+
+def _check_tree(tree: Any, place: str) -> None:
+    try:
+        check_tree(tree)
+    except ValueError as error:
+        raise UserError(f"{place}: {error}; expected the sections of a configuration") from None
 
 
 def _checked(name: str, value: Any, place: str) -> Any:
     """``value`` in the type that ``name`` has in the configurations."""
     if name in _INTEGERS:
         if not isinstance(value, int) or isinstance(value, bool):
-            raise UserError(f"{place}: {name} is {value!r}; expected an integer")
+            raise UserError(f"{place}: {name} is {brief(value)}; expected an integer")
+        if not is_int(value, 1, MAX_TIMESTEPS) and (name not in _UNSET or value != -1):
+            raise UserError(f"{place}: {name} is {brief(value)}; expected an integer from 1 to {MAX_TIMESTEPS}")
     elif name in _LISTS:
         if name != "attention_resolutions":
             value = _numbers(value)  # a flag: "1,2,4"
         kinds = (int, float) if name == "channel_multiplier" else (int,)
         if not isinstance(value, list | tuple) or not all(type(v) in kinds for v in value):
-            raise UserError(f"{place}: {name} is {value!r}; expected a list of integers")
+            raise UserError(f"{place}: {name} is {brief(value)}; expected a list of integers")
+        if not all(is_number(v, 0, MAX_TIMESTEPS) and v > 0 for v in value):
+            raise UserError(f"{place}: {name} is {brief(value)}; expected numbers from 1 to {MAX_TIMESTEPS}")
         value = tuple(value)
     elif name in _BOOLEANS:
         if not isinstance(value, bool):
-            raise UserError(f"{place}: {name} is {value!r}; expected true or false")
+            raise UserError(f"{place}: {name} is {brief(value)}; expected true or false")
     elif name in _NUMBERS:
         value = _from_yaml(value)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"{place}: {name} is {value!r}; expected a number")
+            raise UserError(f"{place}: {name} is {brief(value)}; expected a number")
+        if not is_number(value, 0, MAX_TIMESTEPS):
+            raise UserError(f"{place}: {name} is {brief(value)}; expected a number from 0 to {MAX_TIMESTEPS}")
         value = float(value)
     elif name == "schedule":
         if not isinstance(value, str):
-            raise UserError(f"{place}: the betas type is {value!r}; expected linear or cosine")
+            raise UserError(f"{place}: the betas type is {brief(value)}; expected linear or cosine")
         value = _SCHEDULES.get(value, value)
     elif name == "prediction" and isinstance(value, bool):
         value = "sample" if value else "epsilon"  # predict_xstart
-    elif name == "betas" and isinstance(value, list):
+    elif name in ("prediction", "crop", "noise"):
+        if not isinstance(value, str):
+            raise UserError(f"{place}: {name} is {brief(value)}; expected a word")
+    elif name == "betas":
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{place}: betas are {brief(value)}; expected a list of numbers")
         value = tuple(value)
     elif name == "attributes":
         if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
-            raise UserError(f"{place}: attributes are {value!r}; expected a list of names")
+            raise UserError(f"{place}: attributes are {brief(value)}; expected a list of names")
         value = tuple(value)
     return value
 
@@ -384,11 +428,13 @@ def _numbers(value: Any) -> Any:
 def _check_beta(name: str, value: Any, place: str) -> None:
     try:
         same = abs(float(value) - _LINEAR_BETAS[name]) < 1e-9
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         same = False
     if not same:
-        raise UserError(f"{place}: {name} is {value!r}; only {_LINEAR_BETAS[name]} is supported")
+        raise UserError(f"{place}: {name} is {brief(value)}; only {_LINEAR_BETAS[name]} is supported")
 
 
 def _show(value: Any) -> str:
-    return str(list(value)) if isinstance(value, tuple) else str(value)
+    if isinstance(value, tuple):
+        return brief(list(value))
+    return value if isinstance(value, str) and value.isprintable() and len(value) <= 60 else brief(value)

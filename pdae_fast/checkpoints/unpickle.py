@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,11 +148,27 @@ _KNOWN: dict[tuple[str, str], Any] = {
 
 
 class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: Any, **options: Any) -> None:
+        _check_memo(file)
+        super().__init__(file, **options)
+
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
         # Never super().find_class: that imports.
         return _KNOWN.get((module, name)) or type(name, (Inert,), {"__module__": module})
+
+
+def _check_memo(file: Any) -> None:
+    """Raise unless the pickle at the file's position keeps its objects under small numbers.
+
+    An unpickler makes a table of as many entries as the largest number: one wrong byte can ask for 64 GiB.
+    """
+    start = file.tell()
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > count:
+            raise pickle.UnpicklingError(f"an object is kept as number {argument}")
+    file.seek(start)
 
 
 def _load(file: Any, **options: Any) -> Any:

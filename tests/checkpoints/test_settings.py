@@ -6,7 +6,9 @@ import sys
 import pytest
 import yaml
 from checkpoints import fabricate
+from hypothesis import given
 
+import hostile
 from pdae_fast import UserError, checkpoints
 from pdae_fast.checkpoints.settings import from_config
 from pdae_fast.config import dumps
@@ -118,7 +120,7 @@ def test_configurations_that_say_nothing(tmp_path):
     for text, said in (
         ("optimizer_config:\n  lr: 1e-4\n", "no section describes a model"),
         ("just words\n", "holds one str"),
-        ("a: &a\n  b: *a\n", "no section describes a model"),
+        ("a: &a\n  b: *a\n", "nested deeper than 32"),
         ("a: [1,\nb: }", "not YAML"),
     ):
         (tmp_path / "c.yml").write_text(text)
@@ -126,3 +128,73 @@ def test_configurations_that_say_nothing(tmp_path):
             from_config(tmp_path / "c.yml")
     with pytest.raises(UserError, match="cannot be read"):
         from_config(tmp_path / "none.yml")
+
+
+def laughs(first, row):
+    return f"a0: &a0 {first}\n" + "".join(f"a{i}: &a{i} {row(', '.join([f'*a{i - 1}'] * 9))}\n" for i in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (laughs("[1]", "[{}]".format) + "num_heads: *a11\n", "more than 262144 values"),
+        (laughs("{x: 1}", "{{<<: [{}]}}".format), "more than 262144 values"),
+        ("a: &a {b: *a, c: *a}", "nested deeper than 32"),
+        ("num_heads: &a [*a, *a]", "nested deeper than 32"),
+        ("[" * 10000, "nested too deeply"),
+        ("\n".join(" " * i + "a:" for i in range(100)), "nested deeper than 32"),
+        ("num_heads: " + "9" * 10000, "not YAML"),
+        ("num_heads: 0x" + "f" * 10000, "num_heads is an unprintable int; expected an integer from 1 to 100000"),
+        ("num_heads: -4", "num_heads is -4; expected an integer from 1"),
+        ("image_size: 2024-13-45", "month must be in 1..12"),
+        ("image_size: 2024-01-01", r"image_size is datetime.date\(2024, 1, 1\); expected an integer"),
+        ("num_heads: !!set {a}", "num_heads is {'a'}; expected an integer"),
+        ("num_heads: !!python/object/apply:os.getcwd []", "not YAML"),
+        ("a: !!timestamp foo", "not YAML"),
+        ("{base_channel: 32, dropout: .nan}", "dropout is nan; expected a number from 0"),
+        ("{base_channel: 32, channel_multiplier: [1, .inf]}", r"channel_multiplier is \[1, inf\]; expected numbers"),
+        ("{base_channel: 32, attention_resolutions: [0]}", r"attention_resolutions is \[0\]; expected numbers"),
+        ("schedule: {kind: stored, betas: 3}", "betas are 3; expected a list of numbers"),
+        ("prediction: [x]", r"prediction is \['x'\]; expected a word"),
+        ('"a\\nb": {num_heads: x}', r"\(a b\): num_heads is 'x'"),
+        ("# comment\n" * 20000, "more than 128 KiB of YAML"),
+    ],
+)
+def test_hostile_yaml_is_one_line(tmp_path, text, said):
+    path = tmp_path / "c.yml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=said) as error:
+        from_config(path)
+    assert str(error.value).isprintable() and len(str(error.value)) < 500
+
+
+def test_hostile_mappings_are_one_line(tmp_path):
+    tree = {"num_heads": []}
+    for _ in range(30):
+        tree = {"a": tree, "b": tree}
+    itself = {}
+    itself["a"] = itself["b"] = itself
+    for given_, said in ((tree, "more than 262144 values"), (itself, "nested deeper than 32"), (3, "config= is 3")):
+        with pytest.raises(UserError, match=said):
+            from_config(given_)
+    (tmp_path / "c.json").write_text("[" * 10**5)
+    with pytest.raises(UserError, match="not JSON"):
+        from_config(tmp_path / "c.json")
+
+
+@hostile.quick(300)
+@given(hostile.mutated(fabricate.yaml_tree(MODEL)))
+def test_any_configuration_is_settings_or_one_line(tree):
+    try:
+        from_config(tree)
+    except UserError as error:
+        assert str(error).isprintable() and len(str(error)) < 1500
+
+
+@hostile.quick(8)
+@given(hostile.mutated(fabricate.yaml_tree(MODEL)))
+def test_any_configuration_gives_a_model_or_one_line(path, tree):
+    try:
+        checkpoints.load(path, config=tree)
+    except UserError as error:
+        assert str(error).isprintable() and len(str(error)) < 1500

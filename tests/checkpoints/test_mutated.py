@@ -63,3 +63,13 @@ def test_any_bytes_are_a_model_or_one_line(form, tmp_path):
             assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
             read += 1
     assert 0 < read < MUTANTS  # some bytes are only weights
+
+
+def test_a_memo_of_gigabytes_is_not_made(tmp_path):
+    """One object kept as number 2^28: an unpickler would first make a table of 4 GiB."""
+    path = tmp_path / "a.pt"
+    content = write("legacy", path)
+    at = content.index(b"ccollections\nOrderedDict\nq\x00") + len(b"ccollections\nOrderedDict\n")
+    path.write_bytes(content[:at] + b"r\x00\x00\x00\x10" + content[at + 2 :])
+    with pytest.raises(UserError, match="truncated or damaged .an object is kept as number 268435456."):
+        checkpoints.load(path, image_size=32)

@@ -3,15 +3,19 @@
 import importlib.util
 import json
 import re
+import shutil
 import sys
 import types
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 import fake_triton
-from pdae_fast import cli
+import hostile
+from pdae_fast import UserError, cli
 from pdae_fast.export import manifest as manifests
 from pdae_fast.export.__main__ import main
 from pdae_fast.export.backends.backend import Backend
@@ -435,3 +439,31 @@ def test_other_mistakes_are_one_line(tmp_path, onnx_dir, capsys):
     assert serve("--onnx", onnx_dir, "--out", out) == 2
     assert "not empty and not an earlier export" in one_line(capsys)
     assert [path.name for path in out.iterdir()] == ["photo.png"]
+
+
+@hostile.quick(60)
+@hypothesis.given(data=st.data())
+def test_any_signed_manifest_is_run_and_served_or_one_line(tmp_path, onnx_dir, data):
+    """What a reader believes is only what it has checked: with the right digest anything may stand in a manifest."""
+    source, made = tmp_path / "onnx", tmp_path / "made"
+    if not source.exists():
+        shutil.copytree(onnx_dir, source)
+        engines(made, onnx_dir, "8.9")
+    for directory, original in ((source, onnx_dir / "manifest.json"), (made, tmp_path / "whole.json")):
+        if not original.exists():
+            shutil.copy(made / "manifest.json", original)
+        content = data.draw(hostile.mutated(json.loads(original.read_text())))
+        if isinstance(content, dict):
+            content["manifest_sha256"] = manifests._own_digest(content)
+        (directory / "manifest.json").write_text(json.dumps(content))
+    out = tmp_path / "serving"
+    x0 = images(2)
+    for job in (
+        lambda: Session(source, provider="cpu").reconstruct(x0),
+        lambda: main(["serving", "--onnx", str(onnx_dir), "--engine", str(made), "--out", str(out), "--quiet"]),
+        lambda: main(["serving", "--onnx", str(source), "--out", str(out), "--quiet"]),
+    ):
+        try:
+            job()
+        except UserError as error:
+            assert len(str(error)) < 600

@@ -183,11 +183,11 @@ def test_settings_of_the_process_change_nothing_and_are_not_changed(model, tmp_p
 
 
 def test_a_setting_is_put_aside_while_any_thread_computes():
-    from pdae_fast.isolation import undisturbed
+    from pdae_fast.isolation import float32_means_float32
 
     conv = torch.backends.mkldnn.conv
     with _set(lambda v: setattr(conv, "fp32_precision", v), lambda: conv.fp32_precision, "bf16"):
-        first, second = undisturbed(), undisturbed()
+        first, second = float32_means_float32(), float32_means_float32()
         first.__enter__()
         second.__enter__()
         first.__exit__(None, None, None)

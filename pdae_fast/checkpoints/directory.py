@@ -122,6 +122,7 @@ def save_directory(
     }
     # The weights go first: a reader that finds the new config finds its weights too.
     with atomic_write(directory / WEIGHTS_NAME) as file:
-        file.write(safetensors.torch.save(tensors, metadata={"format": "pt", DIGEST: digest(tensors)}))
+        # One entry alone: several would be written in any order, and equal models would be other files.
+        file.write(safetensors.torch.save(tensors, metadata={DIGEST: digest(tensors)}))
     with atomic_write(directory / CONFIG_NAME, "w") as file:
         file.write(configs.dumps(config))

@@ -238,7 +238,8 @@ def test_other_processes(model, method):
     found = torch.from_numpy(queue.get(timeout=120))
     process.join(60)
     assert process.exitcode == 0
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+    # Another number of threads rounds otherwise, which random weights amplify.
+    assert relative(found, expected) < 1e-2
 
 
 def _refused(pipe, x0, queue):

@@ -238,8 +238,8 @@ class Trainer:
         except (UserError, OSError) as error:
             reason, failure = str(error), error
             if "Original Traceback" in reason:
-                # A loader worker rebuilds the error from its whole traceback; the last line is the error itself.
-                reason = reason.strip().splitlines()[-1].partition(": ")[2]
+                # A loader worker rebuilds the error from its whole traceback, which ends with the error itself.
+                reason = reason.rpartition(f"{type(error).__name__}: ")[2].strip()
         if distributed.agree(self.group, int(reason is not None)):
             if self.out.is_dir():
                 self.save()

@@ -156,7 +156,7 @@ def test_flags_are_options(tmp_path, capsys):
     assert [any(word in note for note in notes) for word in ("head", "schedule", "eps", "given t", "image size")] == [
         True
     ] * 5
-    with pytest.raises(UserError, match="timesteps must be an integer from 2"):
+    with pytest.raises(UserError, match="expected an integer from 1 to"):
         checkpoints.load(path, timesteps=0, rescale_timesteps=True)
     with pytest.raises(UserError, match="say head_channel 8 and num_head_channels 16, which is another name"):
         checkpoints.load(path, head_channel=8, num_head_channels=16)

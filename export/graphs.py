@@ -225,7 +225,7 @@ class TracedNetworks(nn.Module):
 
 
 class StepGraph(nn.Module):
-    """One DDIM step (Algorithm 3; upward: the inversion of section 3.2) of a PDAE or of a prior alone.
+    """One DDIM step (Algorithm 3; upward: the inversion of section 3.2) of a PDAE, a Diff-AE or a prior alone.
 
     x [N, C, H, W], conditioning [N, 2, M] (not for a prior), step int64 [1] -> x_next [N, C, H, W], all float32.
     ``networks`` may be shared by several steps.
@@ -308,15 +308,10 @@ class ConditioningGraph(nn.Module):
         label = unet.label_emb if isinstance(unet, PDAEDecoder) else nn.Identity()
         self.label, tables = as_dtype(label, torch.float32), _conditioned(unet)
         self.width = sum(table.width for table in tables)
-        # All scales, then all shifts, which are 0 where z only scales; the 1 of 1 + z_s joins the bias.
-        parts = [[v.split(table.width) for v in table.z] for table in tables]
-        none = [torch.zeros(self.width, *parts[0][i][0].shape[1:]) for i in (0, 1)]
-        weight, bias = (
-            torch.cat([part[i][half] for half in (0, 1) for part in parts])
-            if len(parts[0][i]) > 1
-            else torch.cat([*(part[i][0] for part in parts), none[i]])
-            for i in (0, 1)
-        )
+        # Rows of shifts are 0 where z only scales.
+        rows = [[v if len(v) > t.width else torch.cat([v, torch.zeros_like(v)]) for v in t.z] for t in tables]
+        # All scales, then all shifts; the 1 of 1 + z_s joins the bias.
+        weight, bias = (torch.cat([part[i].chunk(2)[half] for half in (0, 1) for part in rows]) for i in (0, 1))
         bias = torch.cat([bias[: self.width] + 1, bias[self.width :]])
         self.weight, self.bias = (nn.Parameter(v, requires_grad=False) for v in (weight, bias))
 

@@ -53,11 +53,16 @@ def winograd_status() -> tuple[bool, str]:
     return library is not None, reason
 
 
+def winograd_dtypes() -> tuple[torch.dtype, ...]:
+    """Of the maps that `winograd` takes on this processor."""
+    return _library()[3]
+
+
 def winograd_fits(weight: Tensor, dtype: torch.dtype, stride: int = 1, padding: int = 1) -> bool:
     """Whether `winograd` computes a convolution with ``weight`` [N, C, kh, kw] on maps of ``dtype``, given that native
     code runs here."""
     return (
-        dtype in _library()[3]
+        dtype in winograd_dtypes()
         and weight.device.type == "cpu"
         and weight.shape[2:] == (3, 3)
         and (stride, padding) == (1, 1)

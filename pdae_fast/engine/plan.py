@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from ..config import UNetConfig
 from ..errors import UserError
 from ..isolation import float32_means_float32
 from ..models import PDAE, Prior
+from ..models.unet import UNet
 from ..samplers.reuse import NOTHING, Reuse
 from .cost import equivalents
 from .device import available_memory, one_at_a_time
@@ -24,6 +25,10 @@ P = TypeVar("P", bound="Plan")
 Evaluate = Callable[[Tensor, int, bool], tuple[Tensor, Tensor | None]]
 # Of all plans, so that a plan can be copied: locks cannot.
 COUNTING = threading.Lock()
+
+
+def unet_of(model: PDAE | Prior) -> UNet:
+    return model.decoder if isinstance(model, PDAE) else model.unet
 
 
 class Plan:
@@ -41,8 +46,10 @@ class Plan:
     tunes = False
     can_keep = False
 
-    def __init__(self, model: PDAE | Prior, device: torch.device, dtype: torch.dtype) -> None:
-        self.model, self.device, self.dtype = owned(model, device, dtype), device, dtype
+    def __init__(
+        self, model: PDAE | Prior, device: torch.device, dtype: torch.dtype, unrounded: Collection[Tensor] = ()
+    ) -> None:
+        self.model, self.device, self.dtype = owned(model, device, dtype, unrounded), device, dtype
         self.reuse = NOTHING
         self.evaluations: Counter[str] = Counter()
 
@@ -98,8 +105,8 @@ class Plan:
             return dict(self.evaluations)
 
     @property
-    def unet(self):
-        return self.model.decoder if isinstance(self.model, PDAE) else self.model.unet
+    def unet(self) -> UNet:
+        return unet_of(self.model)
 
     @torch.inference_mode()
     def encode(self, x0: Tensor) -> Tensor:
@@ -192,7 +199,7 @@ class Plan:
         return self.reuse.outer or self.unet.config.num_residual_blocks_of_a_block + 1
 
     def free_bytes(self) -> int:
-        """What is free on the device."""
+        """What is free on its device."""
         return available_memory(self.device)
 
     def awaited_bytes(self) -> int:

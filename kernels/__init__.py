@@ -15,6 +15,7 @@ from .add_upsample import (
     upsample_add,
     upsample_add_reference,
 )
+from .buffers import Buffers, empty_map
 from .ddim_update import ddim_coefficients, ddim_update, ddim_update_reference
 from .group_norm import channel_stats, group_norm, group_norm_apply
 from .group_norm_native import NATIVE_DTYPES, group_norm_native, native_fits, native_status
@@ -23,12 +24,14 @@ from .winograd import winograd, winograd_bytes, winograd_dtypes, winograd_fits, 
 
 __all__ = [
     "NATIVE_DTYPES",
+    "Buffers",
     "add_upsample",
     "add_upsample_reference",
     "channel_stats",
     "ddim_coefficients",
     "ddim_update",
     "ddim_update_reference",
+    "empty_map",
     "group_norm",
     "group_norm_apply",
     "group_norm_native",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._native import Unavailable, load, openmp
+from .buffers import empty_map
 from .group_norm_torch import group_norm_reference
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
@@ -94,8 +95,7 @@ def _call(function, x, multiplier, addend, num_groups, eps, silu, x2, x_bias, ov
     if overwrite:
         y = x
     else:
-        shape = (batch, channels + channels2, height, width)
-        y = torch.empty(shape, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
+        y = empty_map(batch, channels + channels2, height, width, x.dtype)
     mean, rstd = (0, 0) if statistics is None else (statistics[0].data_ptr(), statistics[1].data_ptr())
     failed = function(
         NORM.pack(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._native import Unavailable, load, openmp
+from .buffers import empty_map
 from .group_norm_native import OPENMP
 
 TILES = (2, 4)  # m: output pixels of a tile's side
@@ -124,7 +125,7 @@ def winograd(
 def _call(library, x, u, bias, outputs, tile, residual, upsample) -> Tensor:
     batch, channels, height, width = x.shape
     height, width = height << upsample, width << upsample
-    y = torch.empty((batch, outputs, height, width), dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
+    y = empty_map(batch, outputs, height, width, x.dtype)
     failed = library.pdae_winograd(
         CONVOLUTION.pack(
             x.data_ptr(), u.data_ptr(), 0 if bias is None else bias.data_ptr(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -55,6 +56,7 @@ class Networks(Plan):
         self.native = wanted.native_notes(device, dtype)
         # Shared by all that reuse these weights, and cleared when they have been laid out.
         self._awaited: list[int] = []
+        self._buffers = kernels.Buffers() if device.type == "cpu" else None
         layers = self._choose_tiles(native_layers(unet_of(model)), dtype) if self.options.native_convolutions else []
         super().__init__(model, device, dtype, [layer.weight for layer in layers])
         options, unet = self.options, self.unet
@@ -105,6 +107,10 @@ class Networks(Plan):
     def choices(self) -> dict[str, Any]:
         """As :meth:`Plan.choices`."""
         return self._choices
+
+    def free_bytes(self) -> int:
+        """As :meth:`Plan.free_bytes`, with what is held and lent to nobody."""
+        return super().free_bytes() + (0 if self._buffers is None else self._buffers.idle())
 
     def awaited_bytes(self) -> int:
         """As :meth:`Plan.awaited_bytes`."""
@@ -171,6 +177,12 @@ class Networks(Plan):
         ``workload`` says what is computed and what is taken from ``kept``, where this evaluation leaves what later ones
         may take over; G is None when it says "none". A G that is run needs ``codes``.
         """
+        with contextlib.nullcontext() if self._buffers is None else self._buffers.used():
+            return self._evaluate(x, row, codes, workload, kept)
+
+    def _evaluate(
+        self, x: Tensor, row: Tensor, codes: Conditioning | None, workload: Workload, kept: Kept
+    ) -> tuple[Tensor, Tensor | None]:
         affines, run_gradient = self._affines(row, codes), workload.gradient == "run"
         skips = self._features(x, affines[0], workload, kept, self.options.shared_statistics and run_gradient)
         if self._side is None or not run_gradient or len(x) * x.shape[2] * x.shape[3] > PARALLEL_PIXELS:

@@ -15,6 +15,7 @@ from .add_upsample import (
     upsample_add,
     upsample_add_reference,
 )
+from .attention import attention_fits, attention_native, attention_status
 from .buffers import Buffers, empty_map
 from .ddim_update import ddim_coefficients, ddim_update, ddim_update_reference
 from .group_norm import channel_stats, group_norm, group_norm_apply
@@ -27,6 +28,9 @@ __all__ = [
     "Buffers",
     "add_upsample",
     "add_upsample_reference",
+    "attention_fits",
+    "attention_native",
+    "attention_status",
     "channel_stats",
     "ddim_coefficients",
     "ddim_update",

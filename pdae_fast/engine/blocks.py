@@ -112,8 +112,8 @@ class FusedAttention:
     def __init__(self, block: AttentionBlock, options: Rewrites, attend: Attend) -> None:
         norm = fixed_normaliser(options, block.norm, silu=False)
         self.block, self.norm, self.attend, self.projections = block, norm, attend, None
-        # In float32 the framework's matrix products are as fast as oneDNN's convolutions.
-        if options.packed_weights and block.qkv.weight.dtype is torch.bfloat16:
+        # The framework's matrix products are never faster than oneDNN's convolutions.
+        if options.packed_weights:
             self.projections = tuple(
                 convolution(layer, True, weight=layer.weight.detach()[..., None])
                 for layer in (block.qkv, block.proj_out)

@@ -60,7 +60,8 @@ class Networks(Plan):
         layers = self._choose_tiles(native_layers(unet_of(model)), dtype) if self.options.native_convolutions else []
         super().__init__(model, device, dtype, [layer.weight for layer in layers])
         options, unet = self.options, self.unet
-        self.attention, attend = resolve_attention(attention, device, dtype, self._attention_shape())
+        shape = self._attention_shape()
+        self.attention, attend = resolve_attention(attention, device, dtype, shape, options.native_attention)
         with torch.inference_mode():
             self.trunk = FusedStages(unet.input_blocks, options, attend)
             self.eps = FusedDecoder(unet.middle_block, unet.output_blocks, unet.out, options, attend)

@@ -23,6 +23,7 @@ NEEDS = {
     "packed_weights": Needs((("oneDNN",),)),
     "native_norms": Needs((("native norms",),)),
     "native_convolutions": Needs((("native convolutions",),)),
+    "native_attention": Needs((("native attention",),)),
     "split_skips": Needs((("kernels", "native_norms"),)),
     # The native norms take no statistics: they read a map for less than the others save.
     "shared_statistics": Needs((("split_skips",),), without=("native_norms",)),
@@ -44,6 +45,7 @@ class Rewrites:
     native_norms: GroupNorm, affine and SiLU in native code, compiled when first used (CPU; before ``kernels``).
     native_convolutions: 3x3 convolutions, and nearest-2x before them, in native code (CPU; before ``packed_weights``
         and ``phase_upsample``).
+    native_attention: attention in native code (CPU), where no other backend is asked for.
     split_skips: decoder blocks read h and the skip from where they are; the 1x1 skip convolution is a sum of two
         products.
     shared_statistics: a skip's channel statistics are computed once for both decoders.
@@ -67,6 +69,7 @@ class Rewrites:
     graphs: bool = False
     native_norms: bool = False
     native_convolutions: bool = False
+    native_attention: bool = False
     largest_tile: int = 0
 
     @property
@@ -83,7 +86,7 @@ class Rewrites:
         arithmetic of CelebA-64 but add a pass that interleaves their results, so they are off.
         """
         if device.type != "cuda":
-            return cls(native_norms=True, native_convolutions=True)
+            return cls(native_norms=True, native_convolutions=True, native_attention=True)
         usable = kernels.triton_status()[0]
         ops = dict.fromkeys(("kernels", "split_skips", "shared_statistics", "folded_biases"), usable)
         whole = dict.fromkeys(("fused_update", "parallel_decoders", "graphs"), True)
@@ -110,7 +113,11 @@ class Rewrites:
 
     def _native(self, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[bool, str]]:
         """(usable, reason) of the native ops that are switched on, on maps of ``dtype``; to ask is to compile them."""
-        ops = {"native_norms": lambda: kernels.native_status(), "native_convolutions": lambda: native_status(dtype)}
+        ops = {
+            "native_norms": lambda: kernels.native_status(),
+            "native_convolutions": lambda: native_status(dtype),
+            "native_attention": lambda: kernels.attention_status(),
+        }
         can = device.type == "cpu" and dtype in kernels.NATIVE_DTYPES
         return {
             name: status() if can else (False, f"none for {dtype}")

@@ -88,7 +88,7 @@ def open_run(
     """
     recipe = Recipe.from_args(args) if recipe is None else recipe
     model = Autoencoder.from_pretrained(args.model, **cli.foreign_options(args))
-    options = {"plan": args.plan, "attention": args.attention, "label": args.label}
+    options = {name: getattr(args, name) for name in ("plan", "attention", "large_tiles", "label")}
     pipe = Pipeline(model, recipe, args.device, args.dtype, args.batch_size, **options)
     if infers:
         recipe.up(pipe.schedule)
@@ -302,6 +302,7 @@ def job_settings(run: Run, **values: Any) -> dict[str, Any]:
         "plan": run.pipe.plan.name,
         "background": args.background,
         "crop": args.crop or run.model.config.crop,
+        **({"large_tiles": True} if args.large_tiles else {}),
         **values,
     }
 

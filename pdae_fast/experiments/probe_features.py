@@ -26,7 +26,17 @@ from ..engine.features import Maps, level_shapes
 from ..errors import UserError
 from . import common
 from .estimates import Score, accuracy, bootstrap_auroc, iou_score, mean_of, mean_score
-from .linear import FeatureSet, compact, distances, effective_rank, fit, pixel_features, ridge, scale
+from .linear import (
+    FeatureSet,
+    compact,
+    distances,
+    effective_rank,
+    fit,
+    principal_components,
+    ridge,
+    scale,
+    small_pixels,
+)
 from .parts import Side
 from .pixelwise import Discriminant, confusion, patches
 from .targets import Targets
@@ -219,10 +229,12 @@ class Sweep:
         train, test = self.train.images, self.test.images
         C, H = train.shape[1], train.shape[2]
         vectors = [FeatureSet(f"z ({dimension})", self.train.z, self.test.z)] if self.train.z.shape[1] else []
-        vectors += pixel_features(train, test, dimension, seed)
-        if dimension < C * H * H:
-            vectors.append(pixel_features(train, test, min(C * H * H, MOST_PIXELS), seed)[1])
         if self.targets:
+            # Components that few images hardly vary in would be noise once they are standardised.
+            vectors.append(principal_components(train, test, max(1, min(dimension, len(train) // 2)), seed))
+            vectors.append(small_pixels(train, test, dimension))
+            if dimension < C * H * H:
+                vectors.append(small_pixels(train, test, min(C * H * H, MOST_PIXELS)))
             for features in vectors:
                 scaled = compact(scale(features, "standardise"))
                 for target in self.targets:

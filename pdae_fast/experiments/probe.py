@@ -110,7 +110,10 @@ def _features(run: common.Run) -> None:
     train, test, how = find_parts(run, run.out / "latents", args.holdout, args.test or (), check)
     sweep, notes = probe_features.prepare(run, sets, chosen, (train, test), folders, args.labelled or 0)
     sweep.check_memory()
-    rows = probe_features.measure(sweep, times, [False, True] if args.noised else [False], args.quiet)
+    table = run.out / "features.csv"
+    rows = probe_features.measure(
+        sweep, times, [False, True] if args.noised else [False], args.quiet, lambda rows: write_table(table, rows)
+    )
     report = common.report(
         run,
         images=len(train.names) + len(test.names),
@@ -129,7 +132,6 @@ def _features(run: common.Run) -> None:
         notes=notes,
     )
     cli.write_json(run.out / "metrics.json", report)
-    write_table(run.out / "features.csv", rows)
     draw(run.out / "features.png", report)
     common.say(run, tables(report), ["features.png", "features.csv", "metrics.json"])
 

@@ -9,7 +9,7 @@ nothing of one time is kept when the next one begins.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -343,8 +343,11 @@ def prepare(
 # -- results -------------------------------------------------------------------------------------------------------
 
 
-def measure(sweep: Sweep, times: Sequence[int], kinds: Sequence[bool], quiet: bool) -> list[dict[str, Any]]:
+def measure(
+    sweep: Sweep, times: Sequence[int], kinds: Sequence[bool], quiet: bool, save: Callable[[list[dict[str, Any]]], None]
+) -> list[dict[str, Any]]:
     """Rows of every feature set, time and target; ``kinds``: whether the images are noised, each of them in turn.
+    ``save`` gets what there is after every time.
 
     A row's value has its interval; "minus_baseline" compares it with the best baseline of its target, and
     "minus_first" with the same block, grid and kind of input at the first time, on the same images.
@@ -369,6 +372,7 @@ def measure(sweep: Sweep, times: Sequence[int], kinds: Sequence[bool], quiet: bo
                         row["minus_baseline"] = (score - best[target][1]).estimate._asdict()
                         row["minus_first"] = (score - at_first).estimate._asdict()
                     rows.append(row)
+                save(rows)
     return rows
 
 

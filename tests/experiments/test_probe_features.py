@@ -276,6 +276,7 @@ def test_mistakes(tmp_path, model_dir, world, capsys):
     for arguments, words in (
         (["--features", "decoder5"], "--features decoder5: no such block; this network has middle, and decoder1 to"),
         (["--features", "decoder0"], "no such block"),
+        (["--times", 3], "--times is of features: say of which blocks"),
         (["--features", "trunk"], "no such block"),
         (["--features", "middle", "--times", 0, 1000], "--times 1000: this model has times from 0 to 999"),
         (["--features", "middle", "--times", -1], "--times -1"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -109,6 +109,12 @@ class Networks(Plan):
         """As :meth:`Plan.choices`."""
         return self._choices
 
+    @contextlib.contextmanager
+    def precision(self) -> Iterator[None]:
+        """As :meth:`Plan.precision`, with maps in memory of the plan's own."""
+        with super().precision(), contextlib.nullcontext() if self._buffers is None else self._buffers.used():
+            yield
+
     def free_bytes(self) -> int:
         """As :meth:`Plan.free_bytes`, with what is held and lent to nobody."""
         return super().free_bytes() + (0 if self._buffers is None else self._buffers.idle())
@@ -178,12 +184,6 @@ class Networks(Plan):
         ``workload`` says what is computed and what is taken from ``kept``, where this evaluation leaves what later ones
         may take over; G is None when it says "none". A G that is run needs ``codes``.
         """
-        with contextlib.nullcontext() if self._buffers is None else self._buffers.used():
-            return self._evaluate(x, row, codes, workload, kept)
-
-    def _evaluate(
-        self, x: Tensor, row: Tensor, codes: Conditioning | None, workload: Workload, kept: Kept
-    ) -> tuple[Tensor, Tensor | None]:
         affines, run_gradient = self._affines(row, codes), workload.gradient == "run"
         skips = self._features(x, affines[0], workload, kept, self.options.shared_statistics and run_gradient)
         if self._side is None or not run_gradient or len(x) * x.shape[2] * x.shape[3] > PARALLEL_PIXELS:
@@ -265,6 +265,12 @@ class Networks(Plan):
         if codes.weights is None:
             return gradient
         return (codes.weights * gradient.float().unflatten(0, (K, -1))).sum(0)
+
+    def _levels(self, x: Tensor, times: Sequence[int], z: Tensor | None, labels: Tensor | None) -> Iterator[Tensor]:
+        """As :meth:`Plan._levels`."""
+        affines = self._affines(self.time_rows(times, labels), None if z is None else self.conditioning(z))
+        skips = self._features(x, affines[0], Workload("all", "none"), Kept(), share=False)
+        return self.eps.levels(skips, affines[1])
 
     def count(self, images: int, codes: Conditioning | None, workload: Workload) -> None:
         """Enter one evaluation of ``images`` images into ``evaluations``; outer parts have counters of their own."""

@@ -1,23 +1,13 @@
-"""What is in z: linear probes against pixels and their principal components, and nearest neighbours.
-
-The protocol, the same for every feature set: features are mapped linearly so that on the training images each
-direction has mean 0 and variance 1 (whitened), or only each dimension (standardised); a logistic regression with an L2
-penalty ||w||^2 / (2C) is fitted, C chosen from CHOICES by its log loss on a fifth of the training images and then
-refitted on all of them; the test images are seen once.
-
-Whitening changes nothing that a linear classifier can express, only what the penalty prefers: without it a code is
-judged by how evenly its variance happens to be spread over its dimensions.
-"""
+"""What is in z: linear probes against pixels and their principal components, and nearest neighbours; or what is in the
+features of the network, block by block along t."""
 
 from __future__ import annotations
 
 import argparse
 import csv
 import importlib.util
-import warnings
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,286 +16,43 @@ from .. import cli
 from ..errors import UserError
 from ..files import atomic_write, claim_folder
 from ..plots import COLOURS, chart
-from . import common
+from . import common, probe_features
+from .estimates import Estimate, accuracy, bootstrap_auroc, bootstrap_mean, mean_estimate
+from .linear import CHOICES, SCALINGS, FeatureSet, fit, pixel_features, scale
+from .nearest import agreement, chance, check, neighbours, picture
 from .parts import Side, find_parts
+from .probe_results import draw, tables, write_table
 from .targets import Targets
 
-CHOICES = (0.001, 0.01, 0.1, 1.0, 10.0)  # of C
-SCALINGS = ("whiten", "standardise")
-RESAMPLES = 1000
-ITERATIONS = 2000
-
-
-class FeatureSet(NamedTuple):
-    """One description of the images: float32 [N, F] of the training images and [M, F] of the test images."""
-
-    name: str
-    train: np.ndarray
-    test: np.ndarray
-
-
-def pixel_features(train: np.ndarray, test: np.ndarray, dimension: int, seed: int = 0) -> list[FeatureSet]:
-    """The baselines of at most ``dimension`` numbers an image: principal components of the pixels, and the image
-    averaged down to the largest square that has so few values. train, test: [N, C, H, W]."""
-    from sklearn.decomposition import PCA
-
-    flat, flat_test = train.reshape(len(train), -1), test.reshape(len(test), -1)
-    components = min(dimension, *flat.shape)
-    pca = PCA(components, random_state=seed).fit(flat)
-    _, C, H, _ = train.shape
-    side = max(1, min(H, int((dimension / C) ** 0.5)))
-    small, small_test = (_shrink(x, side).reshape(len(x), -1) for x in (train, test))
-    return [
-        FeatureSet(f"PCA of pixels ({components})", pca.transform(flat), pca.transform(flat_test)),
-        FeatureSet(f"pixels {side}x{side}" + ("" if C == 1 else f"x{C}"), small, small_test),
-    ]
-
-
-def _shrink(x: np.ndarray, side: int) -> np.ndarray:
-    """Area average of [N, C, H, H] to [N, C, side, side]."""
-    import torch
-    import torch.nn.functional as F
-
-    return F.interpolate(torch.from_numpy(x), size=(side, side), mode="area").numpy()
-
-
-def scale(features: FeatureSet, scaling: str) -> FeatureSet:
-    """``features`` in the scale that probes and neighbours see, decided by the training images alone."""
-    if scaling not in SCALINGS:
-        raise UserError(f"scaling {scaling!r} is not known; expected {' or '.join(SCALINGS)}")
-    from sklearn.decomposition import PCA
-    from sklearn.preprocessing import StandardScaler
-
-    train, test = (np.asarray(x, dtype=np.float64) for x in (features.train, features.test))
-    scaler = StandardScaler().fit(train)  # constant dimensions stay 0
-    train, test = scaler.transform(train), scaler.transform(test)
-    if scaling == "whiten":
-        pca = PCA(svd_solver="full").fit(train)
-        # Directions that only rounding fills must not be blown up.
-        kept = pca.explained_variance_ > 1e-9 * pca.explained_variance_[0]
-        root = np.sqrt(pca.explained_variance_[kept])
-        train, test = (((x - pca.mean_) @ pca.components_[kept].T) / root for x in (train, test))
-    return FeatureSet(features.name, train, test)
-
-
-# -- classifiers ---------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Probe:
-    """A fitted probe's result. ``scores``: for classes log-probabilities [M, classes], for an attribute logits [M]."""
-
-    C: float
-    scores: np.ndarray
-
-
-def fit(features: FeatureSet, labels: np.ndarray, classes: int, seed: int = 0) -> Probe:
-    """Logistic regression of the scaled ``features`` on ``labels`` [N] (0 ... classes - 1; two classes: an attribute).
-
-    Raises UserError when fewer than two classes, or too few images of one, are among the training images.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import log_loss
-    from sklearn.model_selection import train_test_split
-
-    present, counts = np.unique(labels, return_counts=True)
-    if len(present) < 2 or counts.min() < 2:
-        few = ", ".join(f"{value}: {n}" for value, n in zip(present, counts, strict=True))
-        raise UserError(f"a probe needs at least two labels with two training images each; there are ({few})")
-
-    def model(C: float) -> Any:
-        return LogisticRegression(C=C, max_iter=ITERATIONS)
-
-    held = max(len(present), round(0.2 * len(labels)))
-    part = train_test_split(np.arange(len(labels)), test_size=held, random_state=seed, stratify=labels)
-    losses = []
-    for C in CHOICES:
-        fitted = _fit(model(C), features.train[part[0]], labels[part[0]])
-        losses.append(log_loss(labels[part[1]], fitted.predict_proba(features.train[part[1]]), labels=fitted.classes_))
-    C = CHOICES[int(np.argmin(losses))]
-    fitted = _fit(model(C), features.train, labels)
-    if classes == 2:
-        return Probe(C, fitted.decision_function(features.test))
-    scores = np.full((len(features.test), classes), -np.inf)
-    scores[:, fitted.classes_] = fitted.predict_log_proba(features.test)
-    return Probe(C, scores)
-
-
-def _fit(model: Any, x: np.ndarray, y: np.ndarray) -> Any:
-    from sklearn.exceptions import ConvergenceWarning
-
-    with warnings.catch_warnings():
-        # An unfinished fit would compare solvers, not features.
-        warnings.simplefilter("error", ConvergenceWarning)
-        try:
-            return model.fit(x, y)
-        except ConvergenceWarning:
-            raise UserError(f"the probe did not converge in {ITERATIONS} iterations; try --scaling whiten") from None
-
-
-# -- numbers with their uncertainty --------------------------------------------------------------------------------
-
-
-class Estimate(NamedTuple):
-    """A value on the test images and its 95% interval over resampled test images (percentile bootstrap)."""
-
-    value: float
-    low: float
-    high: float
-
-
-def accuracy(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Which predictions are right, float64 [M]: scores [M, classes], labels [M]."""
-    return (scores.argmax(axis=1) == labels).astype(np.float64)
-
-
-def bootstrap_mean(values: np.ndarray, seed: int = 0) -> Estimate:
-    """Mean of ``values`` [M] (or of differences, for a paired comparison)."""
-    weights = _resamples(len(values), seed)
-    return _estimate(float(values.mean()), weights @ values / len(values))
-
-
-def bootstrap_auroc(scores: np.ndarray, labels: np.ndarray, seed: int = 0) -> tuple[Estimate, np.ndarray]:
-    """Area under the ROC curve of scores [M] for labels [M] (0, 1), and its resampled values [RESAMPLES]; both kinds
-    must occur. Ties count half (Mann-Whitney)."""
-    order = np.argsort(scores, kind="stable")
-    score, positive = scores[order], labels[order] > 0
-    _, tie = np.unique(score, return_inverse=True)
-    weights = _resamples(len(labels), seed)[:, order]
-
-    def area(w: np.ndarray) -> np.ndarray:
-        groups = tie.max() + 1
-        ups = np.stack([np.bincount(tie, row, groups) for row in w * positive])
-        downs = np.stack([np.bincount(tie, row, groups) for row in w * ~positive])
-        below = downs.cumsum(axis=1) - downs / 2
-        with np.errstate(invalid="ignore"):
-            return (ups * below).sum(axis=1) / (ups.sum(axis=1) * downs.sum(axis=1))
-
-    resampled = area(weights)
-    return _estimate(float(area(np.ones((1, len(labels))))[0]), resampled), resampled
-
-
-def _resamples(count: int, seed: int) -> np.ndarray:
-    """How often each of ``count`` images is drawn, [RESAMPLES, count]; the same for every feature set."""
-    return np.random.default_rng((seed, 5)).multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(np.float64)
-
-
-def _estimate(value: float, resampled: np.ndarray) -> Estimate:
-    low, high = np.nanpercentile(resampled, [2.5, 97.5])
-    return Estimate(value, float(low), float(high))
-
-
-def mean_estimate(estimates: list[Estimate], resampled: list[np.ndarray]) -> Estimate:
-    """The mean over attributes, with the interval of the mean over the same resampled images."""
-    mean = float(np.mean([e.value for e in estimates]))
-    with warnings.catch_warnings():  # a resample of few images may lack both kinds of every attribute: left out
-        warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
-        drawn = np.nanmean(np.stack(resampled), axis=0)
-    return _estimate(mean, drawn)
-
-
-# -- nearest neighbours --------------------------------------------------------------------------------------------
-
-GOOD, BAD = "#007a4d", "#b3261e"
-
-
-def check(k: int, count: int) -> None:
-    """UserError unless ``count`` training images have ``k`` that are nearest."""
-    if not 1 <= k <= count:
-        raise UserError(f"the number of neighbours must be from 1 to {count}, not {k}")
-
-
-def neighbours(features: FeatureSet, k: int) -> np.ndarray:
-    """Places [M, k] of the ``k`` training images nearest to each test image (Euclidean), nearest first."""
-    from sklearn.neighbors import NearestNeighbors
-
-    check(k, len(features.train))
-    search = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(features.train)
-    return search.kneighbors(features.test, return_distance=False)
-
-
-def agreement(found: np.ndarray, train: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """How much the neighbours [M, k] agree with their query, float64 [M]: the share of them in its class (precision at
-    k), or for attributes [., A] the mean share of attributes that are equal."""
-    same = train[found] == (test[:, None] if test.ndim == 1 else test[:, None, :])
-    return same.reshape(len(found), -1).mean(axis=1)
-
-
-def chance(train: np.ndarray, test: np.ndarray) -> float:
-    """`agreement` of neighbours drawn at random."""
-    if train.ndim == 1:
-        count = max(train.max(), test.max()) + 1
-        return float((np.bincount(train, minlength=count) / len(train))[test].mean())
-    rate = (train > 0).mean(axis=0)
-    return float(np.where(test > 0, rate, 1 - rate).mean())
-
-
-def picture(
-    path: Path,
-    queries: np.ndarray,
-    rows: list[tuple[str, np.ndarray]],
-    train: np.ndarray,
-    test: np.ndarray,
-    targets: tuple[Targets, Targets],
-) -> None:
-    """Queries at the left of their neighbours, a line of images for each of ``rows`` = (name, places [M, k]).
-
-    queries: places in test. train, test: images [., C, H, W] in [-1, 1]. targets: of both, row for row. Classes are
-    written above the images, green where they agree; for attributes, how many of them agree.
-    """
-    k = rows[0][1].shape[1]
-    known, asked = targets
-    lines = [(query, name, found[query]) for query in queries for name, found in rows]
-    with chart(path, 0.85 * (k + 1) + 1.1, 0.98 * len(lines), len(lines), k + 1, squeeze=False) as axes:
-        for line, (query, name, found) in enumerate(lines):
-            shown = [(test[query], _name(asked, query) if line % len(rows) == 0 else "", "black")]
-            shown += [(train[place], *_verdict(known, place, asked, query)) for place in found]
-            if line % len(rows):
-                shown[0] = (np.ones_like(test[query]), "", "black")  # the query stands once
-            for column, (image, words, colour) in enumerate(shown):
-                _tile(axes[line, column], image, words, colour)
-            axes[line, 1].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-
-
-def _name(targets: Targets, row: int) -> str:
-    return targets.names[int(targets.values[row])] if targets.kind == "classes" else "query"
-
-
-def _verdict(known: Targets, place: int, asked: Targets, query: int) -> tuple[str, str]:
-    if known.kind == "classes":
-        same = known.values[place] == asked.values[query]
-        return _name(known, place), GOOD if same else BAD
-    equal = int((known.values[place] == asked.values[query]).sum())
-    return f"{equal}/{len(known.names)}", GOOD if equal == len(known.names) else "black"
-
-
-def _tile(axes: Any, image: np.ndarray, words: str, colour: str) -> None:
-    pixels = np.clip((image.transpose(1, 2, 0) + 1) / 2, 0, 1)
-    axes.imshow(
-        pixels[..., 0] if pixels.shape[2] == 1 else pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest"
-    )
-    axes.set_title(words, color=colour, fontsize=7, pad=2)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for side in axes.spines.values():
-        side.set_visible(False)
-
-
-# -- the command ---------------------------------------------------------------------------------------------------
-
 SCALED = {"whiten": "whitened", "standardise": "standardised"}
+TIMES, GRIDS = (0, 50, 100, 200, 400), (1, 4)  # of features
 SHOWN = 6  # queries in the picture
 QUERIES = 2000  # test images whose neighbours are counted
 
 
+def _words(values: tuple[int, ...]) -> str:
+    return " ".join(map(str, values))
+
+
 def _parser() -> argparse.ArgumentParser:
-    p = cli.parser("probe", "Linear probes on z against pixels, and nearest neighbours in z.")
+    p = cli.parser(
+        "probe",
+        "Linear probes on z against pixels, and nearest neighbours in z; with --features, what is in the network's "
+        "features, block by block along t, beside z and pixels.",
+    )
     common.add_options(p, out="probe", labels=True)
     add = p.add_argument
     add("--holdout", type=float, default=0.25, help="fraction that is tested on, for data without splits of its own")
     add("--test", nargs="+", metavar="DATA", help="images to test on, labelled like those of --input (all are learned)")
     add("--scaling", choices=SCALINGS, default="whiten", help="of every feature set, by its training images")
     add("--neighbours", type=int, default=8, help="how many training images each test image is compared with")
+    add("--features", nargs="+", metavar="BLOCK", help="probe these: middle, decoder (all its blocks), decoder1 ...")
+    add("--times", nargs="+", type=int, metavar="T", help=f"of the features (default: {_words(TIMES)})")
+    add("--noised", action="store_true", help="features of x_t too, not of the images alone")
+    add("--grid", nargs="+", type=int, metavar="N", help=f"features are averaged to N x N (default: {_words(GRIDS)})")
+    add("--targets", nargs="+", choices=probe_features.TARGETS, help="what is read from features (default: all known)")
+    add("--labelled", type=int, metavar="N", help="training images that read-outs of features see (default: all, for "
+        f"parts {probe_features.PART_IMAGES})")  # fmt: skip
     return p
 
 
@@ -314,7 +61,14 @@ def main(argv: list[str] | None = None) -> None:
     for module in ("sklearn", "matplotlib"):
         if importlib.util.find_spec(module) is None:
             raise UserError("probe needs scikit-learn and matplotlib: pip install 'pdae_fast[experiments]'")
-    run = common.open_run(args, infers=False)
+    if args.features is None:
+        for name in ("times", "noised", "grid", "targets", "labelled"):
+            if getattr(args, name):
+                raise UserError(f"--{name} is of features: say of which blocks, such as --features middle")
+    run = common.open_run(args, infers=False, prior=args.features is not None)
+    if args.features is not None:
+        _features(run)
+        return
     claim_folder(run.out)
     cache = run.out / "latents"
     train, test, how = find_parts(run, cache, args.holdout, args.test or ())
@@ -347,6 +101,50 @@ def main(argv: list[str] | None = None) -> None:
     cli.write_json(run.out / "metrics.json", report)
     _chart(run.out / "probe.png", report)
     common.say(run, _summary(report), ["probe.png", "neighbours.png", "neighbours.csv", "metrics.json"])
+
+
+def _features(run: common.Run) -> None:
+    args, model = run.args, run.model
+    grids = args.grid or GRIDS
+    sets = probe_features.find_sets(run.pipe.plan.unet, model.config.image_size, args.features, grids)
+    times = probe_features.check_times(args.times or TIMES, run.pipe.schedule.T)
+    run.pipe.features(torch.empty(0, *model.image_shape), times[0], sets.outputs)  # says what the model misses: a label
+    if args.labelled is not None and args.labelled < 1:
+        raise UserError(f"--labelled must be at least 1, not {args.labelled}")
+    folders = [probe_features.avatar_folder(spec) for spec in (run.spec, args.test or run.spec)]
+    chosen: list[str] = []
+
+    def check(known: Targets) -> None:
+        chosen[:] = probe_features.choose_targets(args.targets, known, folders, model.config.image_size)
+
+    claim_folder(run.out)
+    train, test, how = find_parts(run, run.out / "latents", args.holdout, args.test or (), check)
+    sweep, notes = probe_features.prepare(run, sets, chosen, (train, test), folders, args.labelled or 0)
+    sweep.check_memory()
+    table = run.out / "features.csv"
+    rows = probe_features.measure(
+        sweep, times, [False, True] if args.noised else [False], args.quiet, lambda rows: write_table(table, rows)
+    )
+    report = common.report(
+        run,
+        images=len(train.names) + len(test.names),
+        recipe=False,
+        split=how,
+        train_images=len(sweep.train.names),
+        part_images=len(sweep.learned) if "parts" in chosen else None,
+        test_images=len(test.names),
+        targets=chosen,
+        blocks=[block._asdict() for block in sets.blocks],
+        times=times,
+        grids=sets.grids,
+        measures={name: probe_features.MEASURES[name] for name in chosen},
+        interval="95%, bootstrap over test images",
+        features=rows,
+        notes=notes,
+    )
+    cli.write_json(run.out / "metrics.json", report)
+    draw(run.out / "features.png", report)
+    common.say(run, tables(report), ["features.png", "features.csv", "metrics.json"])
 
 
 def _classes(sets: list[FeatureSet], train: Side, test: Side, seed: int) -> tuple[str, list[dict], list[str]]:

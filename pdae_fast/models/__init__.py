@@ -3,7 +3,7 @@
 from .diffae import DiffAE
 from .encoder import Encoder
 from .latent import LatentMLP
-from .pdae import PDAE, Autoencoder, Prior
+from .pdae import PDAE, Autoencoder, Prior, load_model
 from .unet import Features, HalfUNet, PDAEDecoder, UNet
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "PDAEDecoder",
     "Prior",
     "UNet",
+    "load_model",
 ]

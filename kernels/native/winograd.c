@@ -24,6 +24,8 @@
 #define LEAST 24             /* tiles in a block, where there are so many: fewer would read the weights too often */
 #define MOST 96
 
+typedef double doubles __attribute__((vector_size(8 * LANES)));
+
 /* As winograd.py packs it. */
 struct convolution {
     const void *x;        /* [batch, height, width, channels], or [batch, height / 2, width / 2, channels] with `up` */
@@ -78,9 +80,9 @@ INLINE void output_pixels(int m, const floats *t, floats *y) {
     y[3] = P * PP * odd + Q * QQ * odd2 + t[5];
 }
 
-/* G w. */
-INLINE void weight_points(int m, const double *w, int64_t step, double *g) {
-    const double a = w[0], b = w[step], c = w[2 * step];
+/* G w, of the weights of LANES outputs. */
+INLINE void weight_points(int m, const doubles *w, int step, doubles *g) {
+    const doubles a = w[0], b = w[step], c = w[2 * step];
     if (m == 2) {
         g[0] = a, g[1] = (a + b + c) / 2, g[2] = (a - b + c) / 2, g[3] = c;
         return;
@@ -96,35 +98,45 @@ INLINE void weight_points(int m, const double *w, int64_t step, double *g) {
 
 #define SLICE 16 /* channels of a panel that a thread transforms at a time */
 
-INLINE void weight_slice(const struct weights *w, int64_t panel, int64_t slice, int m) {
+/* One channel's weights of the n <= LANES outputs that begin at `from`; lane 0 of the first point goes to `to`. */
+INLINE void weight_lanes(const struct weights *w, const float *from, int64_t n, int64_t point, char *to, int m) {
     const int a = m + 2, bfloat16 = (int)w->bfloat16;
-    const int64_t panels = (w->outputs + PANEL - 1) / PANEL, left = w->outputs - panel * PANEL;
-    const int64_t last = (slice + 1) * SLICE < w->channels ? (slice + 1) * SLICE : w->channels;
-    for (int64_t c = slice * SLICE; c < last; c++) {
-        for (int64_t n = 0; n < PANEL; n++) {
-            double g[9] = {0}, columns[6 * 3], points[6];
-            const float *from = w->weight + (panel * PANEL + n) * w->stride[0] + c * w->stride[1];
-            if (n < left)
-                for (int i = 0; i < 9; i++) g[i] = from[i / 3 * w->stride[2] + i % 3 * w->stride[3]];
-            for (int x = 0; x < 3; x++) {
-                weight_points(m, g + x, 3, points);
-                for (int i = 0; i < a; i++) columns[3 * i + x] = points[i];
-            }
-            for (int i = 0; i < a; i++) {
-                weight_points(m, columns + 3 * i, 1, points);
-                for (int j = 0; j < a; j++) {
-                    const int64_t row = ((i * a + j) * panels + panel) * w->channels;
-                    const float value = (float)points[j];
-                    if (bfloat16) {
-                        const halves h = narrow((floats){value});
-                        ((uint16_t *)w->u)[(row + c / 2 * 2) * PANEL + 2 * n + c % 2] = h[0];
-                    } else {
-                        ((float *)w->u)[(row + c) * PANEL + n] = value;
-                    }
-                }
+    doubles g[9] = {{0}}, columns[6 * 3], points[6];
+    for (int64_t lane = 0; lane < n; lane++)
+        for (int i = 0; i < 9; i++) g[i][lane] = from[lane * w->stride[0] + i / 3 * w->stride[2] + i % 3 * w->stride[3]];
+    UNROLL for (int x = 0; x < 3; x++) {
+        weight_points(m, g + x, 3, points);
+        UNROLL for (int i = 0; i < a; i++) columns[3 * i + x] = points[i];
+    }
+    UNROLL for (int i = 0; i < a; i++) {
+        weight_points(m, columns + 3 * i, 1, points);
+        UNROLL for (int j = 0; j < a; j++, to += point) {
+            const floats values = __builtin_convertvector(points[j], floats);
+            if (bfloat16) {
+                const halves h = narrow(values);
+                for (int lane = 0; lane < LANES; lane++) ((uint16_t *)to)[2 * lane] = h[lane];
+            } else {
+#if LANES == 16
+                _mm512_stream_ps((float *)to, (__m512)values); /* a whole line, of points that share ways of the cache */
+#else
+                *(floats *)to = values;
+#endif
             }
         }
     }
+}
+
+INLINE void weight_slice(const struct weights *w, int64_t panel, int64_t slice, int m) {
+    const int64_t size = w->bfloat16 ? 2 : 4, panels = (w->outputs + PANEL - 1) / PANEL;
+    const int64_t last = (slice + 1) * SLICE < w->channels ? (slice + 1) * SLICE : w->channels;
+    for (int64_t c = slice * SLICE; c < last; c++)
+        for (int64_t half = 0; half < PANEL; half += LANES) {
+            const int64_t first = panel * PANEL + half, left = w->outputs - first;
+            const int64_t row = panel * w->channels + (w->bfloat16 ? c / 2 * 2 : c);
+            char *to = (char *)w->u + (row * PANEL + half * (4 / size)) * size + (w->bfloat16 ? c % 2 * 2 : 0);
+            weight_lanes(w, w->weight + first * w->stride[0] + c * w->stride[1], left < LANES ? left : LANES,
+                         panels * w->channels * PANEL * size, to, m);
+        }
 }
 
 static void weight_share(void *argument) {

@@ -25,7 +25,6 @@ from helpers import TINY, TINY_FULL, image_folder, tiny_pdae
 from pdae_fast import cli, config, convert, encode, evaluate, interpolate, reconstruct, sample, train
 from pdae_fast.data import __main__ as avatars
 from pdae_fast.data import load_image, open_dataset, read_attributes
-from pdae_fast.data.avatars import is_avatars
 from pdae_fast.data.latents import encode_dataset
 from pdae_fast.errors import UserError
 from pdae_fast.files import claim_folder, claim_place
@@ -312,13 +311,15 @@ def mutated(data, random, other):
 
 def kinds(folder, shared):
     """Kind of file -> its path, a function that reads it, and whether every damage of it can be told."""
+    needs("avatars")
     data = image_folder(folder / "images", 4)
     idx = idx_files.write_set(folder / "idx", count=6)
     rows = "".join(f"{i:06d}.jpg {' '.join(str(j * i % 3 - 1) for j in range(3))}\n" for i in range(5))
     (folder / "celeba.txt").write_text(f"5\nBald Smiling Young\n{rows}")
     (folder / "table.csv").write_text("image,a,b,hair\n" + "".join(f"{i}.png,{i % 2},0.5,red\n" for i in range(5)))
     (folder / "log.jsonl").write_text("".join(json.dumps({"step": i, "loss": 1 / (i + 1)}) + "\n" for i in range(9)))
-    (folder / "manifest.json").write_text(json.dumps({"format": "pdae_fast avatars", "seed": 3, "size": 16}))
+    job, drawn = jobs(shared)["avatars"], folder / "drawn"
+    killing.run(call(job, drawn))
     model, parts = tiny_pdae(), folder / "encoded" / "out" / "parts"
 
     def latents():
@@ -332,6 +333,9 @@ def kinds(folder, shared):
     def first_of_idx():
         return [open_dataset(idx, 32, 1)[i].image.numpy().tobytes() for i in range(6)]
 
+    def manifest():
+        return [open_dataset(drawn / "out", 16, 1).names, killing.run(call(job, drawn)).status]
+
     def log():
         return [values.tolist() for values in read_log(folder)]
 
@@ -343,7 +347,7 @@ def kinds(folder, shared):
         "CelebA's list": (folder / "celeba.txt", lambda: labels(folder / "celeba.txt"), False),
         "CSV": (folder / "table.csv", lambda: labels(folder / "table.csv"), False),
         "log": (folder / "log.jsonl", log, False),
-        "manifest": (folder / "manifest.json", lambda: is_avatars(folder), False),
+        "manifest": (drawn / "out" / "manifest.json", manifest, True),
         **_parts(folder, shared, parts),
     }
 

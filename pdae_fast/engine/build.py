@@ -91,10 +91,28 @@ def disagreement(plan: FusedPlan) -> float:
     return float((found - expected).norm() / expected.norm().clamp_min(1e-12))
 
 
+class Unbuilt:
+    """Stands for a plan that cannot run where it was read, and says why when it is used.
+
+    An error while it is read would end the worker of a pool, for which its caller waits for ever.
+    """
+
+    def __init__(self, model: PDAE | Prior, error: UserError) -> None:
+        self.model, self.error = model, error
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # copies ask for those
+            raise AttributeError(name)
+        raise self.error
+
+
 def _rebuilt(
     model: PDAE | Prior, device: str, dtype: torch.dtype, name: str, choices: dict[str, Any], counts: dict[str, int]
-) -> Plan:
-    plan = build_plan(model, resolve_device(device), dtype, name, **choices)
+) -> Plan | Unbuilt:
+    try:
+        plan = build_plan(model, resolve_device(device), dtype, name, **choices)
+    except UserError as error:
+        return Unbuilt(model, error)
     plan.evaluations.update(counts)
     return plan
 

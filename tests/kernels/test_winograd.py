@@ -1,6 +1,7 @@
 """The CPU's compiled 3x3 convolution: against float64, on any number of threads, and wherever it cannot be had."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -215,6 +216,33 @@ def test_no_images(native):
     c = case(SHAPES["one-tile"])
     u = winograd_weights(c.weight, 4, torch.float32)
     assert winograd(c.x[:0], u, c.bias, 64, 4).shape == (0, 64, 4, 4)
+
+
+LESSER = """
+from pdae_fast.kernels import attention_native, attention_status, native_status, winograd_dtypes
+assert attention_status()[0] and native_status()[0], (attention_status(), native_status())
+assert winograd_dtypes() == (torch.float32,), winograd_dtypes()
+x, weight = torch.randn(3, 48, 9, 11), torch.randn(37, 48, 3, 3) / 20
+expected = torch.nn.functional.conv2d(x.double(), weight.double(), padding=1)
+x = x.contiguous(memory_format=torch.channels_last)
+for tile in (2, 4):
+    found = winograd(x, winograd_weights(weight, tile, x.dtype), None, 37, tile).double()
+    assert (found - expected).norm() < 2e-6 * expected.norm()
+q, k, v = torch.randn(2, 45, 2, 3, 48).unbind(3)
+expected = torch.nn.functional.scaled_dot_product_attention(*(t.double().transpose(1, 2) for t in (q, k, v)))
+assert (attention_native(q, k, v).double() - expected.transpose(1, 2)).norm() < 2e-6 * expected.norm()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="another processor's extensions")
+@pytest.mark.parametrize("without", ["avx512f", "avx512bf16"])
+def test_a_lesser_processor(native, tmp_path, without):
+    """What is built where AVX-512, or its bfloat16, is missing: other vectors and another micro-kernel."""
+    environment = {**os.environ, "CC": f"{COMPILER} -mno-{without}", "XDG_CACHE_HOME": str(tmp_path)}
+    code = SMALL_TEAM + LESSER
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 SANITISED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]

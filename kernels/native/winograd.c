@@ -99,18 +99,18 @@ INLINE void weight_points(int m, const doubles *w, int step, doubles *g) {
 #define SLICE 16 /* channels of a panel that a thread transforms at a time */
 
 /* One channel's weights of the n <= LANES outputs that begin at `from`; lane 0 of the first point goes to `to`. */
-INLINE void weight_lanes(const struct weights *w, const float *from, int64_t n, int64_t point, char *to, int m) {
+static void weight_lanes(const struct weights *w, const float *from, int64_t n, int64_t point, char *to, int m) {
     const int a = m + 2, bfloat16 = (int)w->bfloat16;
     doubles g[9] = {{0}}, columns[6 * 3], points[6];
     for (int64_t lane = 0; lane < n; lane++)
         for (int i = 0; i < 9; i++) g[i][lane] = from[lane * w->stride[0] + i / 3 * w->stride[2] + i % 3 * w->stride[3]];
-    UNROLL for (int x = 0; x < 3; x++) {
+    for (int x = 0; x < 3; x++) {
         weight_points(m, g + x, 3, points);
-        UNROLL for (int i = 0; i < a; i++) columns[3 * i + x] = points[i];
+        for (int i = 0; i < a; i++) columns[3 * i + x] = points[i];
     }
-    UNROLL for (int i = 0; i < a; i++) {
+    for (int i = 0; i < a; i++) {
         weight_points(m, columns + 3 * i, 1, points);
-        UNROLL for (int j = 0; j < a; j++, to += point) {
+        for (int j = 0; j < a; j++, to += point) {
             const floats values = __builtin_convertvector(points[j], floats);
             if (bfloat16) {
                 const halves h = narrow(values);

@@ -121,7 +121,7 @@ def draw(path: Path, report: dict[str, Any]) -> None:
                         seen.setdefault(name, _handle(colours[name]))
                 if baselines:
                     best = _best(baselines, kind)
-                    panel.axhline(best["value"], color="#666666", linestyle=":", linewidth=1.2)
+                    panel.axhline(best["value"], color="#666666", linestyle=":", linewidth=1.2, zorder=1.4)
                     panel.annotate(
                         best["features"],
                         (1, best["value"]),

@@ -4,6 +4,7 @@ from .diffae import DiffAE
 from .encoder import Encoder
 from .latent import LatentMLP
 from .pdae import PDAE, Autoencoder, Prior
+from .student import Student
 from .unet import Features, HalfUNet, PDAEDecoder, UNet
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "LatentMLP",
     "PDAEDecoder",
     "Prior",
+    "Student",
     "UNet",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .arguments import as_indices, as_int, as_number, brief
 from .engine import build_plan, in_forked_process, out_of_memory, resolve_device, resolve_dtype
+from .engine.features import Maps, as_outputs, as_times, no_maps
 from .errors import UserError
 from .isolation import undisturbed
 from .models import PDAE, Autoencoder, DiffAE, Prior
@@ -20,13 +21,15 @@ from .samplers import ddim
 from .samplers.ddim import Field
 from .samplers.noise import ImageNoise, lerp, random_noise, slerp
 from .samplers.recipe import Recipe
-from .schedule import Trajectory, build_schedule
+from .schedule import Trajectory, build_schedule, q_sample
 from .tensors import as_image_tensor, as_tensor, as_values, as_weights
 
+R = TypeVar("R")
 INTERPOLATIONS = ("latent", "trajectory")
 DIFFAE_LATENT_STEPS = 200
-# Streams of random numbers of one seed: those of an image's x_T, of its z_T and of the noise in its steps are apart.
-LATENT_STREAM, STEP_STREAM = 2**32, 2**33
+# Streams of random numbers of one seed: those of an image's x_T, of its z_T, of the noise in its steps and
+# of the noise in what its features are of are apart.
+LATENT_STREAM, STEP_STREAM, FEATURE_STREAM = 2**32, 2**33, 2**34
 
 
 def calls(method: Callable) -> Callable:
@@ -219,12 +222,16 @@ class Pipeline:
 
     def _batched(self, count: int, run: Callable[[slice], Tensor], shape: Sequence[int]) -> Tensor:
         """run(part) for every batch, gathered on the CPU [count, *shape]; UserError when a batch does not fit."""
+        return self._collect(self._each(count, lambda part: run(part).cpu()), shape)
+
+    def _each(self, count: int, run: Callable[[slice], R]) -> list[R]:
+        """run(part) for every batch; UserError when a batch does not fit."""
         size = min(self.batch_size, count)
         self.plan.check_memory(size)
         parts = []
         for part in self._chunks(count):
             try:
-                parts.append(run(part).cpu())
+                parts.append(run(part))
             except (RuntimeError, MemoryError) as error:
                 if in_forked_process(error):
                     raise UserError(f"{self.device} cannot be used in a forked process; start it by spawn") from None
@@ -233,7 +240,7 @@ class Pipeline:
                 raise UserError(
                     f"{size} images at once do not fit the memory of {self.device}; use a smaller batch size"
                 ) from None
-        return self._collect(parts, shape)
+        return parts
 
     def _tick(self, count: int) -> Callable[[], None] | None:
         return None if self.progress is None else lambda: self.progress(count)
@@ -248,6 +255,49 @@ class Pipeline:
         """x0 [B, C, H, W] -> z [B, latent_dim]."""
         model, x0 = self._autoencoder("encode"), self._images(x0, "x0")
         return self._batched(len(x0), lambda part: self.plan.encode(x0[part]), (model.config.latent_dim,))
+
+    @calls
+    def features(
+        self,
+        images: Tensor,
+        t: int | Sequence[int] | Tensor = 0,
+        outputs: int = 0,
+        noised: bool = False,
+        seed: int = 0,
+        *,
+        indices: Sequence[int] | None = None,
+        y: Sequence[int] | Tensor | None = None,
+    ) -> Maps:
+        """What the prior's network says of ``images`` [B, C, H, W]: the maps of its middle block and of its first
+        ``outputs`` output blocks, float32 on the CPU.
+
+        ``t``: the time it is told, 0 ... T - 1, one or [B]. It is given the images themselves, or with ``noised`` their
+        x_t, whose noise is that of image ``indices[k]`` (None: k) of ``seed``. Of a Diff-AE, whose every block reads z,
+        the images are encoded first. ``y``: as in `invert`. What comes after the last map is not computed.
+        """
+        x0 = self._images(images, "images")
+        T, count, unet = self.schedule.T, len(x0), self.plan.unet
+        outputs, times = as_outputs(outputs, unet), as_times(t, T, count)
+        labels = self._labels(y, count)
+        indices = range(count) if indices is None else as_indices("indices", indices)
+        if len(indices) != count:
+            raise UserError(f"indices has {len(indices)} values; expected {count}, one for each image")
+        noise = ImageNoise(seed, indices, self.model.image_shape, stream=FEATURE_STREAM) if noised else None
+
+        def run(part: slice) -> Maps:
+            x, at = x0[part], times if len(times) == 1 else times[part]
+            z = self.plan.encode(x) if unet.z_width else None
+            if noise is not None:
+                draws = ImageNoise.of(noise.generators[part], self.model.image_shape)()
+                x = q_sample(self.schedule, x.cpu(), torch.tensor(at).expand(len(x)), draws)
+            of_part = labels if labels is None or len(labels) == 1 else labels[part]
+            found = self.plan.features(x, at, outputs, z, of_part)
+            if self.progress is not None:
+                self.progress(len(x))
+            return Maps.of(level.cpu() for level in found.levels)
+
+        parts = self._each(count, run) or [no_maps(unet, self.model.config.image_size, outputs)]
+        return Maps.cat(parts)
 
     @calls
     def invert(self, x0: Tensor, z: Tensor | None = None, y: Sequence[int] | Tensor | None = None) -> Tensor:

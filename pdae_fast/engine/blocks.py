@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -181,6 +181,14 @@ class FusedDecoder(FusedStages):
     def outer(self, h: Tensor, skips: list[Skip], affine: Affine) -> Tensor:
         """Map [B, C, H, W] from the deep map ``h`` by the last stages, which read ``skips``, and the head."""
         return self.head(self.norm(self._join(len(self.stages) - len(skips), h, skips, affine)))
+
+    def levels(self, skips: list[Skip], affine: Affine) -> Iterator[Tensor]:
+        """The map of the middle block, then of every output block, each computed when it is asked for."""
+        h = self.run(0, skips[-1].x, affine)
+        yield h
+        for i, skip in enumerate(reversed(skips), start=1):
+            h = self._join(i, h, [skip], affine)
+            yield h
 
     def _join(self, first: int, h: Tensor, skips: list[Skip], affine: Affine) -> Tensor:
         """``h`` after the stages from ``first`` on, which read ``skips``, the last one first."""

@@ -14,6 +14,7 @@ from ..config import PDAEConfig, PriorConfig
 from ..models import PDAE, Prior
 from ..models.layers import AttentionBlock, time_features
 from ..models.unet import PDAEDecoder, UNet
+from .features import partial_cost
 
 
 class Costs(NamedTuple):
@@ -41,6 +42,7 @@ def equivalents(model: PDAE | Prior, evaluations: Mapping[str, int], outer: int)
     total = sum(evaluations.get(name, 0) * sum(getattr(costs, name)) for name in names)
     for name, cost in zip(names, costs.outer(outer), strict=True):
         total += evaluations.get(f"outer_{name}", 0) * cost
+    total += partial_cost(evaluations, costs.eps)
     return total / costs.full
 
 

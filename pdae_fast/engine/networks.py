@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -244,6 +244,13 @@ class Networks(Plan):
         if codes.weights is None:
             return gradient
         return (codes.weights * gradient.float().unflatten(0, (K, -1))).sum(0)
+
+    def _levels(self, x: Tensor, times: Sequence[int], z: Tensor | None, labels: Tensor | None) -> Iterator[Tensor]:
+        """As :meth:`Plan._levels`."""
+        affines = self._affines(self.time_rows(times, labels), None if z is None else self.conditioning(z))
+        skips = self._features(x, affines[0], Workload("all", "none"), Kept(), share=False)
+        self._awaited.clear()
+        return self.eps.levels(skips, affines[1])
 
     def count(self, images: int, codes: Conditioning | None, workload: Workload) -> None:
         """Enter one evaluation of ``images`` images into ``evaluations``; outer parts have counters of their own."""

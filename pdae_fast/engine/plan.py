@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from ..models import PDAE, Prior
 from ..samplers.reuse import NOTHING, Reuse
 from .cost import equivalents
 from .device import available_memory, one_at_a_time
+from .features import COUNTER, Maps, separate
 from .ownership import owned
 
 P = TypeVar("P", bound="Plan")
@@ -30,8 +32,9 @@ class Plan:
     """Runs ``model`` eagerly on ``device`` in ``dtype``; x and all results are float32 on that device.
 
     ``evaluations`` counts network evaluations in images: one for every image that passes a trunk, an eps-decoder, a
-    G-decoder or the encoder; what is taken from an earlier evaluation (``reuse``) is not counted, and where only the
-    outer part of a network ran, that is counted apart ("outer_eps"). This plan knows of reuse only the window of G.
+    G-decoder or the encoder; what is taken from an earlier evaluation (``reuse``) is not counted. Where only the outer
+    part of a network ran, that is counted apart ("outer_eps"), and so is an eps-decoder that stopped after its K-th
+    output block ("eps_until_K"). This plan knows of reuse only the window of G.
 
     The weights are the plan's own and never change: what happens to ``model`` later is not seen. Several threads may
     use a plan; copies share the weights, and a pickled plan is built anew where it is read.
@@ -164,6 +167,35 @@ class Plan:
             return eps, (weights * gradients.unflatten(0, (K, B))).sum(0)
 
         return evaluate
+
+    @torch.inference_mode()
+    def features(
+        self,
+        x: Tensor,
+        t: int | Sequence[int],
+        outputs: int = 0,
+        z: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Maps:
+        """Maps of the middle block and of the first ``outputs`` output blocks of the eps-decoder for x [B, C, H, W] at
+        time ``t``, or at one for each image; what comes after them is not computed.
+
+        z [B, D] of a network whose every block reads it (Diff-AE), ``labels`` int64 [B] or [1] of a class-conditional
+        one.
+        """
+        self.check_field(z, None, labels)
+        times = [t] if isinstance(t, int) else t
+        z, labels = (None if v is None else v.to(self.device) for v in (z, labels))
+        with self.precision():
+            levels = self._levels(x.to(self.device), times, z, labels)
+            maps = Maps.of(map(separate, itertools.islice(levels, outputs + 1)))
+        self.count_evaluations(**{"trunk": len(x), f"{COUNTER}{outputs}": len(x)})
+        return maps
+
+    def _levels(self, x: Tensor, times: Sequence[int], z: Tensor | None, labels: Tensor | None) -> Iterator[Tensor]:
+        """Maps of the middle block and of the output blocks, each computed when it is asked for."""
+        t = torch.tensor(times, dtype=torch.int64, device=self.device)
+        return self.unet.levels(self.unet.trunk(x, t.expand(len(x)), labels, z))
 
     def latent_field(self) -> Evaluate:
         """The latent DPM as a field on z."""

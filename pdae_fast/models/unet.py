@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -94,12 +94,18 @@ def _build_head(config: UNetConfig, out_channels: int) -> nn.Sequential:
     return nn.Sequential(group_norm(width, config), nn.SiLU(), zero_(nn.Conv2d(width, out_channels, 3, padding=1)))
 
 
+def _levels(middle: Stage, blocks: nn.ModuleList, features: Features, emb_z: Tensor | None = None) -> Iterator[Tensor]:
+    h = middle(features.h, features.emb, emb_z)
+    yield h
+    for block, skip in zip(blocks, reversed(features.skips), strict=True):
+        h = block(torch.cat([h, skip], dim=1), features.emb, emb_z)
+        yield h
+
+
 def _decode(
     middle: Stage, blocks: nn.ModuleList, head: nn.Sequential, features: Features, emb_z: Tensor | None = None
 ) -> Tensor:
-    h = middle(features.h, features.emb, emb_z)
-    for block, skip in zip(blocks, reversed(features.skips), strict=True):
-        h = block(torch.cat([h, skip], dim=1), features.emb, emb_z)
+    *_, h = _levels(middle, blocks, features, emb_z)
     return head(h)
 
 
@@ -157,6 +163,10 @@ class UNet(nn.Module):
             h = block(h, emb, z)
             skips.append(h)
         return Features(h, tuple(skips), emb, x, t, z)
+
+    def levels(self, features: Features) -> Iterator[Tensor]:
+        """The map of the middle block, then of every output block, each computed when it is asked for."""
+        return _levels(self.middle_block, self.output_blocks, features, features.z)
 
     def decode(self, features: Features) -> Tensor:
         """The network's output [B, C, H, W]; a learned variance, if the prior has one, is dropped."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,14 @@ class PlainModules:
         """z [N, D]; None from a prior."""
         return self.model.encode(x0) if isinstance(self.model, Autoencoder) else None
 
+    @torch.inference_mode()
+    def features(self, x: Tensor, t: Tensor, z: Tensor | None, count: int) -> list[Tensor]:
+        """The first ``count`` maps of the eps-decoder's blocks."""
+        unet = self.model.decoder if isinstance(self.model, PDAE) else self.model.unet
+        y = None if self.label is None else torch.full((len(x),), self.label)
+        trunk = unet.trunk(x, t, y, z if isinstance(self.model, DiffAE) else None)
+        return list(itertools.islice(unet.levels(trunk), count))
+
     def field(self, z: Tensor | None) -> ddim.Field:
         """What samplers integrate: the modules as they are."""
 
@@ -127,7 +136,7 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """Errors of every graph but ``reconstruct``, for each number of images in ``batches``, over several steps."""
     bound = BOUNDS[manifest["dtype"]]
-    names = manifests.GRAPHS[manifest["kind"]]
+    names = manifests.graphs_of(manifest)
     # Conditioning is float32 in every export.
     worst = {name: _Worst(BOUNDS["float32"] if name == "conditioning" else bound) for name in names}
     trajectories = {
@@ -145,6 +154,12 @@ def measure(
             projections = expected.double() - torch.tensor([1.0, 0.0])[:, None]
             worst["conditioning"].add(conditioning, expected, float(projections.norm()))
             fixed = {"conditioning": conditioning}
+        if manifests.FEATURES in worst:
+            t = torch.randint(reference.schedule.T, (count,), generator=reference.generator)
+            given = fixed if manifest["kind"] == "diffae" else {}
+            found = backend.run(manifests.FEATURES, {"x": x0.numpy(), "t": t.numpy(), **given})
+            for values, expected in zip(found.values(), reference.features(x0, t, z, len(found)), strict=True):
+                worst[manifests.FEATURES].add(values, expected)
         for name, trajectory in trajectories.items():
             drawn = int(torch.randint(len(trajectory), (), generator=reference.generator))
             # The ends of a trajectory are where its coefficients are extreme; one batch has to show that.

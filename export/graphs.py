@@ -194,7 +194,7 @@ def _conditioned(unet: UNet) -> list[AffineTable]:
     return [table for table in _tables(unet) if table.z is not None]
 
 
-def _unet(model: PDAE | DiffAE | Prior) -> UNet:
+def unet_of(model: PDAE | DiffAE | Prior) -> UNet:
     return model.decoder if isinstance(model, PDAE) else model.unet
 
 
@@ -206,7 +206,7 @@ class TracedNetworks(nn.Module):
 
     def __init__(self, model: PDAE | DiffAE | Prior, dtype: torch.dtype, form: str, label: int | None = None) -> None:
         super().__init__()
-        unet = _unet(model)
+        unet = unet_of(model)
         self.label = None if label is None else torch.tensor([label])
         unet.check_labels(self.label)
         channels = unet.config.input_channel
@@ -304,7 +304,7 @@ class ConditioningGraph(nn.Module):
 
     def __init__(self, model: PDAE | DiffAE) -> None:
         super().__init__()
-        unet = _unet(model)
+        unet = unet_of(model)
         label = unet.label_emb if isinstance(unet, PDAEDecoder) else nn.Identity()
         self.label, tables = as_dtype(label, torch.float32), _conditioned(unet)
         self.width = sum(table.width for table in tables)
@@ -340,6 +340,48 @@ class EncoderGraph(nn.Module):
         return h.float()
 
 
+class FeatureGraph(nn.Module):
+    """x [N, C, H, W], t int64 [N] and of a Diff-AE conditioning [N, 2, M] -> the maps of the middle block and of the
+    first ``outputs`` output blocks, float32. Any time may be asked for, so the time's tables are computed inside."""
+
+    def __init__(
+        self, model: PDAE | DiffAE | Prior, outputs: int, dtype: torch.dtype, form: str, label: int | None = None
+    ) -> None:
+        super().__init__()
+        unet = unet_of(model)
+        self.unet, self.dtype, self.centres = [unet], dtype, unet.config.center_input_sample
+        self.label = None if label is None else torch.tensor([label])
+        unet.check_labels(self.label)
+        parts = [list(unet.input_blocks), [unet.middle_block, *unet.output_blocks[:outputs]]]
+        self.parts = nn.ModuleList(TracedStages(part, dtype, form) for part in parts)
+        blocks = [[block for stage in part for block in resblocks(stage)] for part in parts]
+        self.tables = [AffineTable(part) for part in blocks if part]
+        # Conditioning has the columns of all norms that read z: those of the trunk, then the decoder's, first to last.
+        self.reads_z = unet.z_width is not None
+
+    def _affines(self, t: Tensor, conditioning: Tensor | None) -> list[list[Affine]]:
+        emb, first, found = time_embeddings(self.unet[0], t, self.label), 0, []
+        for table in self.tables:
+            affine = table.affine(table.at_times(emb))
+            if self.reads_z:
+                scale, shift = conditioning[:, :, first : first + table.width].unbind(1)
+                affine = Affine(scale * affine.multiplier, scale * affine.addend + shift, affine.offset)
+                first += table.width
+            found.append([affine.columns(columns) for columns in table.columns])
+        return [*found, []] if len(found) == 1 else found
+
+    def forward(self, x: Tensor, t: Tensor, conditioning: Tensor | None = None) -> tuple[Tensor, ...]:
+        (of_trunk, of_decoder), (trunk, decoder) = self._affines(t, conditioning), self.parts
+        h, skips, maps = (2 * x - 1 if self.centres else x).to(self.dtype), [], []
+        for i in range(len(trunk.stages)):
+            h = trunk.run(i, h, of_trunk)
+            skips.append(h)
+        for i in range(len(decoder.stages)):
+            h = decoder.run(i, torch.cat([h, skips.pop()], dim=1) if i else h, of_decoder)
+            maps.append(h.float())
+        return tuple(maps)
+
+
 def build_graphs(
     model: PDAE | DiffAE | Prior,
     schedule: Schedule,
@@ -348,10 +390,12 @@ def build_graphs(
     dtype: torch.dtype,
     form: str,
     label: int | None = None,
+    features: int | None = None,
 ) -> dict[str, nn.Module]:
     """The modules of an export by the names of their graphs (see manifest.GRAPHS); weights are copied.
 
-    A class-conditional network is exported for one ``label``; UserError without.
+    A class-conditional network is exported for one ``label``; UserError without. ``features``: also the maps of the
+    middle block and of so many output blocks.
     """
     with torch.no_grad():
         graphs: dict[str, nn.Module] = {}
@@ -362,10 +406,12 @@ def build_graphs(
         networks = TracedNetworks(model, dtype, form, label)
         graphs["decode_step"] = step(networks, schedule.decoding(steps))
         graphs["invert_step"] = step(networks, schedule.inversion(encode_steps))
+        if features is not None:
+            graphs["features"] = FeatureGraph(model, features, dtype, form, label)
     return {name: graph.eval() for name, graph in graphs.items()}
 
 
 def conditioning_width(model: PDAE | DiffAE | Prior) -> int | None:
     """M, the columns of conditioning; None for a prior."""
-    tables = _conditioned(_unet(model))
+    tables = _conditioned(unet_of(model))
     return sum(table.width for table in tables) if tables else None

@@ -10,9 +10,11 @@ Graphs of ``kind`` "pdae" or "diffae" (a "prior" has only the last two, without 
     decode_step   x [N, C, H, W], conditioning [N, 2, M], step int64 [1]          -> x_next [N, C, H, W]
     invert_step   x [N, C, H, W], conditioning [N, 2, M], step int64 [1]          -> x_next [N, C, H, W]
     reconstruct   x0 [N, C, H, W] (optional, the loops inside)                    -> x [N, C, H, W], z [N, D]
+    features      x [N, C, H, W], t int64 [N] (optional; of a diffae also         -> middle [N, ...], output_1 ...
+                  conditioning [N, 2, M])
 
-All tensors are float32 but ``step``, which runs 0, 1, ... in order of execution: ``steps`` of them decode,
-``encode_steps`` of them invert. This module imports nothing but the standard library.
+All tensors are float32 but ``t``, the time of every image, and ``step``, which runs 0, 1, ... in order of execution:
+``steps`` of them decode, ``encode_steps`` of them invert. This module imports nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -39,10 +41,11 @@ GRAPHS = {
     "diffae": ("encoder", "conditioning", "decode_step", "invert_step"),
     "prior": ("decode_step", "invert_step"),
 }
-RECONSTRUCT = "reconstruct"
+RECONSTRUCT, FEATURES = "reconstruct", "features"
 DTYPES = ("float32", "float16", "bfloat16")
 # Values of one image, and of its conditioning: 8192 x 8192 in colour.
 MAX_IMAGE = 2**28
+MAX_TENSORS = 256  # of a graph: the maps of a large network's blocks
 # Fields that every reader relies on, with their types; more may be there.
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "backend": str,
@@ -60,6 +63,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
 # Others that some reader relies on where they are there.
 _OPTIONAL = {
     "noise": str,
+    "features": list,
     "schedule": dict,
     "versions": dict,
     "tensorrt_version": str,
@@ -105,7 +109,8 @@ def graph_entry(path: str | Path, inputs: list[dict[str, Any]], outputs: list[di
 def signature(
     graph: str, image_shape: Sequence[int], latent_dim: int | None, width: int | None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Inputs and outputs that ``graph`` has by the table above; ``latent_dim`` and ``width`` None for a prior."""
+    """Inputs and outputs that ``graph`` has by the table above; ``latent_dim`` and ``width`` None for a prior. Those of
+    ``features`` are `feature_signature`."""
     image = ("N", *image_shape)
     if graph == "encoder":
         return [tensor_entry("x0", "float32", image)], [tensor_entry("z", "float32", ("N", latent_dim))]
@@ -120,6 +125,22 @@ def signature(
     step = tensor_entry("step", "int64", (1,))
     inputs = [tensor_entry("x", "float32", image), *(conditioning if width is not None else []), step]
     return inputs, [tensor_entry("x_next", "float32", image)]
+
+
+def feature_signature(manifest: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Inputs and outputs of ``features``; the manifest's field of that name lists [C, h, w] of every map."""
+    image, t = ("N", *manifest["image_shape"]), tensor_entry("t", "int64", ("N",))
+    inputs = [tensor_entry("x", "float32", image), t]
+    if manifest["kind"] == "diffae":
+        inputs.append(tensor_entry("conditioning", "float32", ("N", 2, manifest["conditioning_width"])))
+    names = ("middle", *(f"output_{i}" for i in range(1, len(manifest[FEATURES]))))
+    maps = zip(names, manifest[FEATURES], strict=True)
+    return inputs, [tensor_entry(name, "float32", ("N", *shape)) for name, shape in maps]
+
+
+def graphs_of(manifest: dict[str, Any]) -> tuple[str, ...]:
+    """The graphs of one evaluation that an export holds."""
+    return (*GRAPHS[manifest["kind"]], *((FEATURES,) if manifest.get(FEATURES) else ()))
 
 
 def graph_path(directory: str | Path, manifest: dict[str, Any], graph: str) -> Path:
@@ -228,9 +249,10 @@ def check_files(directory: str | Path, manifest: dict[str, Any], graphs: Iterabl
 def check_signatures(directory: str | Path, manifest: dict[str, Any]) -> None:
     """UserError unless the graphs have the inputs and outputs of the table above."""
     sizes = (manifest["image_shape"], manifest["latent_dim"], manifest["conditioning_width"])
-    for graph in GRAPHS[manifest["kind"]]:
+    for graph in graphs_of(manifest):
         entry = manifest["graphs"][graph]
-        if (entry["inputs"], entry["outputs"]) != signature(graph, *sizes):
+        expected = feature_signature(manifest) if graph == FEATURES else signature(graph, *sizes)
+        if (entry["inputs"], entry["outputs"]) != expected:
             raise UserError(
                 f"{Path(directory) / NAME}: the inputs and outputs of {graph} are not those of a {manifest['kind']} "
                 "with its image_shape, latent_dim and conditioning_width; export once more"
@@ -250,7 +272,11 @@ def _check_fields(manifest: dict[str, Any], path: Path) -> None:
     for name, known in (("kind", tuple(GRAPHS)), ("dtype", DTYPES), ("noise", NOISES)):
         if manifest.get(name, known[0]) not in known:
             raise UserError(f"{path}: {name} {brief(manifest[name])}; expected {' or '.join(known)}")
-    missing = [name for name in GRAPHS[kind] if name not in manifest["graphs"]]
+    if any(
+        not isinstance(s, list) or len(s) != 3 or not all(is_int(v, 1, MAX_SIZE) for v in s) for s in _maps(manifest)
+    ):
+        raise UserError(f"{path}: features is {brief(manifest[FEATURES])}; expected [C, h, w] of every map")
+    missing = [name for name in graphs_of(manifest) if name not in manifest["graphs"]]
     if missing:
         raise UserError(f"{path}: no graph {', '.join(missing)}; export once more")
     shape = manifest["image_shape"]
@@ -266,6 +292,8 @@ def _check_fields(manifest: dict[str, Any], path: Path) -> None:
             raise UserError(f"{path}: {name} is {brief(manifest[name])}; expected at least 1")
         if manifest[name] > most:
             raise UserError(f"{path}: {name} is {brief(manifest[name])}; expected at most {most}")
+    if not is_int((manifest.get("schedule") or {}).get("timesteps", 1), 1, MAX_TIMESTEPS):
+        raise UserError(f"{path}: timesteps is {brief(manifest['schedule']['timesteps'])}; expected 1 or more")
     for steps, times in (("steps", "decode_times"), ("encode_steps", "invert_times")):
         found = (manifest.get("schedule") or {}).get(times)
         if found is not None and (not isinstance(found, list) or len(found) != manifest[steps] + 1):
@@ -286,11 +314,15 @@ def _check_fields(manifest: dict[str, Any], path: Path) -> None:
     _check_engines(manifest, path)
 
 
+def _maps(manifest: dict[str, Any]) -> list[Any]:
+    return manifest.get(FEATURES) or []
+
+
 def _is_signature(tensors: Any) -> bool:
     """Whether ``tensors`` are :func:`tensor_entry` values: numbers that are known, in shapes that can be made."""
     return (
         isinstance(tensors, list)
-        and 1 <= len(tensors) <= 8
+        and 1 <= len(tensors) <= MAX_TENSORS
         and all(
             isinstance(tensor, dict)
             and isinstance(tensor.get("name"), str)

@@ -22,12 +22,13 @@ from tqdm import tqdm
 from .. import checkpoints, cli
 from ..config import PriorConfig, to_dict
 from ..engine.device import DTYPES
+from ..engine.features import as_outputs, level_shapes
 from ..errors import UserError
 from ..files import atomic_write
 from ..models import PDAE, Autoencoder, DiffAE, Prior
 from ..schedule import build_schedule
 from . import manifest as manifests
-from .graphs import NORMS, build_graphs, conditioning_width
+from .graphs import NORMS, build_graphs, conditioning_width, unet_of
 from .runtime import load_backend
 from .staging import check_target, staged_directory
 
@@ -51,6 +52,7 @@ class ExportSettings:
     computes faster on the CPU). max_batch: the most images of one evaluation (the graphs take any number).
     single_file: also reconstruct.onnx, with the loops inside. label: the class of all images, of a class-conditional
     model (required there).
+    features: also write features.onnx, the maps of the middle block and of so many output blocks.
     verify: also run a whole reconstruction through the runtime and compare it with the model.
     """
 
@@ -63,6 +65,7 @@ class ExportSettings:
     single_file: bool = False
     verify: bool = False
     label: int | None = None
+    features: int | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -76,6 +79,8 @@ class ExportSettings:
             )
         if self.norm not in NORMS:
             raise UserError(f"norm {self.norm!r} is not known; expected {' or '.join(NORMS)}")
+        if self.features is not None and self.features < 0:
+            raise UserError(f"features must be at least 0, not {self.features}")
         if self.max_batch < 1:
             raise UserError(f"max batch must be at least 1, not {self.max_batch}")
 
@@ -91,6 +96,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--norm", default=defaults.norm, help="how a group norm is written: group (one node) or instance")
     p.add_argument("--max-batch", type=int, default=defaults.max_batch, help="the most images of one evaluation")
     p.add_argument("--single-file", action="store_true", help="also write reconstruct.onnx with the loops inside")
+    p.add_argument(
+        "--features",
+        type=int,
+        metavar="K",
+        help="also write features.onnx: the maps of the middle block and of the first K output blocks",
+    )
     p.add_argument("--label", type=int, help="class of all images, of a class-conditional model")
     p.add_argument("--prior", action="store_true", help="only the prior inside a PDAE: no encoder, no G")
     p.add_argument("--verify", action="store_true", help="also compare a whole reconstruction, all steps up and down")
@@ -130,11 +141,20 @@ def export_onnx(
 
     model, settings = _as_reference(model), settings or ExportSettings()
     _check_label(model, settings.label)
+    if settings.features is not None:
+        as_outputs(settings.features, unet_of(model))
     schedule = build_schedule(model.config.schedule)
     encode_steps = settings.steps if settings.encode_steps is None else settings.encode_steps
     manifest = _describe(model, settings, encode_steps, source)
     modules = build_graphs(
-        model, schedule, settings.steps, encode_steps, DTYPES[settings.dtype], settings.norm, settings.label
+        model,
+        schedule,
+        settings.steps,
+        encode_steps,
+        DTYPES[settings.dtype],
+        settings.norm,
+        settings.label,
+        settings.features,
     )
     seed = secrets.randbits(32)
     with staged_directory(out) as directory:
@@ -193,9 +213,7 @@ def _write_graphs(
 
     traced = {}
     for name in list(modules):
-        inputs, outputs = manifests.signature(
-            name, manifest["image_shape"], manifest["latent_dim"], manifest["conditioning_width"]
-        )
+        inputs, outputs = _signature(name, manifest)
         traced[name] = _tracing.trace(modules.pop(name), inputs, outputs, manifest["opset"])
         progress()
     _tracing.share_weights([traced[name] for name in STEPS], directory / SHARED_WEIGHTS)
@@ -246,6 +264,7 @@ def _compare(
 
 def _work(model: PDAE | DiffAE | Prior, settings: ExportSettings) -> int:
     graphs = len(manifests.GRAPHS[to_dict(model.config)["kind"]])
+    graphs += settings.features is not None
     return graphs + 1 + settings.single_file + (settings.single_file or settings.verify)
 
 
@@ -277,6 +296,9 @@ def _describe(
         "latent_dim": model.config.latent_dim if isinstance(model, Autoencoder) else None,
         "conditioning_width": conditioning_width(model),
         "noise": model.config.noise,
+        "features": None
+        if settings.features is None
+        else [list(s) for s in level_shapes(unet_of(model), model.config.image_size)[: settings.features + 1]],
         "label": settings.label,
         "dtype": settings.dtype,
         # Rounding to whole time points can merge some: 1000 steps asked for are 999 to run.
@@ -306,10 +328,13 @@ def _describe(
 
 def _entry(directory: Path, graph: str, manifest: dict[str, Any], external: list[str]) -> dict[str, Any]:
     path = directory / f"{graph}.onnx"
-    signature = manifests.signature(
-        graph, manifest["image_shape"], manifest["latent_dim"], manifest["conditioning_width"]
-    )
-    return {**manifests.graph_entry(path, *signature), "external": external}
+    return {**manifests.graph_entry(path, *_signature(graph, manifest)), "external": external}
+
+
+def _signature(graph: str, manifest: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    if graph == manifests.FEATURES:
+        return manifests.feature_signature(manifest)
+    return manifests.signature(graph, manifest["image_shape"], manifest["latent_dim"], manifest["conditioning_width"])
 
 
 def _summary(out: str, manifest: dict[str, Any], model: PDAE | DiffAE | Prior, seconds: float) -> str:

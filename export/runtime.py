@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 
 from ..arguments import as_images, as_indices, as_int, as_seed, check_range
 from ..errors import UserError
+from ..limits import MAX_TIMESTEPS
 from . import manifest as manifests
 from .backends.backend import Backend
 
@@ -71,7 +72,7 @@ def noise(seed: int, indices: range, shape: tuple[int, ...], kind: str = "normal
 
 
 class Session:
-    """An exported directory, ready to run: ``encode``, ``invert``, ``decode``, ``reconstruct``.
+    """An exported directory, ready to run: ``encode``, ``features``, ``invert``, ``decode``, ``reconstruct``.
 
     Args:
         directory: written by ``python -m pdae_fast.export onnx`` or ``... tensorrt``.
@@ -190,6 +191,36 @@ class Session:
         for part in self._parts(len(x0)):
             z[part] = self._run("encoder", {"x0": x0[part]}, "z")
         return z
+
+    def features(
+        self, images: np.ndarray, t: int | Sequence[int] = 0, z: np.ndarray | None = None
+    ) -> tuple[np.ndarray, ...]:
+        """The maps [N, C, h, w] of the middle block and of the output blocks that were exported, the network told time
+        ``t``, one or [N]. ``images`` [N, C, H, W]; of a Diff-AE: for ``z`` (None: of these images)."""
+        x, kind = self._images(images, "images"), self.manifest["kind"]
+        if not self.manifest.get(manifests.FEATURES):
+            raise UserError(f"{self.directory}: an export without features; export once more with --features")
+        most = (self.manifest.get("schedule") or {}).get("timesteps", MAX_TIMESTEPS) - 1
+        times = [t] if isinstance(t, (int, np.integer)) else as_indices("t", t)
+        times = np.array([as_int("t", value, 0, most) for value in times], np.int64)
+        if len(times) not in (1, len(x)):
+            raise UserError(f"t has {len(times)} values; expected one, or one for each of {len(x)} images")
+        times = np.ascontiguousarray(np.broadcast_to(times, len(x)))
+        if z is not None and kind != "diffae":
+            raise UserError("z: only the features of a Diff-AE are of a z")
+        if kind == "diffae":
+            z = self.encode(x) if z is None else self._codes(z, len(x))
+        names = [entry["name"] for entry in self.manifest["graphs"][manifests.FEATURES]["outputs"]]
+        shapes = self.manifest[manifests.FEATURES]
+        maps = tuple(np.empty((len(x), *shape), np.float32) for shape in shapes)
+        for part in self._parts(len(x)):
+            inputs = {"x": x[part], "t": times[part]}
+            if kind == "diffae":
+                inputs["conditioning"] = self._run("conditioning", {"z": z[part]}, "conditioning")
+            found = self.backend.run(manifests.FEATURES, inputs)
+            for name, whole, shape in zip(names, maps, shapes, strict=True):
+                whole[part] = self._expected(manifests.FEATURES, found.get(name), (len(x[part]), *shape))
+        return maps
 
     def invert(self, x0: np.ndarray, z: np.ndarray | None = None) -> np.ndarray:
         """Inferred x_T [N, C, H, W] of x0 [N, C, H, W] given its z [N, D] (a prior takes none)."""

@@ -126,14 +126,14 @@ def make_avatars(
 
 def is_avatars(folder: str | os.PathLike) -> bool:
     """Whether `folder` was written by `make_avatars`."""
-    return _read_manifest(os.fspath(folder)) is not None
+    return read_manifest(os.fspath(folder)) is not None
 
 
 def _claim(out: str, seed: int, size: int) -> None:
     """Make `out` the folder of these avatars, or refuse it."""
     wanted: dict[str, Any] = {"format": FORMAT, "version": AVATARS_VERSION, "seed": seed, "size": size}
     wanted |= {"packages": versions()}
-    found = _read_manifest(out)
+    found = read_manifest(out)
     if found is not None:
         differ = [name for name, value in wanted.items() if found.get(name) != value]
         if differ:
@@ -169,7 +169,8 @@ def _is_readme(out: str, name: str) -> bool:
         return False
 
 
-def _read_manifest(folder: str) -> dict[str, Any] | None:
+def read_manifest(folder: str) -> dict[str, Any] | None:
+    """What `make_avatars` says of `folder`; None where it did not write it."""
     try:
         with open(os.path.join(folder, MANIFEST), encoding="utf-8") as file:
             content = json.load(file)

@@ -134,9 +134,8 @@ class Student(_Pretrained):
 
     def _checked(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape:
-            raise UserError(
-                f"images have shape {list(images.shape)}; this student expects [B, {', '.join(map(str, self.image_shape))}]"
-            )
+            expected = ", ".join(map(str, self.image_shape))
+            raise UserError(f"images have shape {list(images.shape)}; this student expects [B, {expected}]")
         weights = self.trunk.stem.weight
         return images.to(weights.device, weights.dtype)
 

@@ -17,7 +17,7 @@ from .. import cli
 from ..config import LatentConfig
 from ..data import Labels, open_dataset, read_attributes, readable
 from ..data.attributes import class_names, file_labels
-from ..data.latents import Latents, LatentSet, cache_path, encode_dataset, split, weights_fingerprint
+from ..data.latents import Latents, cache_path, encode_dataset, split, weights_fingerprint
 from ..data.spec import crop_for
 from ..engine import resolve_device
 from ..errors import UserError

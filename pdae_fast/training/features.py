@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -32,14 +33,16 @@ from ..pipeline import Pipeline
 
 FORMAT = "pdae_fast-features-1"
 ABOUT = "about.json"
-TARGETS = ("middle", "decoder", "z")
+TARGETS = ("middle", "decoder", "z", "pixels")
+TIMELESS = ("z", "pixels")
 BLOCK = 2**24  # bytes of a file that are hashed at a time
 
 
 @dataclass(frozen=True)
 class Target:
     """What of the teacher is learned, at which times. ``kind``: the middle block; that and the last output block of
-    each finer side in ``sides`` (decoder); or the code z of an autoencoder, which knows no time."""
+    each finer side in ``sides`` (decoder); the code z of an autoencoder, or pixels, no teacher at all but a control: the
+    image itself, its blocks of pixels as channels at each of ``sides``. The last two know no time."""
 
     kind: str
     times: tuple[int, ...]
@@ -59,7 +62,7 @@ class Target:
         if wrong:
             raise UserError(f"the teacher has no time {wrong[0]}; expected whole numbers from 0 to {T - 1}")
         classes = model.config.unet.num_classes
-        needed = classes is not None and self.kind != "z"
+        needed = classes is not None and self.kind not in TIMELESS
         if needed != (self.label is not None) or (needed and not 0 <= self.label < classes):
             expected = f"a class-conditional teacher needs --label K from 0 to {classes - 1}" if needed else (
                 "--label is for a class-conditional teacher"
@@ -70,6 +73,9 @@ class Target:
         """[C, h, w] of the levels, the deepest first."""
         if self.kind == "z":
             return [(model.config.latent_dim, 1, 1)]
+        if self.kind == "pixels":
+            channels, size, _ = model.image_shape
+            return [(channels * (size // side) ** 2, side, side) for side in sorted(self.sides)]
         every = level_shapes(_unet(model), model.config.image_size)
         return [every[0], *(every[i + 1] for i in self.blocks(model))]
 
@@ -205,6 +211,9 @@ def _levels(pipe: Pipeline, images: Tensor, target: Target, indices: range) -> I
     if target.kind == "z":
         yield [pipe.encode(images)[:, :, None, None]]
         return
+    if target.kind == "pixels":
+        yield [F.pixel_unshuffle(images, images.shape[-1] // side) for side in sorted(target.sides)]
+        return
     blocks = target.blocks(pipe.model)
     y = None if target.label is None else [target.label]
     for t in target.times:
@@ -242,7 +251,7 @@ class FeatureSet(Dataset):
     """Images with their teacher's levels, and for a policy with a labelled image, its levels and its truth.
 
     Item i is (image, levels) or (image, levels, labelled image, its levels, its truth): image i itself where it has a
-    label, else one of those that have. ``truth``: as `recognition.Truth`.
+    label, else one of those that have. ``truth``: as `recognition.TaskTruth`.
     """
 
     def __init__(self, dataset: Any, features: Features, truth: Any = None) -> None:

@@ -16,8 +16,6 @@ from .. import cli
 from ..data import Subset, stream
 from ..data.attributes import class_names, file_labels
 from ..data.avatar_truth import read_landmarks, read_parts
-from ..data.avatars import is_avatars
-from ..data.bundled import PREFIX, bundled_path
 from ..errors import UserError
 from ..models import Student
 from ..student_config import HEADS
@@ -26,7 +24,7 @@ BATCH = 64
 EYES = ("left_eye", "right_eye")
 
 
-class Truth(NamedTuple):
+class TaskTruth(NamedTuple):
     """What is known of K images of a data set, ``indices`` [K] ascending, for one of HEADS called ``labels``.
 
     values: classes int64 [K]; parts uint8 [K, S, S], places in ``labels``; or points float32 [K, n, 2], (x, y) in
@@ -40,7 +38,7 @@ class Truth(NamedTuple):
     indices: np.ndarray
     scale: float = 1.0
 
-    def rows(self, places: Sequence[int] | np.ndarray) -> Truth:
+    def rows(self, places: Sequence[int] | np.ndarray) -> TaskTruth:
         """That of the images at ``places`` among the K."""
         places = np.sort(np.asarray(places, dtype=np.int64))
         return self._replace(values=self.values[torch.from_numpy(places)], indices=self.indices[places])
@@ -59,7 +57,7 @@ def find_truth(
     dataset: Any,
     attributes: str | None = None,
     columns: Sequence[str] | None = None,
-) -> Truth:
+) -> TaskTruth:
     """What is known about the images of ``dataset``, which was opened as ``spec``.
 
     classes: the columns of ``attributes``, the labels of the data set (IDX files), or its first subfolders. parts and
@@ -80,7 +78,7 @@ def find_truth(
     return found
 
 
-def choose_labels(truth: Truth, count: int | None, seed: int) -> Truth:
+def choose_labels(truth: TaskTruth, count: int | None, seed: int) -> TaskTruth:
     """``count`` of the images of ``truth`` (None: all), drawn by ``seed``, of classes as evenly as there are; a smaller
     count draws some of those of a larger one. UserError where there are fewer, and where all would be of one class."""
     if count is None:
@@ -101,7 +99,7 @@ def choose_labels(truth: Truth, count: int | None, seed: int) -> Truth:
     return found
 
 
-def _classes(spec: str, dataset: Any, attributes: str | None, columns: Sequence[str] | None) -> Truth:
+def _classes(spec: str, dataset: Any, attributes: str | None, columns: Sequence[str] | None) -> TaskTruth:
     every = np.arange(len(dataset))
     if attributes is not None:
         table = file_labels(dataset.names, attributes, columns)
@@ -112,11 +110,11 @@ def _classes(spec: str, dataset: Any, attributes: str | None, columns: Sequence[
                 f"{len(table.columns)} columns positive; expected one, its class (see --columns)"
             )
         values = table.values.long().argmax(1)
-        return Truth("classes", list(table.columns), values, np.asarray(table.indices, dtype=np.int64))
+        return TaskTruth("classes", list(table.columns), values, np.asarray(table.indices, dtype=np.int64))
     labels = getattr(dataset, "labels", None)
     if labels is not None:
         values = torch.from_numpy(np.asarray(labels, dtype=np.int64))
-        return Truth("classes", class_names([spec], int(values.max()) + 1), values, every)
+        return TaskTruth("classes", class_names([spec], int(values.max()) + 1), values, every)
     folders = [name.partition("/")[0] if "/" in name else None for name in dataset.names]
     if None in folders:
         raise UserError(
@@ -125,24 +123,20 @@ def _classes(spec: str, dataset: Any, attributes: str | None, columns: Sequence[
         )
     known = sorted(set(folders))
     place = {folder: i for i, folder in enumerate(known)}
-    return Truth("classes", known, torch.tensor([place[folder] for folder in folders]), every)
+    return TaskTruth("classes", known, torch.tensor([place[folder] for folder in folders]), every)
 
 
-def _avatars(task: str, spec: str, dataset: Any) -> Truth:
-    folder = bundled_path(spec.removeprefix(PREFIX)) if spec.startswith(PREFIX) else spec
-    if not is_avatars(folder):
-        raise UserError(f"{spec}: no {task} are known of these images; expected a folder of avatars, {PREFIX}avatars")
+def _avatars(task: str, spec: str, dataset: Any) -> TaskTruth:
     side, every = dataset.size, np.arange(len(dataset))
     if task == "parts":
-        masks = read_parts(folder, dataset.names)
-        found = tuple(masks.values.shape[1:])
-        if found != (side, side):
-            raise UserError(f"{spec}: masks of {found[1]} x {found[0]} pixels; the student sees {side} x {side}")
-        return Truth(task, list(masks.names), torch.as_tensor(masks.values), every)
-    marks = read_landmarks(folder, dataset.names)
-    values = torch.as_tensor(marks.values, dtype=torch.float32) * (side / marks.size)
+        masks = read_parts(spec, dataset.names)
+        if masks.size != side:
+            raise UserError(f"{spec}: masks of {masks.size} x {masks.size} pixels; the student sees {side} x {side}")
+        return TaskTruth(task, list(masks.names), torch.from_numpy(masks.values), every)
+    marks = read_landmarks(spec, dataset.names)
+    values = torch.from_numpy(marks.values) * (side / marks.size)
     spread = float((values - values.mean(0)).square().mean()) / side**2
-    return Truth(task, list(marks.names), values, every, spread or 1.0)
+    return TaskTruth(task, list(marks.names), values, every, spread or 1.0)
 
 
 # -- learning ----------------------------------------------------------------------------------------------------------
@@ -164,7 +158,7 @@ def task_loss(task: str, out: Tensor, truth: Tensor, scale: float = 1.0) -> Tens
 class Labelled(Dataset):
     """The images that have a truth, each with it."""
 
-    def __init__(self, dataset: Any, truth: Truth) -> None:
+    def __init__(self, dataset: Any, truth: TaskTruth) -> None:
         self.dataset, self.truth = dataset, truth
 
     def __len__(self) -> int:
@@ -177,7 +171,7 @@ class Labelled(Dataset):
 # -- judging -----------------------------------------------------------------------------------------------------------
 
 
-def evaluate(student: Student, dataset: Any, truth: Truth, batch_size: int = BATCH) -> dict[str, Any]:
+def evaluate(student: Student, dataset: Any, truth: TaskTruth, batch_size: int = BATCH) -> dict[str, Any]:
     """How well ``student`` reads the images that have a truth.
 
     classes: "accuracy". parts: "miou", the mean over the parts that are there of their intersection over union, over

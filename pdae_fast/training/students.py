@@ -20,8 +20,8 @@ from ..models import Autoencoder, Prior, Student
 from ..student_config import StudentConfig
 from . import policy
 from .distillation import LOSSES, Distiller
-from .features import Features, FeatureSet, Target, teacher_features
-from .recognition import Labelled, Truth, choose_labels, find_truth, task_loss
+from .features import TIMELESS, Features, FeatureSet, Target, teacher_features
+from .recognition import Labelled, TaskTruth, choose_labels, find_truth, task_loss
 from .tasks import Task
 
 TIMES = (0, 25, 50, 100, 200, 400, 700, 900)  # of 1000: what there is to choose among, unless given
@@ -86,7 +86,7 @@ class StudentTask(Task):
         features: Features,
         choice: Choice,
         loss: str = "dense",
-        truth: Truth | None = None,
+        truth: TaskTruth | None = None,
         bandit: Bandit | None = None,
         record: dict[str, Any] | None = None,
     ) -> None:
@@ -198,7 +198,7 @@ def check_loss(loss: str, shapes: Sequence[Sequence[int]]) -> None:
 @torch.inference_mode()
 def describe_policy(model: Distiller, task: StudentTask, data: FeatureSet) -> dict[str, Any]:
     """What the policy of ``model`` does: the mean "probability" of each time and the "entropy" over the images, and on
-    the labelled images the "reward" of the policy, of each fixed time, of the best of these, and of a uniform choice."""
+    the labelled images the "reward" of the policy, of each time, of the best of these, and of a uniform choice."""
     total, entropy, count = 0.0, 0.0, 0
     device = next(model.parameters()).device
     for start in range(0, len(data), 64):
@@ -235,7 +235,7 @@ class RecogniseTask(Task):
     name = "recognise"
     collate = None
 
-    def __init__(self, student: Student, truth: Truth, freeze: bool = False, record: dict[str, Any] | None = None):
+    def __init__(self, student: Student, truth: TaskTruth, freeze: bool = False, record: dict[str, Any] | None = None):
         record = {"labels": truth.digest(), "--freeze": freeze, **(record or {})}
         super().__init__(student, record)
         self.scale = truth.scale
@@ -253,7 +253,7 @@ class RecogniseTask(Task):
         return task_loss(task, out, truth, self.scale).mean()
 
 
-def with_head(student: Student, truth: Truth, seed: int = 0) -> Student:
+def with_head(student: Student, truth: TaskTruth, seed: int = 0) -> Student:
     """``student`` with a fresh head for ``truth`` in place of any that it has; its weights are copied. Points start at
     their mean."""
     config = dataclasses.replace(student.config, head=truth.task, labels=tuple(truth.labels))
@@ -293,11 +293,8 @@ def new_student(config: AnyConfig, width: int, depth: int, halvings: int | None 
 
 def check_student(args: Any) -> None:
     """What of the options of train student can be wrong whatever the teacher."""
-    if args.target == "z":
-        if args.choose != "0" or args.times:
-            raise UserError("--target z is the code of an image and of no time; leave out --choose and --times")
-        if args.noised:
-            raise UserError("--target z is the code of the clean image; leave out --noised")
+    if args.target in TIMELESS and (args.choose != "0" or args.times or args.noised):
+        raise UserError(f"--target {args.target} is that of a clean image and no time; leave out --choose and --noised")
     if args.choose == "policy":
         if args.reads is None:
             raise UserError("--choose policy is rewarded by labels; say which with --task classes, parts or points")
@@ -316,7 +313,7 @@ def student_task(
     """The task of train student and what it learns from, by the teacher ``model``."""
     choice = Choice.of(args.choose, args.times, model.config.schedule.timesteps)
     student = new_student(model.config, args.width, args.depth, args.halvings, args.seed)
-    sides = student.config.sizes if args.target == "decoder" else ()
+    sides = {"decoder": student.config.sizes, "pixels": student.config.sizes[-1:]}.get(args.target, ())
     target = Target(args.target, choice.times, sides, args.noised, args.label, args.seed if args.noised else 0)
     target.check(model)
     check_loss(args.loss, target.shapes(model))
@@ -337,7 +334,7 @@ def student_task(
 
 def recognise_task(
     args: Any, start: Student, dataset: Any, test: Any | None
-) -> tuple[RecogniseTask, Labelled, tuple[Any, Truth]]:
+) -> tuple[RecogniseTask, Labelled, tuple[Any, TaskTruth]]:
     """The task of train recognise, what it learns from, and the images with their truth that judge it: those of
     ``test``, else --holdout of ``dataset``."""
     find = partial(find_truth, args.reads, args.data, attributes=args.attributes, columns=args.columns)

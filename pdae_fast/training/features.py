@@ -41,7 +41,7 @@ BLOCK = 2**24  # bytes of a file that are hashed at a time
 @dataclass(frozen=True)
 class Target:
     """What of the teacher is learned, at which times. ``kind``: the middle block; that and the last output block of
-    each finer side in ``sides`` (decoder); the code z of an autoencoder, or pixels, no teacher at all but a control: the
+    each finer side in ``sides`` (decoder); the code z of an autoencoder; or pixels, no teacher but a control, the
     image itself, its blocks of pixels as channels at each of ``sides``. The last two know no time."""
 
     kind: str

@@ -172,30 +172,29 @@ class Labelled(Dataset):
 
 
 def evaluate(student: Student, dataset: Any, truth: TaskTruth, batch_size: int = BATCH) -> dict[str, Any]:
-    """How well ``student`` reads the images that have a truth.
+    """How well ``student`` reads the images that have a truth: `measure` of what it says of them."""
+    student = student.eval()
+    device = student.trunk.stem.weight.device
+    images = Subset(dataset, truth.indices.tolist())
+    found = [student.predict(batch.images.to(device)).cpu() for batch in stream(images, batch_size, "fail")]
+    said = torch.cat(found)
+    return measure(truth, said.argmax(1) if truth.task == "classes" else said)
+
+
+def measure(truth: TaskTruth, said: Tensor) -> dict[str, Any]:
+    """How right ``said`` [K, ...] is: classes int64 [K], parts int64 [K, S, S] or points [K, n, 2].
 
     classes: "accuracy". parts: "miou", the mean over the parts that are there of their intersection over union, over
     all pixels together, "iou" of each, and "pixels", the share of right ones. points: "distance", the mean one in
     pixels, of each in "points", and where both eyes are among them "nme", the distance over that of the eyes.
     """
-    student = student.eval()
-    device = student.trunk.stem.weight.device
-    outs, first = [], 0
-    n = len(truth.labels)
-    confusion = torch.zeros(n, n, dtype=torch.int64)
-    for batch in stream(Subset(dataset, truth.indices.tolist()), batch_size, "fail"):
-        out = student.predict(batch.images.to(device)).cpu()
-        known = truth.values[first : first + len(out)]
-        first += len(out)
-        if truth.task == "parts":
-            confusion += torch.bincount(known.long().flatten() * n + out.flatten(), minlength=n * n).reshape(n, n)
-        else:
-            outs.append(out.argmax(1) == known if truth.task == "classes" else (out - known).norm(dim=2))
-    if truth.task == "parts":
-        return _overlap(confusion, truth.labels)
-    found = torch.cat(outs).double()
     if truth.task == "classes":
-        return {"accuracy": float(found.mean())}
+        return {"accuracy": float((said == truth.values).double().mean())}
+    if truth.task == "parts":
+        n = len(truth.labels)
+        pairs = truth.values.long().flatten() * n + said.flatten()
+        return _overlap(torch.bincount(pairs, minlength=n * n).reshape(n, n), truth.labels)
+    found = (said.double() - truth.values).norm(dim=2)
     report: dict[str, Any] = {"distance": float(found.mean())}
     if set(EYES) <= set(truth.labels):
         left, right = (truth.values[:, truth.labels.index(eye)] for eye in EYES)

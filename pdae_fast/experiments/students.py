@@ -1,0 +1,458 @@
+"""What distillation buys: one small network, started in several ways, taught with few labels.
+
+Every arm is the same network with the same head, the same labelled images and the same steps of fine-tuning; arms
+differ in what it learned before, without labels: nothing (scratch, and "longer", which gets the steps of distillation
+on top), the teacher's features at one time, at times drawn at random, by a policy (which alone sees the labels of the
+labelled images), or at all of them, or to reconstruct pixels, a control. Everything is drawn anew with every seed:
+weights, order, and which images are labelled; arms are compared seed by seed. "frozen" reads the maps of the student,
+unchanged, by a linear read-out, and "teacher" those of the teacher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .. import cli
+from ..arguments import seed_option
+from ..data import Sample, Subset, open_dataset
+from ..data.latents import split
+from ..engine import resolve_device
+from ..engine.device import describe_device
+from ..errors import UserError
+from ..files import claim_folder
+from ..models import PDAE, Student
+from ..pipeline import Pipeline
+from ..plots import COLOURS, chart
+from ..student_config import HEADS
+from ..training import Trainer, TrainSettings
+from ..training.features import FeatureSet, Target, teacher_features
+from ..training.recognition import MEASURES, Labelled, TaskTruth, choose_labels, evaluate, find_truth, measure
+from ..training.students import (
+    Bandit,
+    Choice,
+    RecogniseTask,
+    StudentTask,
+    describe_policy,
+    new_student,
+    with_head,
+)
+from . import readouts
+
+SCRATCH, LONGER, TEACHER, PIXELS = "scratch", "longer", "teacher", "pixels"
+ARMS = (SCRATCH, LONGER, "0", "50", "200", "uniform", "policy", "all", PIXELS)
+QUICK_ARMS = (SCRATCH, LONGER, "0", "policy", PIXELS)
+TEACHERS = {"points": "avatars64", "parts": "avatars64", "classes": "fashion32"}
+LABELS = {"points": (20, 50), "parts": (10, 20), "classes": (100, 1000)}
+QUICK_LABELS = {"points": (20,), "parts": (10,), "classes": (100,)}
+BATCH, TUNE_BATCH, RATE = 64, 20, 1e-3
+RESULTS = "results.jsonl"
+
+
+class Held:
+    """A data set in memory, as a data set."""
+
+    def __init__(self, dataset: Any) -> None:
+        samples = [dataset[i] for i in range(len(dataset))]
+        self.pixels = torch.stack([sample.image for sample in samples])
+        self.names, self.size, self.labels = list(dataset.names), dataset.size, getattr(dataset, "labels", None)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Sample:
+        label = None if self.labels is None else int(self.labels[index])
+        return Sample(self.pixels[index], self.names[index], label)
+
+
+@dataclass
+class Task:
+    """One task: its ``teacher``, images to learn from and to test on, and what is known of both."""
+
+    name: str
+    teacher: PDAE
+    learn: Held
+    test: Held
+    known: TaskTruth
+    truth: TaskTruth
+
+    @property
+    def levels(self) -> str:
+        """What of the teacher is learned: pixels need the finer levels."""
+        return "decoder" if self.name == "parts" else "middle"
+
+    @cached_property
+    def pipe(self) -> Pipeline:
+        return Pipeline(self.teacher, dtype="float32", batch_size=BATCH)
+
+
+def open_task(name: str, args: argparse.Namespace) -> Task:
+    """The task ``name``; UserError for data or labels that are missing."""
+    teacher = PDAE.from_pretrained(TEACHERS[name])
+    channels, size, _ = teacher.image_shape
+    if name == "classes":
+        spec = args.fashion
+        sides = [open_dataset(spec, size, channels, part) for part in ("train", "test")]
+        specs = [spec, spec]
+        if sides[0].names[0] == sides[1].names[0]:
+            raise UserError(f"--fashion {spec}: has no test images of its own; expected Fashion-MNIST's files")
+    elif args.avatars:
+        specs = [args.avatars, "bundled:avatars"]
+        sides = [open_dataset(spec, size, channels) for spec in specs]
+    else:
+        specs = ["bundled:avatars"] * 2
+        whole = open_dataset(specs[0], size, channels)
+        sides = [_part(whole, places) for places in split(len(whole), 0.25, 0)]
+    for i in range(2):
+        if args.limit and len(sides[i]) > args.limit:
+            sides[i] = _part(sides[i], np.arange(args.limit))
+    known = [find_truth(name, spec, side) for spec, side in zip(specs, sides, strict=True)]
+    return Task(name, teacher, *(Held(side) for side in sides), *known)
+
+
+def _part(dataset: Any, places: np.ndarray) -> Any:
+    part = Subset(dataset, places.tolist())
+    part.size = dataset.size
+    return part
+
+
+# -- one run -----------------------------------------------------------------------------------------------------------
+
+
+class Runs:
+    """The trainings of one command in its folder; what is finished there is not done again."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        self.args, self.device = args, device
+        self.folder, self.cache = Path(args.out) / "runs", Path(args.out) / "features"
+        self.policies: list[dict[str, Any]] = []
+
+    def _train(self, task: Any, dataset: Any, name: str, steps: int, batch: int, seed: int) -> Trainer:
+        settings = TrainSettings(
+            task.name, name, steps, batch, lr=RATE, lr_schedule="cosine", warmup=min(50, steps // 4), flip=False,
+            seed=seed,
+        )  # fmt: skip
+        out = self.folder / name
+        trainer = Trainer(
+            task, dataset, settings, out, device=self.device, quiet=True, log_every=steps, save_every=max(steps, 1)
+        )
+        if (out / "checkpoint.pt").exists():
+            trainer.resume()
+        if stopped := trainer.run():
+            raise KeyboardInterrupt(stopped)
+        return trainer
+
+    def distil(self, task: Task, arm: str, seed: int, known: TaskTruth) -> Student:
+        """The student of ``arm``, distilled without labels but for a policy, which sees those of ``known``."""
+        args = self.args
+        student = new_student(task.teacher.config, args.width, 1, seed=seed)
+        if arm in (SCRATCH, LONGER):
+            return student
+        T = task.teacher.config.schedule.timesteps
+        choice = Choice.of("0" if arm == PIXELS else arm, None, T)
+        sides = student.config.sizes if task.levels == "decoder" else student.config.sizes[-1:]
+        target = Target(PIXELS if arm == PIXELS else task.levels, choice.times, sides)
+        features = teacher_features(
+            task.teacher, task.learn, target, self.cache, device=self.device, batch_size=BATCH, quiet=True
+        )
+        truth = known if choice.how == "policy" else None
+        torch.manual_seed(seed + 1)
+        learned = StudentTask(student, features, choice, "dense", truth, Bandit(passes=args.steps))
+        data = FeatureSet(task.learn, features, truth)
+        counted = f"-{task.name}-{len(known.indices)}" if truth else ""
+        name = f"{TEACHERS[task.name]}-{task.levels}-{arm}{counted}-{seed}"
+        trainer = self._train(learned, data, name, args.steps, BATCH, seed)
+        if truth:
+            found = describe_policy(trainer.ema, learned, data)
+            self.policies.append({"task": task.name, "labels": len(known.indices), "seed": seed, **found})
+        return learned.export(trainer.ema)
+
+    def tune(self, task: Task, student: Student, known: TaskTruth, steps: int, name: str, seed: int) -> float:
+        """How good ``student`` is on the test images once it has learned from ``known``."""
+        learned = RecogniseTask(with_head(student, known, seed), known)
+        trainer = self._train(learned, Labelled(task.learn, known), name, steps, TUNE_BATCH, seed)
+        return evaluate(trainer.ema, task.test, task.truth)[MEASURES[task.name]]
+
+
+def read(task: Task, train: Sequence[Tensor], known: TaskTruth, test: Sequence[Tensor], seed: int) -> float:
+    """How good a linear read-out of maps is; levels [k, ...] of the labelled images and [K, ...] of the test images."""
+    if task.name == "points":
+        said = readouts.read_points(train[0], known.values, test[0])
+    elif task.name == "classes":
+        said = readouts.read_classes(train[0], known.values, test[0], len(known.labels), seed)
+    else:
+        said = readouts.read_parts(train, known.values, test, seed)
+    return measure(task.truth, said)[MEASURES[task.name]]
+
+
+def student_maps(task: Task, student: Student, images: Tensor) -> list[Tensor]:
+    student = student.eval()
+    with torch.inference_mode():
+        parts = [student.maps(part, None if task.levels == "decoder" else 1) for part in images.split(BATCH)]
+    return [torch.cat(same) for same in zip(*parts, strict=True)]
+
+
+def teacher_maps(task: Task, images: Tensor) -> list[Tensor]:
+    outputs = len(task.pipe.plan.unet.output_blocks) if task.levels == "decoder" else 0
+    return list(task.pipe.features(images, 0, outputs).levels)
+
+
+# -- all of them -------------------------------------------------------------------------------------------------------
+
+
+class Results:
+    """What was measured, one line of JSON each, so that a command that was stopped goes on where it was."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path, self.found = path, {}
+        settings = json.loads(json.dumps(settings))
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        if not lines:
+            self._append(settings)
+        elif json.loads(lines[0]) != settings:
+            raise UserError(f"{path.parent} holds results of other settings; choose another --out, or delete it")
+        for line in lines[1:]:
+            try:
+                *key, value = json.loads(line)
+            except ValueError:  # a killed command wrote half of it
+                continue
+            self.found[tuple(key)] = value
+
+    def _append(self, values: Any) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def add(self, key: Sequence[Any], value: float) -> None:
+        self.found[tuple(key)] = value
+        self._append([*key, value])
+
+    def of(self, *key: Any) -> dict[int, float]:
+        """By seed, of (task, labels, arm, way)."""
+        return {found[-1]: value for found, value in self.found.items() if found[:-1] == key}
+
+
+def run_task(task: Task, runs: Runs, results: Results, arms: Sequence[str], bar: Any) -> None:
+    """Every arm, label count and seed of ``task``."""
+    args = runs.args
+    for seed in range(args.seeds):
+        students: dict[str, Student] = {}
+        for arm in [TEACHER, *arms]:
+            for count in _labels(args, task.name):
+                keys = {way: (task.name, count, arm, way, seed) for way in _ways(arm)}
+                bar.set_postfix_str(f"{task.name} {arm} {count} seed {seed}")
+                missing = [way for way, key in keys.items() if key not in results.found]
+                known = choose_labels(task.known, count, seed)
+                if missing and arm == TEACHER:
+                    train = teacher_maps(task, task.learn.pixels[torch.from_numpy(known.indices)])
+                    value = read(task, train, known, _of_test(task), seed)
+                    results.add(keys["frozen"], value)
+                elif missing:
+                    label = f"{arm}{count}" if arm == "policy" else arm
+                    if label not in students:
+                        students[label] = runs.distil(task, arm, seed, known)
+                    for way in missing:
+                        results.add(keys[way], _value(task, runs, students[label], arm, way, known, seed))
+                bar.update(len(keys))
+
+
+def _value(task: Task, runs: Runs, student: Student, arm: str, way: str, known: TaskTruth, seed: int) -> float:
+    if way == "frozen":
+        images = task.learn.pixels[torch.from_numpy(known.indices)]
+        maps = [student_maps(task, student, x) for x in (images, task.test.pixels)]
+        return read(task, maps[0], known, maps[1], seed)
+    steps = runs.args.tune_steps + (runs.args.steps if arm == LONGER else 0)
+    return runs.tune(task, student, known, steps, f"{task.name}-{len(known.indices)}-{arm}-{seed}", seed)
+
+
+def _of_test(task: Task) -> list[Tensor]:
+    if not hasattr(task, "_test"):
+        task._test = teacher_maps(task, task.test.pixels)
+    return task._test
+
+
+def _ways(arm: str) -> tuple[str, ...]:
+    return {TEACHER: ("frozen",), LONGER: ("tuned",)}.get(arm, ("tuned", "frozen"))
+
+
+def _labels(args: argparse.Namespace, task: str) -> Sequence[int]:
+    return args.labels or (LABELS if args.full else QUICK_LABELS)[task]
+
+
+# -- what it says ------------------------------------------------------------------------------------------------------
+
+
+def paired(values: dict[int, float], base: dict[int, float]) -> tuple[float, float | None]:
+    """Mean over the common seeds of values - base, and half the width of its 95% t-interval (None: one seed)."""
+    seeds = sorted(values.keys() & base.keys())
+    differences = np.array([values[seed] - base[seed] for seed in seeds])
+    if len(seeds) < 2:
+        return float(differences.mean()), None
+    from scipy.stats import t
+
+    return float(differences.mean()), float(t.ppf(0.975, len(seeds) - 1) * differences.std(ddof=1) / len(seeds) ** 0.5)
+
+
+def rows(results: Results, args: argparse.Namespace, arms: Sequence[str]) -> list[dict[str, Any]]:
+    """One row for each task, label count, arm and way: mean, and gain over the same way of scratch (a positive one is
+    better, whatever is measured) with its interval; a gain over "longer" for what was tuned."""
+    found = []
+    for task in args.task:
+        sign = -1 if MEASURES[task] == "distance" else 1
+        for count in _labels(args, task):
+            for arm in [*arms, TEACHER]:
+                for way in _ways(arm):
+                    values = results.of(task, count, arm, way)
+                    if not values:
+                        continue
+                    row = {
+                        "task": task, "labels": count, "arm": arm, "way": way, "measure": MEASURES[task],
+                        "mean": float(np.mean(list(values.values()))), "seeds": len(values),
+                    }  # fmt: skip
+                    for other in (SCRATCH, LONGER):
+                        base = results.of(task, count, other, "frozen" if way == "frozen" else "tuned")
+                        if base and arm != other and values.keys() & base.keys():
+                            gain, half = paired(values, base)
+                            row[f"gain over {other}"] = sign * gain
+                            row[f"interval over {other}"] = half
+                    row["values"] = [values[seed] for seed in sorted(values)]
+                    found.append(row)
+    return found
+
+
+def table(found: Sequence[dict[str, Any]]) -> str:
+    lines = []
+    for row in found:
+        gains = []
+        for other in (SCRATCH, LONGER):
+            gain, half = row.get(f"gain over {other}"), row.get(f"interval over {other}")
+            gains.append("-" if gain is None else f"{gain:+.3f}" + ("" if half is None else f" ± {half:.3f}"))
+        lines.append(
+            [row["task"], str(row["labels"]), row["arm"], row["way"], f"{row['mean']:.3f}", *gains, str(row["seeds"])]
+        )
+    return cli.table(["task", "labels", "arm", "way", "mean", "over scratch", "over longer", "seeds"], lines, left=4)
+
+
+def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
+    """A panel for each task and label count: every arm's mean, tuned and frozen, with a dot for each seed."""
+    panels = list(dict.fromkeys((row["task"], row["labels"]) for row in found))
+    with chart(path, width=4.2 * len(panels), height=4.2, columns=len(panels), squeeze=False) as axes:
+        for panel, (task, count) in zip(axes[0], panels, strict=True):
+            own = [row for row in found if (row["task"], row["labels"]) == (task, count)]
+            arms = list(dict.fromkeys(row["arm"] for row in own))
+            for row in own:
+                place = arms.index(row["arm"]) + (0.17 if row["way"] == "frozen" else -0.17)
+                colour = COLOURS[0] if row["way"] == "tuned" else COLOURS[1]
+                panel.barh(place, row["mean"], height=0.3, color=colour, alpha=0.75)
+                panel.plot(row["values"], [place] * len(row["values"]), "k.", markersize=4)
+            panel.set_yticks(range(len(arms)), arms)
+            panel.invert_yaxis()
+            better = "lower is better" if MEASURES[task] == "distance" else "higher is better"
+            unit = {"distance": "mean distance, px", "miou": "mean IoU", "accuracy": "accuracy"}[MEASURES[task]]
+            panel.set_xlabel(f"{unit} ({better})")
+            panel.set_title(f"{task}, {count} labelled images")
+        for name, colour in (("fine-tuned", COLOURS[0]), ("frozen, linear", COLOURS[1])):
+            axes[0][0].barh([0], [0], color=colour, alpha=0.75, label=name)
+        axes[0][0].figure.legend(loc="outside lower center", ncols=2)
+
+
+def cost(task: Task, width: int) -> dict[str, float]:
+    """Milliseconds an image, 64 at a time: of the student's map that stands for the middle block, and of all blocks of
+    the teacher's fused network, the least of five interleaved times."""
+    student = new_student(task.teacher.config, width, 1).eval()
+    images = task.test.pixels[:BATCH]
+    outputs = len(task.pipe.plan.unet.output_blocks)
+    seconds: dict[str, list[float]] = {"student": [], "teacher": []}
+    for _ in range(5):
+        with torch.inference_mode():
+            start = time.perf_counter()
+            student.maps(images, 1)
+        seconds["student"].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        task.pipe.features(images, 0, outputs)
+        seconds["teacher"].append(time.perf_counter() - start)
+    found = {name: 1e3 * min(values) / len(images) for name, values in seconds.items()}
+    return {**found, "share": found["student"] / found["teacher"]}
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = cli.parser(
+        "students", "What distillation buys: the same student from scratch and distilled, taught with few labels."
+    )
+    add = p.add_argument
+    add("--task", nargs="+", choices=HEADS, default=["points", "classes"], help="what is taught")
+    add("--seeds", type=int, help="repetitions (default: 2; 5 with --full)")
+    add("--full", action="store_true", help="the full-size run: all arms, two label counts, longer training")
+    add("--arms", nargs="+", choices=ARMS, help="how the student starts (default: some; all with --full)")
+    add("--labels", type=int, nargs="+", metavar="N", help="labelled images (default: a few, of each task its own)")
+    add("--avatars", metavar="DIR", help="avatars to learn from, the bundled ones are then all tested on "
+        "(default: 300 of the bundled, tested on the other 100)")  # fmt: skip
+    add("--fashion", default="bundled:fashion", metavar="DATA", help="Fashion-MNIST, with its test images")
+    add("--limit", type=int, metavar="N", help="use at most N images to learn from, and to test on")
+    add("--steps", type=int, help="of distillation, 64 images each (default: 100; 600 with --full)")
+    add("--tune-steps", type=int, help="of fine-tuning, 20 images each (default: 100; 300 with --full)")
+    add("--width", type=int, default=16, help="of the student")
+    add("--out", default="students", help="directory for the results; the same command continues there")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    add("--seed", type=seed_option, default=0, help=argparse.SUPPRESS)
+    add("--quiet", action="store_true", help="no progress bar, no table")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    for name, quick, full in (("seeds", 2, 5), ("steps", 100, 600), ("tune_steps", 100, 300)):
+        if getattr(args, name) is None:
+            setattr(args, name, full if args.full else quick)
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    args.task = list(dict.fromkeys(args.task))
+    arms = [arm for arm in ARMS if arm in (args.arms or (ARMS if args.full else QUICK_ARMS))]
+    if SCRATCH not in arms:
+        arms.insert(0, SCRATCH)
+    device = resolve_device(args.device)
+    tasks = [open_task(name, args) for name in args.task]
+    for task in tasks:
+        for count in _labels(args, task.name):
+            choose_labels(task.known, count, 0)
+    out = Path(args.out)
+    claim_folder(out)
+    settings = {k: getattr(args, k) for k in ("avatars", "fashion", "limit", "steps", "tune_steps", "width")}
+    results, runs = Results(out / RESULTS, settings), Runs(args, device)
+    total = sum(
+        args.seeds * len(_labels(args, task.name)) * sum(len(_ways(arm)) for arm in [TEACHER, *arms]) for task in tasks
+    )
+    with tqdm(total=total, unit="run", disable=args.quiet or None) as bar:
+        for task in tasks:
+            run_task(task, runs, results, arms, bar)
+    found = rows(results, args, arms)
+    draw(found, out / "students.png")
+    costs = {task.name: cost(task, args.width) for task in tasks}
+    report = {
+        **settings, "seeds": args.seeds, "device": describe_device(device), "versions": cli.versions(),
+        "learned_from": {task.name: len(task.learn) for task in tasks},
+        "tested_on": {task.name: len(task.test) for task in tasks},
+        "cost": costs, "policies": runs.policies, "rows": found,
+    }  # fmt: skip
+    cli.write_json(out / "metrics.json", report)
+    if not args.quiet:
+        print(table(found))
+        for name, values in costs.items():
+            print(
+                f"{name}: a student's forward is {values['share']:.1%} of the teacher's "
+                f"({values['student']:.2f} of {values['teacher']:.2f} ms an image, {describe_device(device)})"
+            )
+        print(f"wrote {out / 'students.png'} and {out / 'metrics.json'}")

@@ -18,8 +18,9 @@ from idx_files import idx_bytes
 from pdae_fast import PDAE, cli
 from pdae_fast.data import open_dataset
 from pdae_fast.errors import UserError
+from pdae_fast.experiments import estimates
 from pdae_fast.experiments import probe as probes
-from pdae_fast.experiments.probe import FeatureSet
+from pdae_fast.experiments.linear import FeatureSet
 from pdae_fast.experiments.targets import Targets
 
 
@@ -89,7 +90,7 @@ def test_auroc_and_its_resamples_are_scikit_learns():
     scores = np.round(random.normal(size=60) + labels, 1)  # with ties
     estimate, resampled = probes.bootstrap_auroc(scores, labels, seed=4)
     assert estimate.value == pytest.approx(roc_auc_score(labels, scores))
-    weights = probes._resamples(60, 4)
+    weights = estimates.resamples(60, 4)
     for k in (0, 1, 999):
         assert resampled[k] == pytest.approx(roc_auc_score(labels, scores, sample_weight=weights[k]))
     assert estimate.low < estimate.value < estimate.high

@@ -1,0 +1,128 @@
+"""Linear read-outs of features, and the baselines that they are compared with.
+
+The protocol, the same for every feature set: features are mapped linearly so that on the training images each
+direction has mean 0 and variance 1 (whitened), or only each dimension (standardised); a logistic regression with an L2
+penalty ||w||^2 / (2C) is fitted, C chosen from CHOICES by its log loss on a fifth of the training images and then
+refitted on all of them; the test images are seen once.
+
+Whitening changes nothing that a linear classifier can express, only what the penalty prefers: without it a code is
+judged by how evenly its variance happens to be spread over its dimensions.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..errors import UserError
+
+CHOICES = (0.001, 0.01, 0.1, 1.0, 10.0)  # of C
+SCALINGS = ("whiten", "standardise")
+ITERATIONS = 2000
+
+
+class FeatureSet(NamedTuple):
+    """One description of the images: float32 [N, F] of the training images and [M, F] of the test images."""
+
+    name: str
+    train: np.ndarray
+    test: np.ndarray
+
+
+def pixel_features(train: np.ndarray, test: np.ndarray, dimension: int, seed: int = 0) -> list[FeatureSet]:
+    """The baselines of at most ``dimension`` numbers an image: principal components of the pixels, and the image
+    averaged down to the largest square that has so few values. train, test: [N, C, H, W]."""
+    from sklearn.decomposition import PCA
+
+    flat, flat_test = train.reshape(len(train), -1), test.reshape(len(test), -1)
+    components = min(dimension, *flat.shape)
+    pca = PCA(components, random_state=seed).fit(flat)
+    _, C, H, _ = train.shape
+    side = max(1, min(H, int((dimension / C) ** 0.5)))
+    small, small_test = (_shrink(x, side).reshape(len(x), -1) for x in (train, test))
+    return [
+        FeatureSet(f"PCA of pixels ({components})", pca.transform(flat), pca.transform(flat_test)),
+        FeatureSet(f"pixels {side}x{side}" + ("" if C == 1 else f"x{C}"), small, small_test),
+    ]
+
+
+def _shrink(x: np.ndarray, side: int) -> np.ndarray:
+    """Area average of [N, C, H, H] to [N, C, side, side]."""
+    import torch
+    import torch.nn.functional as F
+
+    return F.interpolate(torch.from_numpy(x), size=(side, side), mode="area").numpy()
+
+
+def scale(features: FeatureSet, scaling: str) -> FeatureSet:
+    """``features`` in the scale that probes and neighbours see, decided by the training images alone."""
+    if scaling not in SCALINGS:
+        raise UserError(f"scaling {scaling!r} is not known; expected {' or '.join(SCALINGS)}")
+    from sklearn.decomposition import PCA
+    from sklearn.preprocessing import StandardScaler
+
+    train, test = (np.asarray(x, dtype=np.float64) for x in (features.train, features.test))
+    scaler = StandardScaler().fit(train)  # constant dimensions stay 0
+    train, test = scaler.transform(train), scaler.transform(test)
+    if scaling == "whiten":
+        pca = PCA(svd_solver="full").fit(train)
+        # Directions that only rounding fills must not be blown up.
+        kept = pca.explained_variance_ > 1e-9 * pca.explained_variance_[0]
+        root = np.sqrt(pca.explained_variance_[kept])
+        train, test = (((x - pca.mean_) @ pca.components_[kept].T) / root for x in (train, test))
+    return FeatureSet(features.name, train, test)
+
+
+@dataclass
+class Probe:
+    """A fitted probe's result. ``scores``: for classes log-probabilities [M, classes], for an attribute logits [M]."""
+
+    C: float
+    scores: np.ndarray
+
+
+def fit(features: FeatureSet, labels: np.ndarray, classes: int, seed: int = 0) -> Probe:
+    """Logistic regression of the scaled ``features`` on ``labels`` [N] (0 ... classes - 1; two classes: an attribute).
+
+    Raises UserError when fewer than two classes, or too few images of one, are among the training images.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
+    from sklearn.model_selection import train_test_split
+
+    present, counts = np.unique(labels, return_counts=True)
+    if len(present) < 2 or counts.min() < 2:
+        few = ", ".join(f"{value}: {n}" for value, n in zip(present, counts, strict=True))
+        raise UserError(f"a probe needs at least two labels with two training images each; there are ({few})")
+
+    def model(C: float) -> Any:
+        return LogisticRegression(C=C, max_iter=ITERATIONS)
+
+    held = max(len(present), round(0.2 * len(labels)))
+    part = train_test_split(np.arange(len(labels)), test_size=held, random_state=seed, stratify=labels)
+    losses = []
+    for C in CHOICES:
+        fitted = _fit(model(C), features.train[part[0]], labels[part[0]])
+        losses.append(log_loss(labels[part[1]], fitted.predict_proba(features.train[part[1]]), labels=fitted.classes_))
+    C = CHOICES[int(np.argmin(losses))]
+    fitted = _fit(model(C), features.train, labels)
+    if classes == 2:
+        return Probe(C, fitted.decision_function(features.test))
+    scores = np.full((len(features.test), classes), -np.inf)
+    scores[:, fitted.classes_] = fitted.predict_log_proba(features.test)
+    return Probe(C, scores)
+
+
+def _fit(model: Any, x: np.ndarray, y: np.ndarray) -> Any:
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings():
+        # An unfinished fit would compare solvers, not features.
+        warnings.simplefilter("error", ConvergenceWarning)
+        try:
+            return model.fit(x, y)
+        except ConvergenceWarning:
+            raise UserError(f"the probe did not converge in {ITERATIONS} iterations; try --scaling whiten") from None

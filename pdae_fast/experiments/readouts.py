@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import probe
+from . import linear
 
 PENALTIES = 10.0 ** np.arange(-4, 5)  # of ridge regression, times the mean of the kernel's diagonal
 PIXELS = 400  # of every labelled image
@@ -44,10 +44,10 @@ def read_points(train: Tensor, points: Tensor, test: Tensor) -> Tensor:
 
 
 def read_classes(train: Tensor, labels: Tensor, test: Tensor, classes: int, seed: int = 0) -> Tensor:
-    """Classes int64 [N] of the test maps by logistic regression (see `probe`) on the map averaged to 4x4."""
+    """Classes int64 [N] of the test maps by logistic regression (see `linear`) on the map averaged to 4x4."""
     flat = (F.adaptive_avg_pool2d(x, GRID).flatten(1).numpy() for x in (train, test))
-    features = probe.scale(probe.FeatureSet("", *flat), "standardise")
-    scores = probe.fit(features, labels.numpy(), max(classes, 3), seed).scores
+    features = linear.scale(linear.FeatureSet("", *flat), "standardise")
+    scores = linear.fit(features, labels.numpy(), max(classes, 3), seed).scores
     return torch.from_numpy(scores.argmax(1))
 
 

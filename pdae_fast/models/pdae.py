@@ -13,6 +13,7 @@ from ..config import DiffAEConfig, PDAEConfig, PriorConfig
 from ..errors import UserError
 from ..isolation import undisturbed
 from ..schedule import build_schedule
+from ..student_config import StudentConfig
 from .encoder import Encoder
 from .latent import LatentMLP
 from .unet import PDAEDecoder, UNet
@@ -85,6 +86,11 @@ class _Pretrained(nn.Module):
         return self.config.unet.input_channel, size, size
 
 
+def _refuse_student(loaded: checkpoints.Loaded) -> None:
+    if isinstance(loaded.config, StudentConfig):
+        raise UserError(f"{loaded.origin} is a student; expected a diffusion model (load it with pdae_fast.Student)")
+
+
 class Prior(_Pretrained):
     """A pre-trained diffusion model alone: eps_theta(x_t, t) on images of ``config.image_size``."""
 
@@ -99,6 +105,7 @@ class Prior(_Pretrained):
 
     @classmethod
     def _adopt(cls, loaded: checkpoints.Loaded) -> PriorConfig:
+        _refuse_student(loaded)
         if isinstance(loaded.config, PriorConfig):
             return loaded.config
         if isinstance(loaded.config, DiffAEConfig):
@@ -139,6 +146,7 @@ class Autoencoder(_Pretrained):
 
     @classmethod
     def _adopt(cls, loaded: checkpoints.Loaded) -> PDAEConfig | DiffAEConfig:
+        _refuse_student(loaded)
         if isinstance(loaded.config, PriorConfig):
             raise UserError(
                 f"{loaded.origin} is a prior (a diffusion model without G and encoder); expected an autoencoder. "

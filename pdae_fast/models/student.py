@@ -12,7 +12,7 @@ from .. import checkpoints
 from ..config import UNetConfig
 from ..errors import UserError
 from ..student_config import GROUPS, StudentConfig
-from .layers import HalfBlock, group_norm
+from .layers import HalfBlock, group_norm, zero_
 from .pdae import _Pretrained
 
 _NORMS = UNetConfig(norm_groups=GROUPS)  # the blocks read no more of it than its norms
@@ -35,7 +35,7 @@ class StudentTrunk(nn.Module):
             self.levels.append(nn.Sequential(first, *rest))
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        h, found = self.stem(images), []
+        h, found = self.stem(images.to(self.stem.weight.dtype)), []
         for level in self.levels:
             h = level(h)
             found.append(h)
@@ -77,8 +77,7 @@ class Head(nn.Module):
             width = config.widths[0]
             self.read: nn.Module = nn.Conv2d(width, count, 1)
         elif self.kind == "points":
-            self.read = nn.Linear(width * side * side, 2 * count)
-            nn.init.zeros_(self.read.weight)
+            self.read = zero_(nn.Linear(width * side * side, 2 * count))
         else:
             self.read = nn.Linear(width, count)
         self.norm = group_norm(width, _NORMS)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..models.layers import zero_
+
 ESTIMATORS = ("exact", "reinforce")
 SIDE = 4  # maps are averaged to it before a decoder reads points from them
 
@@ -32,13 +34,11 @@ class Policy(nn.Module):
             nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(5),
         )  # fmt: skip
         self.decide = nn.Sequential(
-            nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, times)
+            nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), zero_(nn.Linear(84, times))
         )
-        nn.init.zeros_(self.decide[-1].weight)
-        nn.init.zeros_(self.decide[-1].bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.decide(self.see(images))
+        return self.decide(self.see(images.to(self.see[0].weight.dtype)))
 
 
 class Decoder(nn.Module):
@@ -58,8 +58,7 @@ class Decoder(nn.Module):
                 nn.Linear(d, d), nn.ReLU(), nn.Linear(d, d), nn.ReLU(), nn.Linear(d, outputs)
             )
         elif task == "points":
-            self.read = nn.Linear(widths[0] * SIDE * SIDE, 2 * outputs)
-            nn.init.zeros_(self.read.weight)
+            self.read = zero_(nn.Linear(widths[0] * SIDE * SIDE, 2 * outputs))
         else:
             self.read = nn.ModuleList(nn.Conv2d(width, outputs, 1) for width in widths)
 

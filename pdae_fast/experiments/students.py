@@ -141,8 +141,8 @@ class Runs:
 
     def _train(self, task: Any, dataset: Any, name: str, steps: int, batch: int, seed: int) -> Trainer:
         settings = TrainSettings(
-            task.name, name, steps, batch, lr=RATES[task.name], lr_schedule="cosine", warmup=min(50, steps // 4), flip=False,
-            seed=seed,
+            task.name, name, steps, batch, lr=RATES[task.name], lr_schedule="cosine", warmup=min(50, steps // 4),
+            flip=False, seed=seed,
         )  # fmt: skip
         out = self.folder / name
         trainer = Trainer(

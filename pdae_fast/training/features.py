@@ -154,7 +154,7 @@ def teacher_features(
     make_folder(path.parent)
     clear_unfinished(path.parent)
     claim_place(path)
-    pipe = Pipeline(model, device=device, dtype="float32", batch_size=batch_size)
+    pipe = Pipeline(model, device=device, dtype="float32", batch_size=batch_size, label=target.label)
     staging = path.parent / unfinished_name(path.name)
     make_folder(staging)
     try:
@@ -215,10 +215,9 @@ def _levels(pipe: Pipeline, images: Tensor, target: Target, indices: range) -> I
         yield [F.pixel_unshuffle(images, images.shape[-1] // side) for side in sorted(target.sides)]
         return
     blocks = target.blocks(pipe.model)
-    y = None if target.label is None else [target.label]
     for t in target.times:
         maps = pipe.features(
-            images, t, outputs=max(blocks, default=-1) + 1, noised=target.noised, seed=target.seed, indices=indices, y=y
+            images, t, outputs=max(blocks, default=-1) + 1, noised=target.noised, seed=target.seed, indices=indices
         )
         yield [maps.middle, *(maps.outputs[i] for i in blocks)]
 

@@ -20,12 +20,12 @@ import torch
 from tqdm import tqdm
 
 from .. import checkpoints, cli
-from ..config import PriorConfig, to_dict
+from ..config import to_dict
 from ..engine.device import DTYPES
 from ..engine.features import as_outputs, level_shapes
 from ..errors import UserError
 from ..files import atomic_write
-from ..models import PDAE, Autoencoder, DiffAE, Prior
+from ..models import PDAE, Autoencoder, DiffAE, Prior, load_model
 from ..schedule import build_schedule
 from . import manifest as manifests
 from .graphs import NORMS, build_graphs, conditioning_width, unet_of
@@ -180,11 +180,7 @@ def _require_onnx() -> None:
 def _load(name: str, prior: bool, options: dict[str, Any]) -> PDAE | DiffAE | Prior:
     if prior:
         return Prior.from_pretrained(name, **options)
-    loaded = checkpoints.load(name, **options)
-    cls = Prior if isinstance(loaded.config, PriorConfig) else Autoencoder
-    model = cls.from_state(loaded.config, loaded.state, loaded.origin)
-    model.notes = tuple(loaded.notes)
-    return model
+    return load_model(name, **options)
 
 
 def _check_label(model: PDAE | DiffAE | Prior, label: int | None) -> None:

@@ -25,7 +25,7 @@ from ..data.spec import add_crop, crop_for
 from ..engine.cost import equivalents
 from ..engine.device import describe_device
 from ..errors import UserError
-from ..models import PDAE, Autoencoder
+from ..models import PDAE, Autoencoder, Prior, load_model
 from ..pipeline import Pipeline
 from ..samplers import Recipe
 
@@ -61,7 +61,7 @@ class Run:
     """What a command works with. ``spec`` is the data as it was named."""
 
     args: argparse.Namespace
-    model: Autoencoder
+    model: Autoencoder | Prior
     pipe: Pipeline
     dataset: Any
     spec: list[str]
@@ -79,15 +79,18 @@ def open_run(
     split: str = "test",
     recipe: Recipe | None = None,
     infers: bool = True,
+    prior: bool = False,
 ) -> Run:
     """Load the model, build its pipeline and open the data that ``args`` (of `add_options`) name.
 
     Without --input the bundled data of the model is used, at most ``default_limit`` images of it, or
     ``default_input``. ``recipe``: in place of the one that ``args`` name. ``infers``: whether x_T will be inferred,
-    which not every recipe can. Nothing is written. Raises UserError for everything a user can get wrong.
+    which not every recipe can. ``prior``: whether a prior alone will do. Nothing is written. Raises UserError for
+    everything a user can get wrong.
     """
     recipe = Recipe.from_args(args) if recipe is None else recipe
-    model = Autoencoder.from_pretrained(args.model, **cli.foreign_options(args))
+    load = load_model if prior else Autoencoder.from_pretrained
+    model = load(args.model, **cli.foreign_options(args))
     options = {"plan": args.plan, "attention": args.attention, "label": args.label}
     pipe = Pipeline(model, recipe, args.device, args.dtype, args.batch_size, **options)
     if infers:

@@ -10,6 +10,21 @@ import numpy as np
 RESAMPLES = 1000
 
 
+class Score(NamedTuple):
+    """A value on the test images, and what it is on each of RESAMPLES resamples of them, the same for every feature
+    set: two scores on the same images are compared by their difference on each resample."""
+
+    value: float
+    resampled: np.ndarray
+
+    def __sub__(self, other: Score) -> Score:
+        return Score(self.value - other.value, self.resampled - other.resampled)
+
+    @property
+    def estimate(self) -> Estimate:
+        return estimate(self.value, self.resampled)
+
+
 class Estimate(NamedTuple):
     """A value on the test images and its 95% interval over resampled test images (percentile bootstrap)."""
 
@@ -25,8 +40,27 @@ def accuracy(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def bootstrap_mean(values: np.ndarray, seed: int = 0) -> Estimate:
     """Mean of ``values`` [M] (or of differences, for a paired comparison)."""
-    weights = resamples(len(values), seed)
-    return estimate(float(values.mean()), weights @ values / len(values))
+    return mean_score(values, seed).estimate
+
+
+def mean_score(values: np.ndarray, seed: int = 0) -> Score:
+    """Mean of ``values`` [M]."""
+    return Score(float(values.mean()), resamples(len(values), seed) @ values / len(values))
+
+
+def iou_score(confusions: np.ndarray, seed: int = 0) -> Score:
+    """Mean over the parts of intersection over union on all images together; confusions [M, P, P] count each image's
+    pixels by their part and by what was said of them. A part that is in neither is left out."""
+
+    def mean_iou(counts: np.ndarray) -> np.ndarray:
+        hits = np.einsum("kpp->kp", counts)
+        union = counts.sum(axis=1) + counts.sum(axis=2) - hits
+        with np.errstate(invalid="ignore"):
+            return np.nanmean(hits / union, axis=1)
+
+    whole = confusions.astype(np.float64)
+    drawn = np.einsum("rm,mpq->rpq", resamples(len(whole), seed), whole, optimize=True)
+    return Score(float(mean_iou(whole.sum(axis=0)[None])[0]), mean_iou(drawn))
 
 
 def bootstrap_auroc(scores: np.ndarray, labels: np.ndarray, seed: int = 0) -> tuple[Estimate, np.ndarray]:
@@ -61,8 +95,13 @@ def estimate(value: float, resampled: np.ndarray) -> Estimate:
 
 def mean_estimate(estimates: list[Estimate], resampled: list[np.ndarray]) -> Estimate:
     """The mean over attributes, with the interval of the mean over the same resampled images."""
-    mean = float(np.mean([e.value for e in estimates]))
+    return mean_of([e.value for e in estimates], resampled).estimate
+
+
+def mean_of(values: list[float], resampled: list[np.ndarray]) -> Score:
+    """The mean over attributes of their values and of their resampled ones."""
+    mean = float(np.mean(values))
     with warnings.catch_warnings():  # a resample of few images may lack both kinds of every attribute: left out
         warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
         drawn = np.nanmean(np.stack(resampled), axis=0)
-    return estimate(mean, drawn)
+    return Score(mean, drawn)

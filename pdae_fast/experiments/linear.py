@@ -12,6 +12,7 @@ judged by how evenly its variance happens to be spread over its dimensions.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from ..errors import UserError
 
 CHOICES = (0.001, 0.01, 0.1, 1.0, 10.0)  # of C
 SCALINGS = ("whiten", "standardise")
+PENALTIES = tuple(10.0**k for k in range(-4, 4))  # of a ridge
 ITERATIONS = 2000
 
 
@@ -74,6 +76,60 @@ def scale(features: FeatureSet, scaling: str) -> FeatureSet:
         root = np.sqrt(pca.explained_variance_[kept])
         train, test = (((x - pca.mean_) @ pca.components_[kept].T) / root for x in (train, test))
     return FeatureSet(features.name, train, test)
+
+
+def compact(features: FeatureSet) -> FeatureSet:
+    """``features`` in the space that the training images span, where there are fewer of them than dimensions: what a
+    penalty on the weights' length finds there is what it finds in all dimensions."""
+    if features.train.shape[0] >= features.train.shape[1]:
+        return features
+    basis, coordinates = np.linalg.qr(features.train.T)
+    return FeatureSet(features.name, coordinates.T, features.test @ basis)
+
+
+def effective_rank(features: np.ndarray) -> float:
+    """exp of the entropy of the singular values' shares, of features [N, F] less their mean (Roy and Vetterli 2007):
+    how many directions they fill, at most min(N - 1, F)."""
+    x = features.astype(np.float64)
+    x -= x.mean(axis=0)
+    gram = x @ x.T if x.shape[0] < x.shape[1] else x.T @ x
+    share = np.sqrt(np.linalg.eigvalsh(gram).clip(0))
+    share = share[share > 1e-7 * share.max(initial=0)]  # what is below is rounding of the squares
+    if not len(share):
+        return 0.0
+    share /= share.sum()
+    return float(np.exp(-(share * np.log(share)).sum()))
+
+
+def ridge(features: FeatureSet, points: np.ndarray, seed: int = 0) -> tuple[np.ndarray, float]:
+    """Ridge regression of ``points`` [N, P, 2] on the scaled ``features``, with an intercept: predictions [M, P, 2] for
+    the test images, and the penalty, from PENALTIES times the features' mean square by the mean distance on a fifth of
+    the training images."""
+    count = len(points)
+    if count < 5:
+        raise UserError(f"a regression of points needs at least 5 training images, not {count}")
+    order = np.random.default_rng((seed, 14)).permutation(count)
+    kept, held = order[count // 5 :], order[: count // 5]
+    x, y = features.train, points.reshape(count, -1).astype(np.float64)
+    tried = _ridge(x[kept], y[kept], x[held], PENALTIES)
+    errors = [distances(found.reshape(len(held), -1, 2), points[held]).mean() for found in tried]
+    best = PENALTIES[int(np.argmin(errors))]
+    (found,) = _ridge(x, y, features.test, (best,))
+    return found.reshape(len(features.test), -1, 2), best
+
+
+def _ridge(x: np.ndarray, y: np.ndarray, asked: np.ndarray, penalties: Sequence[float]) -> list[np.ndarray]:
+    mean, middle = x.mean(axis=0), y.mean(axis=0)
+    left, values, right = np.linalg.svd(x - mean, full_matrices=False)
+    targets, directions = left.T @ (y - middle), (asked - mean) @ right.T
+    unit = (values**2).sum() / max(1, len(values))  # of a direction, on the average
+    shrunk = ((values / (values**2 + penalty * unit))[:, None] * targets for penalty in penalties)
+    return [middle + directions @ weights for weights in shrunk]
+
+
+def distances(found: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Mean distance of the points of each image, float64 [M]; both [M, P, 2]."""
+    return np.sqrt(((found - points) ** 2).sum(axis=2)).mean(axis=1)
 
 
 @dataclass

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..data.latents import encode_dataset, split
+from ..data.stream import readable
 from ..errors import UserError
+from ..models import Prior
 from . import common
 from .targets import Targets, find_targets
 
@@ -20,7 +22,8 @@ Check = Callable[[Targets], object]
 
 
 class Side(NamedTuple):
-    """The labelled images of one side: K names, z [K, D], images [K, C, H, W], and the targets of the same K rows."""
+    """The labelled images of one side: K names, z [K, D] (D is 0 of a prior alone), images [K, C, H, W], and the
+    targets of the same K rows."""
 
     names: list[str]
     z: np.ndarray
@@ -80,12 +83,17 @@ def _targets(args: argparse.Namespace, dataset: Any, spec: Sequence[str]) -> Tar
 
 
 def _part(run: common.Run, dataset: Any, targets: Targets, cache: Path) -> Side:
-    latents = encode_dataset(run.pipe, dataset, cache, on_error=run.args.on_error, quiet=run.args.quiet)
+    if isinstance(run.model, Prior):
+        names = (readable(dataset, run.args.quiet)[0] if run.args.on_error == "skip" else dataset).names
+        codes = np.empty((len(names), 0), np.float32)
+    else:
+        latents = encode_dataset(run.pipe, dataset, cache, on_error=run.args.on_error, quiet=run.args.quiet)
+        names, codes = latents.names, latents.z.numpy()
     # Broken images have no latents, and images without a row have no labels: what is left has both.
-    place = {name: i for i, name in enumerate(latents.names)}
+    place = {name: i for i, name in enumerate(names)}
     rows = [r for r, index in enumerate(targets.indices) if dataset.names[index] in place]
     indices = targets.indices[rows]
-    z = latents.z.numpy()[[place[dataset.names[i]] for i in indices]]
+    z = codes[[place[dataset.names[i]] for i in indices]]
     images = common.load(dataset, indices).images.numpy()
     targets = targets._replace(values=targets.values[rows], indices=np.arange(len(rows)))
     return Side([dataset.names[i] for i in indices], z, images, targets)

@@ -1,4 +1,5 @@
-"""What is in z: linear probes against pixels and their principal components, and nearest neighbours."""
+"""What is in z: linear probes against pixels and their principal components, and nearest neighbours; or what is in the
+features of the network, block by block along t."""
 
 from __future__ import annotations
 
@@ -15,11 +16,13 @@ from .. import cli
 from ..errors import UserError
 from ..files import atomic_write, claim_folder
 from ..plots import COLOURS, chart
-from . import common
+from . import common, probe_features
 from .estimates import Estimate, accuracy, bootstrap_auroc, bootstrap_mean, mean_estimate
 from .linear import CHOICES, SCALINGS, FeatureSet, fit, pixel_features, scale
 from .nearest import agreement, chance, check, neighbours, picture
 from .parts import Side, find_parts
+from .probe_results import draw, tables, write_table
+from .targets import Targets
 
 SCALED = {"whiten": "whitened", "standardise": "standardised"}
 SHOWN = 6  # queries in the picture
@@ -27,13 +30,24 @@ QUERIES = 2000  # test images whose neighbours are counted
 
 
 def _parser() -> argparse.ArgumentParser:
-    p = cli.parser("probe", "Linear probes on z against pixels, and nearest neighbours in z.")
+    p = cli.parser(
+        "probe",
+        "Linear probes on z against pixels, and nearest neighbours in z; with --features, what is in the network's "
+        "features, block by block along t, beside z and pixels.",
+    )
     common.add_options(p, out="probe", labels=True)
     add = p.add_argument
     add("--holdout", type=float, default=0.25, help="fraction that is tested on, for data without splits of its own")
     add("--test", nargs="+", metavar="DATA", help="images to test on, labelled like those of --input (all are learned)")
     add("--scaling", choices=SCALINGS, default="whiten", help="of every feature set, by its training images")
     add("--neighbours", type=int, default=8, help="how many training images each test image is compared with")
+    add("--features", nargs="+", metavar="BLOCK", help="probe these: middle, decoder (all its blocks), decoder1 ...")
+    add("--times", nargs="+", type=int, default=[0, 50, 100, 200, 400], metavar="T", help="that the features are of")
+    add("--noised", action="store_true", help="features of x_t too, not of the images alone")
+    add("--grid", nargs="+", type=int, default=[1, 4], metavar="N", help="features are averaged over N x N areas")
+    add("--targets", nargs="+", choices=probe_features.TARGETS, help="what is read from features (default: all known)")
+    add("--labelled", type=int, metavar="N", help="training images that read-outs of features see (default: all, for "
+        f"parts {probe_features.PART_IMAGES})")  # fmt: skip
     return p
 
 
@@ -42,7 +56,10 @@ def main(argv: list[str] | None = None) -> None:
     for module in ("sklearn", "matplotlib"):
         if importlib.util.find_spec(module) is None:
             raise UserError("probe needs scikit-learn and matplotlib: pip install 'pdae_fast[experiments]'")
-    run = common.open_run(args, infers=False)
+    run = common.open_run(args, infers=False, prior=args.features is not None)
+    if args.features is not None:
+        _features(run)
+        return
     claim_folder(run.out)
     cache = run.out / "latents"
     train, test, how = find_parts(run, cache, args.holdout, args.test or ())
@@ -75,6 +92,46 @@ def main(argv: list[str] | None = None) -> None:
     cli.write_json(run.out / "metrics.json", report)
     _chart(run.out / "probe.png", report)
     common.say(run, _summary(report), ["probe.png", "neighbours.png", "neighbours.csv", "metrics.json"])
+
+
+def _features(run: common.Run) -> None:
+    args, model = run.args, run.model
+    sets = probe_features.find_sets(run.pipe.plan.unet, model.config.image_size, args.features, args.grid)
+    times = probe_features.check_times(args.times, run.pipe.schedule.T)
+    if args.labelled is not None and args.labelled < 1:
+        raise UserError(f"--labelled must be at least 1, not {args.labelled}")
+    folders = [probe_features.avatar_folder(spec) for spec in (run.spec, args.test or run.spec)]
+    chosen: list[str] = []
+
+    def check(known: Targets) -> None:
+        chosen[:] = probe_features.choose_targets(args.targets, known, folders, model.config.image_size)
+
+    claim_folder(run.out)
+    train, test, how = find_parts(run, run.out / "latents", args.holdout, args.test or (), check)
+    sweep, notes = probe_features.prepare(run, sets, chosen, (train, test), folders, args.labelled or 0)
+    sweep.check_memory()
+    rows = probe_features.measure(sweep, times, [False, True] if args.noised else [False], args.quiet)
+    report = common.report(
+        run,
+        images=len(train.names) + len(test.names),
+        recipe=False,
+        split=how,
+        train_images=len(sweep.train.names),
+        part_images=len(sweep.learned) if "parts" in chosen else None,
+        test_images=len(test.names),
+        targets=chosen,
+        blocks=[block._asdict() for block in sets.blocks],
+        times=times,
+        grids=sets.grids,
+        measures={name: probe_features.MEASURES[name] for name in chosen},
+        interval="95%, bootstrap over test images",
+        features=rows,
+        notes=notes,
+    )
+    cli.write_json(run.out / "metrics.json", report)
+    write_table(run.out / "features.csv", rows)
+    draw(run.out / "features.png", report)
+    common.say(run, tables(report), ["features.png", "features.csv", "metrics.json"])
 
 
 def _classes(sets: list[FeatureSet], train: Side, test: Side, seed: int) -> tuple[str, list[dict], list[str]]:

@@ -3,7 +3,7 @@
 from .diffae import DiffAE
 from .encoder import Encoder
 from .latent import LatentMLP
-from .pdae import PDAE, Autoencoder, Prior
+from .pdae import PDAE, Autoencoder, Prior, load_model
 from .student import Student
 from .unet import Features, HalfUNet, PDAEDecoder, UNet
 
@@ -19,4 +19,5 @@ __all__ = [
     "Prior",
     "Student",
     "UNet",
+    "load_model",
 ]

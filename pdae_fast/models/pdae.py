@@ -200,3 +200,13 @@ class PDAE(Autoencoder):
         if isinstance(loaded.config, DiffAEConfig):
             raise UserError(f"{loaded.origin} is a Diff-AE; expected a PDAE (load it with pdae_fast.DiffAE)")
         return super()._adopt(loaded)
+
+
+def load_model(source: str | Path, **options: Any) -> Autoencoder | Prior:
+    """The autoencoder or the prior that ``source`` holds; arguments and errors as of ``from_pretrained``."""
+    loaded = checkpoints.load(source, **options)
+    _refuse_student(loaded)
+    kind = Prior if isinstance(loaded.config, PriorConfig) else Autoencoder
+    model = kind.from_state(loaded.config, loaded.state, str(source))
+    model.notes = tuple(loaded.notes)
+    return model

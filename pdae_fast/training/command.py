@@ -22,7 +22,7 @@ from ..data.spec import crop_for
 from ..engine import resolve_device
 from ..errors import UserError
 from ..files import claim_folder
-from ..models import PDAE, Autoencoder, Prior, Student
+from ..models import PDAE, Autoencoder, Prior, Student, load_model
 from ..processes import Group, processes
 from . import codes, recognition, students, target_codes, warm_start
 from .arguments import parse
@@ -262,7 +262,7 @@ def _g_for_codes(
 
 def _student_task(args, device: torch.device, group: Group):
     """Task and images of train student, with what the teacher says of them."""
-    model = students.load_teacher(args.init_from, **cli.foreign_options(args))
+    model = load_model(args.init_from, **cli.foreign_options(args))
     dataset = _dataset(args, model)
     if not args.quiet:
         for note in model.notes:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoints, cli
-from ..config import AnyConfig, PriorConfig
+from .. import cli
+from ..config import AnyConfig
 from ..data.latents import split, weights_fingerprint
 from ..errors import UserError
 from ..models import Autoencoder, Prior, Student
@@ -268,18 +268,6 @@ def with_head(student: Student, truth: TaskTruth, seed: int = 0) -> Student:
 
 
 # -- from the options of a command -------------------------------------------------------------------------------------
-
-
-def load_teacher(source: str, **options: Any) -> Prior | Autoencoder:
-    """The prior or autoencoder that ``source`` names; UserError for a student."""
-    loaded = checkpoints.load(source, **options)
-    if isinstance(loaded.config, StudentConfig):
-        raise UserError(f"--init-from {source} is a student; expected a diffusion model to learn from")
-    model = (Prior if isinstance(loaded.config, PriorConfig) else Autoencoder).from_state(
-        loaded.config, loaded.state, loaded.origin
-    )
-    model.notes = tuple(loaded.notes)
-    return model
 
 
 def new_student(config: AnyConfig, width: int, depth: int, halvings: int | None = None, seed: int = 0) -> Student:

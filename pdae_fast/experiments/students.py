@@ -207,7 +207,9 @@ def read(task: Task, train: Sequence[Tensor], known: TaskTruth, test: Sequence[T
     if task.name == "points":
         said = torch.from_numpy(linear.ridge(features, known.values.numpy(), seed)[0])
     else:
-        said = torch.from_numpy(linear.fit(features, known.values.numpy(), len(known.labels), seed).scores.argmax(1))
+        said = torch.from_numpy(
+            linear.fit(features, known.values.numpy(), max(3, len(known.labels)), seed).scores.argmax(1)
+        )
     return measure(task.truth, said)[MEASURES[task.name]]
 
 

@@ -28,7 +28,9 @@ from tqdm import tqdm
 from .. import cli
 from ..arguments import seed_option
 from ..data import Sample, Subset, open_dataset
+from ..data.bundled import bundled_for
 from ..data.latents import split
+from ..data.spec import add_crop, crop_for
 from ..engine import resolve_device
 from ..engine.device import describe_device
 from ..errors import UserError
@@ -81,9 +83,10 @@ class Held:
 
 @dataclass
 class Task:
-    """One task: its ``teacher``, images to learn from and to test on, and what is known of both."""
+    """One task: its ``teacher``, loaded from ``source``, images to learn from and to test on, what is known of both."""
 
     name: str
+    source: str
     teacher: PDAE
     learn: Held
     test: Held
@@ -101,27 +104,25 @@ class Task:
 
 
 def open_task(name: str, args: argparse.Namespace) -> Task:
-    """The task ``name``; UserError for data or labels that are missing."""
-    teacher = PDAE.from_pretrained(TEACHERS[name])
+    """The task ``name``; UserError for data or labels that are missing, before anything is computed."""
+    source = args.model or TEACHERS[name]
+    teacher = PDAE.from_pretrained(source)
     channels, size, _ = teacher.image_shape
-    if name == "classes":
-        spec = args.fashion
-        sides = [open_dataset(spec, size, channels, part) for part in ("train", "test")]
-        specs = [spec, spec]
-        if sides[0].names[0] == sides[1].names[0]:
-            raise UserError(f"--fashion {spec}: has no test images of its own; expected Fashion-MNIST's files")
-    elif args.avatars:
-        specs = [args.avatars, "bundled:avatars"]
-        sides = [open_dataset(spec, size, channels) for spec in specs]
-    else:
-        specs = ["bundled:avatars"] * 2
-        whole = open_dataset(specs[0], size, channels)
-        sides = [_part(whole, places) for places in split(len(whole), 0.25, 0)]
-    for i in range(2):
-        if args.limit and len(sides[i]) > args.limit:
-            sides[i] = _part(sides[i], np.arange(args.limit))
-    known = [find_truth(name, spec, side) for spec, side in zip(specs, sides, strict=True)]
-    return Task(name, teacher, *(Held(side) for side in sides), *known)
+    spec = args.input or bundled_for(source, channels)
+    options = {"crop": crop_for(args.crop, teacher.config), "without": args.out}
+    sides = [open_dataset(spec, size, channels, part, **options) for part in ("train", "test")]
+    specs = [spec, spec]
+    if sides[0].names[:1] == sides[1].names[:1]:  # one set of files: no test images of its own
+        if name != "classes" and args.input:
+            specs[1] = bundled_for("", channels)
+            sides[1] = open_dataset(specs[1], size, channels)
+        else:
+            sides = [_part(sides[0], places) for places in split(len(sides[0]), 0.25, 0)]
+    sides = [_part(side, np.arange(args.limit)) if args.limit and len(side) > args.limit else side for side in sides]
+    learned, tested = (find_truth(name, spec, side) for spec, side in zip(specs, sides, strict=True))
+    if learned.labels != tested.labels:
+        raise UserError(f"{spec}: its {name} are not those of the test images: {', '.join(tested.labels)}")
+    return Task(name, str(source), teacher, *(Held(side) for side in sides), learned, tested)
 
 
 def _part(dataset: Any, places: np.ndarray) -> Any:
@@ -174,7 +175,7 @@ class Runs:
         learned = StudentTask(student, features, choice, "dense", truth, Bandit(passes=args.steps))
         data = FeatureSet(task.learn, features, truth)
         counted = f"-{task.name}-{len(known.indices)}" if truth else ""
-        name = f"{TEACHERS[task.name]}-{task.levels}-{arm}{counted}-{seed}"
+        name = f"{Path(task.source).name}-{task.levels}-{arm}{counted}-{seed}"
         trainer = self._train(learned, data, name, args.steps, BATCH, seed)
         if truth:
             found = describe_policy(trainer.ema, learned, data)
@@ -262,7 +263,7 @@ class Results:
 def run_task(task: Task, runs: Runs, results: Results, arms: Sequence[str], bar: Any) -> None:
     """Every arm, label count and seed of ``task``."""
     args = runs.args
-    for seed in range(args.seeds):
+    for seed in range(args.seed, args.seed + args.seeds):
         students: dict[str, Student] = {}
         for arm in [TEACHER, *arms]:
             for count in _labels(args, task.name):
@@ -410,23 +411,35 @@ def _parser() -> argparse.ArgumentParser:
         "students", "What distillation buys: the same student from scratch and distilled, taught with few labels."
     )
     add = p.add_argument
-    add("--task", nargs="+", choices=HEADS, default=["points", "classes"], help="what is taught")
+    add("--task", nargs="+", choices=HEADS, help="what is taught (default: points and classes, or what fits --model)")
     add("--seeds", type=int, help="repetitions (default: 2; 5 with --full)")
     add("--full", action="store_true", help="the full-size run: all arms, two label counts, longer training")
     add("--arms", nargs="+", choices=ARMS, help="how the student starts (default: some; all with --full)")
     add("--labels", type=int, nargs="+", metavar="N", help="labelled images (default: a few, of each task its own)")
-    add("--avatars", metavar="DIR", help="avatars to learn from, the bundled ones are then all tested on "
-        "(default: 300 of the bundled, tested on the other 100)")  # fmt: skip
-    add("--fashion", default="bundled:fashion", metavar="DATA", help="Fashion-MNIST, with its test images")
+    add("--model", help="PDAE to learn from (default: the bundled one for the task)")
+    add(
+        "--input",
+        metavar="DATA",
+        help="labelled images to learn from; where those are avatars, the bundled ones are tested on (default: the "
+        "bundled Fashion-MNIST; three quarters of the bundled avatars, tested on the others)",
+    )
+    add_crop(p)
     add("--limit", type=int, metavar="N", help="use at most N images to learn from, and to test on")
     add("--steps", type=int, help="of distillation, 64 images each (default: 100; 600 with --full)")
     add("--tune-steps", type=int, help="of fine-tuning, 20 images each (default: 100; 300 with --full)")
     add("--width", type=int, default=16, help="of the student")
     add("--out", default="students", help="directory for the results; the same command continues there")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    add("--seed", type=seed_option, default=0, help=argparse.SUPPRESS)
+    add("--seed", type=seed_option, default=0, help="of the first repetition")
     add("--quiet", action="store_true", help="no progress bar, no table")
     return p
+
+
+def _fitting(model: str | None) -> list[str]:
+    """The tasks that bundled data has labels for, of the images that ``model`` takes."""
+    if model is None:
+        return ["points", "classes"]
+    return ["classes" if PDAE.from_pretrained(model).image_shape[0] == 1 else "points"]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -436,7 +449,7 @@ def main(argv: list[str] | None = None) -> None:
             setattr(args, name, full if args.full else quick)
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    args.task = list(dict.fromkeys(args.task))
+    args.task = list(dict.fromkeys(args.task or _fitting(args.model)))
     arms = [arm for arm in ARMS if arm in (args.arms or (ARMS if args.full else QUICK_ARMS))]
     if SCRATCH not in arms:
         arms.insert(0, SCRATCH)
@@ -447,7 +460,7 @@ def main(argv: list[str] | None = None) -> None:
             choose_labels(task.known, count, 0)
     out = Path(args.out)
     claim_folder(out)
-    settings = {k: getattr(args, k) for k in ("avatars", "fashion", "limit", "steps", "tune_steps", "width")}
+    settings = {k: getattr(args, k) for k in ("model", "input", "crop", "limit", "steps", "tune_steps", "width")}
     results, runs = Results(out / RESULTS, settings), Runs(args, device)
     total = sum(
         args.seeds * len(_labels(args, task.name)) * sum(len(_ways(arm)) for arm in [TEACHER, *arms]) for task in tasks

@@ -51,8 +51,7 @@ class Pyramid(nn.Module):
 
     def __init__(self, config: StudentConfig) -> None:
         super().__init__()
-        *finer, deepest = config.widths
-        below = [*finer[1:], deepest]
+        finer, below = config.widths[:-1], config.widths[1:]
         self.lateral = nn.ModuleList(nn.Conv2d(w, w, 1) for w in finer)
         self.up = nn.ModuleList(nn.Conv2d(d, w, 1) for w, d in zip(finer, below, strict=True))
         self.mix = nn.ModuleList(HalfBlock(_NORMS, w, w) for w in finer)

@@ -56,13 +56,14 @@ from . import linear, pixelwise
 SCRATCH, LONGER, TEACHER, PIXELS = "scratch", "longer", "teacher", "pixels"
 ARMS = (SCRATCH, LONGER, "0", "50", "200", "uniform", "policy", "all", PIXELS)
 QUICK_ARMS = (SCRATCH, LONGER, "0", "policy", PIXELS)
+TIMED = ("0", "50", "200", "uniform", "all")
 TEACHERS = {"points": "avatars64", "parts": "avatars64", "classes": "fashion32"}
 LABELS = {"points": (20, 50), "parts": (10, 20), "classes": (100, 1000)}
 QUICK_LABELS = {"points": (20,), "parts": (10,), "classes": (100,)}
 BATCH, TUNE_BATCH = 64, 20
 RATES = {"student": 1e-3, "recognise": 5e-4}  # the second one is the best of four for scratch, on held-out avatars
 GRID = 4  # classes are read from maps averaged to it
-RESULTS = "results.jsonl"
+RESULTS, POLICY = "results.jsonl", "policy.json"
 
 
 class Held:
@@ -102,6 +103,11 @@ class Task:
     def pipe(self) -> Pipeline:
         return Pipeline(self.teacher, dtype="float32", batch_size=BATCH)
 
+    @cached_property
+    def test_maps(self) -> list[Tensor]:
+        """The teacher's levels of the test images."""
+        return teacher_maps(self, self.test.pixels)
+
 
 def open_task(name: str, args: argparse.Namespace) -> Task:
     """The task ``name``; UserError for data or labels that are missing, before anything is computed."""
@@ -140,7 +146,6 @@ class Runs:
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.args, self.device = args, device
         self.folder, self.cache = Path(args.out) / "runs", Path(args.out) / "features"
-        self.policies: list[dict[str, Any]] = []
 
     def _train(self, task: Any, dataset: Any, name: str, steps: int, batch: int, seed: int) -> Trainer:
         settings = TrainSettings(
@@ -179,8 +184,13 @@ class Runs:
         trainer = self._train(learned, data, name, args.steps, BATCH, seed)
         if truth:
             found = describe_policy(trainer.ema, learned, data)
-            self.policies.append({"task": task.name, "labels": len(known.indices), "seed": seed, **found})
+            about = {"task": task.name, "labels": len(known.indices), "seed": seed}
+            cli.write_json(self.folder / name / POLICY, {**about, **found})
         return learned.export(trainer.ema)
+
+    def policies(self) -> list[dict[str, Any]]:
+        """What every policy that has learned here does (see `describe_policy`)."""
+        return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.folder.glob(f"*/{POLICY}"))]
 
     def tune(self, task: Task, student: Student, known: TaskTruth, steps: int, name: str, seed: int) -> float:
         """How good ``student`` is on the test images once it has learned from ``known``."""
@@ -273,7 +283,7 @@ def run_task(task: Task, runs: Runs, results: Results, arms: Sequence[str], bar:
                 known = choose_labels(task.known, count, seed)
                 if missing and arm == TEACHER:
                     train = teacher_maps(task, task.learn.pixels[torch.from_numpy(known.indices)])
-                    value = read(task, train, known, _of_test(task), seed)
+                    value = read(task, train, known, task.test_maps, seed)
                     results.add(keys["frozen"], value)
                 elif missing:
                     label = f"{arm}{count}" if arm == "policy" else arm
@@ -291,12 +301,6 @@ def _value(task: Task, runs: Runs, student: Student, arm: str, way: str, known: 
         return read(task, maps[0], known, maps[1], seed)
     steps = runs.args.tune_steps + (runs.args.steps if arm == LONGER else 0)
     return runs.tune(task, student, known, steps, f"{task.name}-{len(known.indices)}-{arm}-{seed}", seed)
-
-
-def _of_test(task: Task) -> list[Tensor]:
-    if not hasattr(task, "_test"):
-        task._test = teacher_maps(task, task.test.pixels)
-    return task._test
 
 
 def _ways(arm: str) -> tuple[str, ...]:
@@ -322,8 +326,9 @@ def paired(values: dict[int, float], base: dict[int, float]) -> tuple[float, flo
 
 
 def rows(results: Results, args: argparse.Namespace, arms: Sequence[str]) -> list[dict[str, Any]]:
-    """One row for each task, label count, arm and way: mean, and gain over the same way of scratch (a positive one is
-    better, whatever is measured) with its interval; a gain over "longer" for what was tuned."""
+    """One row for each task, label count, arm and way: mean, and the gain over other arms, the same way (a positive one
+    is better, whatever is measured) with half its interval: over scratch, over "longer" for what was tuned, and of a
+    policy over every other choice of times."""
     found = []
     for task in args.task:
         sign = -1 if MEASURES[task] == "distance" else 1
@@ -337,28 +342,34 @@ def rows(results: Results, args: argparse.Namespace, arms: Sequence[str]) -> lis
                         "task": task, "labels": count, "arm": arm, "way": way, "measure": MEASURES[task],
                         "mean": float(np.mean(list(values.values()))), "seeds": len(values),
                     }  # fmt: skip
-                    for other in (SCRATCH, LONGER):
-                        base = results.of(task, count, other, "frozen" if way == "frozen" else "tuned")
-                        if base and arm != other and values.keys() & base.keys():
-                            gain, half = paired(values, base)
+                    for other in (SCRATCH, LONGER, *(TIMED if arm == "policy" else ())):
+                        base = results.of(task, count, other, way)
+                        if arm != other and values.keys() & base.keys():
+                            gain, row[f"interval over {other}"] = paired(values, base)
                             row[f"gain over {other}"] = sign * gain
-                            row[f"interval over {other}"] = half
                     row["values"] = [values[seed] for seed in sorted(values)]
                     found.append(row)
     return found
 
 
+def _gain(row: dict[str, Any], other: str) -> str:
+    gain, half = row.get(f"gain over {other}"), row.get(f"interval over {other}")
+    return "-" if gain is None else f"{gain:+.3f}" + ("" if half is None else f" ± {half:.3f}")
+
+
 def table(found: Sequence[dict[str, Any]]) -> str:
-    lines = []
+    lines = [
+        [row["task"], str(row["labels"]), row["arm"], row["way"], f"{row['mean']:.3f}",
+         *(_gain(row, other) for other in (SCRATCH, LONGER)), str(row["seeds"])]
+        for row in found
+    ]  # fmt: skip
+    header = ["task", "labels", "arm", "way", "mean", "over scratch", "over longer", "seeds"]
+    text = [cli.table(header, lines, left=4)]
     for row in found:
-        gains = []
-        for other in (SCRATCH, LONGER):
-            gain, half = row.get(f"gain over {other}"), row.get(f"interval over {other}")
-            gains.append("-" if gain is None else f"{gain:+.3f}" + ("" if half is None else f" ± {half:.3f}"))
-        lines.append(
-            [row["task"], str(row["labels"]), row["arm"], row["way"], f"{row['mean']:.3f}", *gains, str(row["seeds"])]
-        )
-    return cli.table(["task", "labels", "arm", "way", "mean", "over scratch", "over longer", "seeds"], lines, left=4)
+        gains = [f"{_gain(row, other)} over {other}" for other in TIMED if f"gain over {other}" in row]
+        if gains:
+            text.append(f"{row['task']}, {row['labels']} labels, {row['way']}: policy {', '.join(gains)}")
+    return "\n".join(text)
 
 
 def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
@@ -475,7 +486,7 @@ def main(argv: list[str] | None = None) -> None:
         **settings, "seeds": args.seeds, "device": describe_device(device), "versions": cli.versions(),
         "learned_from": {task.name: len(task.learn) for task in tasks},
         "tested_on": {task.name: len(task.test) for task in tasks},
-        "cost": costs, "policies": runs.policies, "rows": found,
+        "cost": costs, "policies": runs.policies(), "rows": found,
     }  # fmt: skip
     cli.write_json(out / "metrics.json", report)
     if not args.quiet:

@@ -31,6 +31,8 @@ TITLES = {
     "evaluation": "one eps of another family's network (random weights); all took turns; ratio: modules over contender",
     "rewrite": "switches of the fused plan turned around, beside the default; ratio: default over changed, so that "
     "below 1 the default is the faster one",
+    "features": "maps of the middle block and of so many output blocks, an image's processor time; all took turns; "
+    "ratio: features over one evaluation of eps",
     "wall_clock": "images encoded and decoded against the published 999+100 steps, extrapolated; ratio: published over "
     "engine",
     "peak": "what the machine reaches: a large matrix product, a large copy (read plus written)",

@@ -44,11 +44,12 @@ def calls(method: Callable) -> Callable:
 
 
 class Pipeline:
-    """Runs a model: ``encode``, ``invert``, ``decode``, ``reconstruct``, ``interpolate``, ``manipulate``, ``sample``.
+    """Runs a model: ``encode``, ``features``, ``invert``, ``decode``, ``reconstruct``, ``interpolate``, ``manipulate``,
+    ``sample``.
 
     Args:
-        model: a PDAE or a DiffAE, or a Prior (then there is no z, and only ``invert``, ``decode`` and ``sample`` make
-            sense).
+        model: a PDAE or a DiffAE, or a Prior (then there is no z, and only ``features``, ``invert``, ``decode`` and
+            ``sample`` make sense).
         recipe: how x_T is inferred and decoded: a Recipe, or the name of one ("published", "fast", "balanced", "exact",
             "reversible", "diffae"); None: the default Recipe. Its fields (steps, encode_steps, spacing, iterations,
             solver, eta, reuse, noise; see Recipe) may be given as keywords, in place of those of ``recipe``.

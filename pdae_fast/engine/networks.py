@@ -249,7 +249,6 @@ class Networks(Plan):
         """As :meth:`Plan._levels`."""
         affines = self._affines(self.time_rows(times, labels), None if z is None else self.conditioning(z))
         skips = self._features(x, affines[0], Workload("all", "none"), Kept(), share=False)
-        self._awaited.clear()
         return self.eps.levels(skips, affines[1])
 
     def count(self, images: int, codes: Conditioning | None, workload: Workload) -> None:

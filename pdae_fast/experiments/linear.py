@@ -35,20 +35,26 @@ class FeatureSet(NamedTuple):
 
 
 def pixel_features(train: np.ndarray, test: np.ndarray, dimension: int, seed: int = 0) -> list[FeatureSet]:
-    """The baselines of at most ``dimension`` numbers an image: principal components of the pixels, and the image
-    averaged down to the largest square that has so few values. train, test: [N, C, H, W]."""
+    """The baselines of at most ``dimension`` numbers an image. train, test: [N, C, H, W]."""
+    return [principal_components(train, test, dimension, seed), small_pixels(train, test, dimension)]
+
+
+def principal_components(train: np.ndarray, test: np.ndarray, dimension: int, seed: int = 0) -> FeatureSet:
+    """At most ``dimension`` principal components of the pixels."""
     from sklearn.decomposition import PCA
 
     flat, flat_test = train.reshape(len(train), -1), test.reshape(len(test), -1)
     components = min(dimension, *flat.shape)
     pca = PCA(components, random_state=seed).fit(flat)
+    return FeatureSet(f"PCA of pixels ({components})", pca.transform(flat), pca.transform(flat_test))
+
+
+def small_pixels(train: np.ndarray, test: np.ndarray, dimension: int) -> FeatureSet:
+    """The image averaged down to the largest square of at most ``dimension`` values."""
     _, C, H, _ = train.shape
     side = max(1, min(H, int((dimension / C) ** 0.5)))
     small, small_test = (_shrink(x, side).reshape(len(x), -1) for x in (train, test))
-    return [
-        FeatureSet(f"PCA of pixels ({components})", pca.transform(flat), pca.transform(flat_test)),
-        FeatureSet(f"pixels {side}x{side}" + ("" if C == 1 else f"x{C}"), small, small_test),
-    ]
+    return FeatureSet(f"pixels {side}x{side}" + ("" if C == 1 else f"x{C}"), small, small_test)
 
 
 def _shrink(x: np.ndarray, side: int) -> np.ndarray:

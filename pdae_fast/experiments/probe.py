@@ -25,8 +25,13 @@ from .probe_results import draw, tables, write_table
 from .targets import Targets
 
 SCALED = {"whiten": "whitened", "standardise": "standardised"}
+TIMES, GRIDS = (0, 50, 100, 200, 400), (1, 4)  # of features
 SHOWN = 6  # queries in the picture
 QUERIES = 2000  # test images whose neighbours are counted
+
+
+def _words(values: tuple[int, ...]) -> str:
+    return " ".join(map(str, values))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,9 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--scaling", choices=SCALINGS, default="whiten", help="of every feature set, by its training images")
     add("--neighbours", type=int, default=8, help="how many training images each test image is compared with")
     add("--features", nargs="+", metavar="BLOCK", help="probe these: middle, decoder (all its blocks), decoder1 ...")
-    add("--times", nargs="+", type=int, default=[0, 50, 100, 200, 400], metavar="T", help="that the features are of")
+    add("--times", nargs="+", type=int, metavar="T", help=f"of the features (default: {_words(TIMES)})")
     add("--noised", action="store_true", help="features of x_t too, not of the images alone")
-    add("--grid", nargs="+", type=int, default=[1, 4], metavar="N", help="features are averaged over N x N areas")
+    add("--grid", nargs="+", type=int, metavar="N", help=f"features are averaged to N x N (default: {_words(GRIDS)})")
     add("--targets", nargs="+", choices=probe_features.TARGETS, help="what is read from features (default: all known)")
     add("--labelled", type=int, metavar="N", help="training images that read-outs of features see (default: all, for "
         f"parts {probe_features.PART_IMAGES})")  # fmt: skip
@@ -56,6 +61,10 @@ def main(argv: list[str] | None = None) -> None:
     for module in ("sklearn", "matplotlib"):
         if importlib.util.find_spec(module) is None:
             raise UserError("probe needs scikit-learn and matplotlib: pip install 'pdae_fast[experiments]'")
+    if args.features is None:
+        for name in ("times", "noised", "grid", "targets", "labelled"):
+            if getattr(args, name):
+                raise UserError(f"--{name} is of features: say of which blocks, such as --features middle")
     run = common.open_run(args, infers=False, prior=args.features is not None)
     if args.features is not None:
         _features(run)
@@ -96,8 +105,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def _features(run: common.Run) -> None:
     args, model = run.args, run.model
-    sets = probe_features.find_sets(run.pipe.plan.unet, model.config.image_size, args.features, args.grid)
-    times = probe_features.check_times(args.times, run.pipe.schedule.T)
+    grids = args.grid or GRIDS
+    sets = probe_features.find_sets(run.pipe.plan.unet, model.config.image_size, args.features, grids)
+    times = probe_features.check_times(args.times or TIMES, run.pipe.schedule.T)
+    run.pipe.features(torch.empty(0, *model.image_shape), times[0], sets.outputs)  # says what the model misses: a label
     if args.labelled is not None and args.labelled < 1:
         raise UserError(f"--labelled must be at least 1, not {args.labelled}")
     folders = [probe_features.avatar_folder(spec) for spec in (run.spec, args.test or run.spec)]
@@ -110,7 +121,10 @@ def _features(run: common.Run) -> None:
     train, test, how = find_parts(run, run.out / "latents", args.holdout, args.test or (), check)
     sweep, notes = probe_features.prepare(run, sets, chosen, (train, test), folders, args.labelled or 0)
     sweep.check_memory()
-    rows = probe_features.measure(sweep, times, [False, True] if args.noised else [False], args.quiet)
+    table = run.out / "features.csv"
+    rows = probe_features.measure(
+        sweep, times, [False, True] if args.noised else [False], args.quiet, lambda rows: write_table(table, rows)
+    )
     report = common.report(
         run,
         images=len(train.names) + len(test.names),
@@ -129,7 +143,6 @@ def _features(run: common.Run) -> None:
         notes=notes,
     )
     cli.write_json(run.out / "metrics.json", report)
-    write_table(run.out / "features.csv", rows)
     draw(run.out / "features.png", report)
     common.say(run, tables(report), ["features.png", "features.csv", "metrics.json"])
 

@@ -9,7 +9,7 @@ nothing of one time is kept when the next one begins.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,7 +26,17 @@ from ..engine.features import Maps, level_shapes
 from ..errors import UserError
 from . import common
 from .estimates import Score, accuracy, bootstrap_auroc, iou_score, mean_of, mean_score
-from .linear import FeatureSet, compact, distances, effective_rank, fit, pixel_features, ridge, scale
+from .linear import (
+    FeatureSet,
+    compact,
+    distances,
+    effective_rank,
+    fit,
+    principal_components,
+    ridge,
+    scale,
+    small_pixels,
+)
 from .parts import Side
 from .pixelwise import Discriminant, confusion, patches
 from .targets import Targets
@@ -219,10 +229,12 @@ class Sweep:
         train, test = self.train.images, self.test.images
         C, H = train.shape[1], train.shape[2]
         vectors = [FeatureSet(f"z ({dimension})", self.train.z, self.test.z)] if self.train.z.shape[1] else []
-        vectors += pixel_features(train, test, dimension, seed)
-        if dimension < C * H * H:
-            vectors.append(pixel_features(train, test, min(C * H * H, MOST_PIXELS), seed)[1])
         if self.targets:
+            # Components that few images hardly vary in would be noise once they are standardised.
+            vectors.append(principal_components(train, test, max(1, min(dimension, len(train) // 2)), seed))
+            vectors.append(small_pixels(train, test, dimension))
+            if dimension < C * H * H:
+                vectors.append(small_pixels(train, test, min(C * H * H, MOST_PIXELS)))
             for features in vectors:
                 scaled = compact(scale(features, "standardise"))
                 for target in self.targets:
@@ -331,8 +343,11 @@ def prepare(
 # -- results -------------------------------------------------------------------------------------------------------
 
 
-def measure(sweep: Sweep, times: Sequence[int], kinds: Sequence[bool], quiet: bool) -> list[dict[str, Any]]:
+def measure(
+    sweep: Sweep, times: Sequence[int], kinds: Sequence[bool], quiet: bool, save: Callable[[list[dict[str, Any]]], None]
+) -> list[dict[str, Any]]:
     """Rows of every feature set, time and target; ``kinds``: whether the images are noised, each of them in turn.
+    ``save`` gets what there is after every time.
 
     A row's value has its interval; "minus_baseline" compares it with the best baseline of its target, and
     "minus_first" with the same block, grid and kind of input at the first time, on the same images.
@@ -357,6 +372,7 @@ def measure(sweep: Sweep, times: Sequence[int], kinds: Sequence[bool], quiet: bo
                         row["minus_baseline"] = (score - best[target][1]).estimate._asdict()
                         row["minus_first"] = (score - at_first).estimate._asdict()
                     rows.append(row)
+                save(rows)
     return rows
 
 

@@ -131,8 +131,7 @@ def draw(path: Path, report: dict[str, Any]) -> None:
                 panel.tick_params(labelsize=8)
                 if lower_is_better(kind):
                     panel.invert_yaxis()  # better is above, as everywhere
-                if i == len(kinds) - 1 or (kind != "parts" and kinds[i + 1] == "parts" and k):
-                    panel.set_xlabel("t", fontsize=9)
+                panel.set_xlabel("t", fontsize=9)
         if any(row["input"] == "x_t" for row in rows):
             seen |= {"of the images": _handle("black"), "of x_t": _handle("black", "--")}
         axes[0, 0].figure.legend(list(seen.values()), list(seen), loc="outside right center", fontsize=8)

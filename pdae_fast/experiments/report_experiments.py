@@ -94,6 +94,19 @@ EXPERIMENTS = (
         tables={"metrics.json:features": "Linear probes"},
     ),
     Experiment(
+        "features",
+        "Which block, which t",
+        "Linear read-outs of the network's features, block by block along t, beside z and pixels.",
+        "probe",
+        arguments=("--features", "middle", "decoder2", "--times", "0", "100", "400"),
+        quick=("--features", "middle", "--times", "0", "400", "--grid", "4"),
+        labels=True,
+        pictures={
+            "features.png": "A panel for each target, one curve along t for each block; dotted: without features"
+        },
+        tables={"features.csv": "All read-outs"},
+    ),
+    Experiment(
         "students",
         "What a small student learns",
         "A small network taught with few labels: from scratch, after learning the model's features, and controls.",

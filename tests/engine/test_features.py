@@ -138,3 +138,11 @@ def test_what_cannot_be_is_said_before_anything_runs(given, said):
     with pytest.raises(UserError, match=said) as error:
         pipe.features(images(3), **given)
     assert "\n" not in str(error.value) and not pipe.evaluations
+
+
+def test_maps_stay_as_they_are_when_the_plan_uses_its_memory_again(monkeypatch):
+    plan = build_plan(tiny_prior(), CPU, torch.float32, "fused")
+    buffer = torch.zeros(2, 4, 8, 8)
+    monkeypatch.setattr(plan, "_levels", lambda *_: (buffer.fill_(k) for k in range(9)))
+    maps = plan.features(images(2), 5, 2)
+    assert [level.unique().tolist() for level in maps.levels] == [[0], [1], [2]]

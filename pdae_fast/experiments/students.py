@@ -37,7 +37,6 @@ from ..errors import UserError
 from ..files import claim_folder
 from ..models import PDAE, Student
 from ..pipeline import Pipeline
-from ..plots import COLOURS, chart
 from ..student_config import HEADS
 from ..training import Trainer, TrainSettings
 from ..training.features import FeatureSet, Target, teacher_features
@@ -52,16 +51,27 @@ from ..training.students import (
     with_head,
 )
 from . import linear, pixelwise
+from .student_results import (
+    ARMS,
+    LONGER,
+    PIXELS,
+    QUICK_ARMS,
+    SCRATCH,
+    TEACHER,
+    Results,
+    draw,
+    labels_of,
+    rows,
+    table,
+    ways_of,
+)
 
-SCRATCH, LONGER, TEACHER, PIXELS = "scratch", "longer", "teacher", "pixels"
-ARMS = (SCRATCH, LONGER, "0", "50", "200", "uniform", "policy", "all", PIXELS)
-QUICK_ARMS = (SCRATCH, LONGER, "0", "policy", PIXELS)
-TIMED = ("0", "50", "200", "uniform", "all")
 TEACHERS = {"points": "avatars64", "parts": "avatars64", "classes": "fashion32"}
-LABELS = {"points": (20, 50), "parts": (10, 20), "classes": (100, 1000)}
-QUICK_LABELS = {"points": (20,), "parts": (10,), "classes": (100,)}
 BATCH, TUNE_BATCH = 64, 20
-RATES = {"student": 1e-3, "recognise": 5e-4}  # the second one is the best of four for scratch, on held-out avatars
+# Steps of distillation and of fine-tuning, quick and full; images of 32 px are cheap.
+STEPS = {"points": ((100, 100), (600, 300)), "parts": ((100, 100), (600, 300)), "classes": ((200, 300), (1000, 1000))}
+RATE = 1e-3  # of distillation
+TUNE_RATES = {"points": 5e-4, "parts": 4e-3, "classes": 1e-2}  # the best for scratch, on held-out training images
 GRID = 4  # classes are read from maps averaged to it
 RESULTS, POLICY = "results.jsonl", "policy.json"
 
@@ -147,10 +157,10 @@ class Runs:
         self.args, self.device = args, device
         self.folder, self.cache = Path(args.out) / "runs", Path(args.out) / "features"
 
-    def _train(self, task: Any, dataset: Any, name: str, steps: int, batch: int, seed: int) -> Trainer:
+    def _train(self, task: Any, dataset: Any, name: str, steps: int, batch: int, rate: float, seed: int) -> Trainer:
         settings = TrainSettings(
-            task.name, name, steps, batch, lr=RATES[task.name], lr_schedule="cosine", warmup=min(50, steps // 4),
-            flip=False, seed=seed,
+            task.name, name, steps, batch, lr=rate, lr_schedule="cosine", warmup=min(50, steps // 4), flip=False,
+            seed=seed,
         )  # fmt: skip
         out = self.folder / name
         trainer = Trainer(
@@ -164,8 +174,8 @@ class Runs:
 
     def distil(self, task: Task, arm: str, seed: int, known: TaskTruth) -> Student:
         """The student of ``arm``, distilled without labels but for a policy, which sees those of ``known``."""
-        args = self.args
-        student = new_student(task.teacher.config, args.width, 1, seed=seed)
+        steps, _ = steps_of(self.args, task.name)
+        student = new_student(task.teacher.config, self.args.width, 1, seed=seed)
         if arm in (SCRATCH, LONGER):
             return student
         T = task.teacher.config.schedule.timesteps
@@ -177,11 +187,11 @@ class Runs:
         )
         truth = known if choice.how == "policy" else None
         torch.manual_seed(seed + 1)
-        learned = StudentTask(student, features, choice, "dense", truth, Bandit(passes=args.steps))
+        learned = StudentTask(student, features, choice, "dense", truth, Bandit(passes=steps))
         data = FeatureSet(task.learn, features, truth)
         counted = f"-{task.name}-{len(known.indices)}" if truth else ""
         name = f"{Path(task.source).name}-{task.levels}-{arm}{counted}-{seed}"
-        trainer = self._train(learned, data, name, args.steps, BATCH, seed)
+        trainer = self._train(learned, data, name, steps, BATCH, RATE, seed)
         if truth:
             found = describe_policy(trainer.ema, learned, data)
             about = {"task": task.name, "labels": len(known.indices), "seed": seed}
@@ -195,7 +205,9 @@ class Runs:
     def tune(self, task: Task, student: Student, known: TaskTruth, steps: int, name: str, seed: int) -> float:
         """How good ``student`` is on the test images once it has learned from ``known``."""
         learned = RecogniseTask(with_head(student, known, seed), known)
-        trainer = self._train(learned, Labelled(task.learn, known), name, steps, TUNE_BATCH, seed)
+        trainer = self._train(
+            learned, Labelled(task.learn, known), name, steps, TUNE_BATCH, TUNE_RATES[task.name], seed
+        )
         return evaluate(trainer.ema, task.test, task.truth)[MEASURES[task.name]]
 
 
@@ -239,45 +251,14 @@ def teacher_maps(task: Task, images: Tensor) -> list[Tensor]:
 # -- all of them -------------------------------------------------------------------------------------------------------
 
 
-class Results:
-    """What was measured, one line of JSON each, so that a command that was stopped goes on where it was."""
-
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path, self.found = path, {}
-        settings = json.loads(json.dumps(settings))
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        if not lines:
-            self._append(settings)
-        elif json.loads(lines[0]) != settings:
-            raise UserError(f"{path.parent} holds results of other settings; choose another --out, or delete it")
-        for line in lines[1:]:
-            try:
-                *key, value = json.loads(line)
-            except ValueError:  # a killed command wrote half of it
-                continue
-            self.found[tuple(key)] = value
-
-    def _append(self, values: Any) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
-
-    def add(self, key: Sequence[Any], value: float) -> None:
-        self.found[tuple(key)] = value
-        self._append([*key, value])
-
-    def of(self, *key: Any) -> dict[int, float]:
-        """By seed, of (task, labels, arm, way)."""
-        return {found[-1]: value for found, value in self.found.items() if found[:-1] == key}
-
-
 def run_task(task: Task, runs: Runs, results: Results, arms: Sequence[str], bar: Any) -> None:
     """Every arm, label count and seed of ``task``."""
     args = runs.args
     for seed in range(args.seed, args.seed + args.seeds):
         students: dict[str, Student] = {}
         for arm in [TEACHER, *arms]:
-            for count in _labels(args, task.name):
-                keys = {way: (task.name, count, arm, way, seed) for way in _ways(arm)}
+            for count in labels_of(args, task.name):
+                keys = {way: (task.name, count, arm, way, seed) for way in ways_of(arm)}
                 bar.set_postfix_str(f"{task.name} {arm} {count} seed {seed}")
                 missing = [way for way, key in keys.items() if key not in results.found]
                 known = choose_labels(task.known, count, seed)
@@ -299,100 +280,15 @@ def _value(task: Task, runs: Runs, student: Student, arm: str, way: str, known: 
         images = task.learn.pixels[torch.from_numpy(known.indices)]
         maps = [student_maps(task, student, x) for x in (images, task.test.pixels)]
         return read(task, maps[0], known, maps[1], seed)
-    steps = runs.args.tune_steps + (runs.args.steps if arm == LONGER else 0)
+    distilling, steps = steps_of(runs.args, task.name)
+    steps += distilling if arm == LONGER else 0
     return runs.tune(task, student, known, steps, f"{task.name}-{len(known.indices)}-{arm}-{seed}", seed)
 
 
-def _ways(arm: str) -> tuple[str, ...]:
-    return {TEACHER: ("frozen",), LONGER: ("tuned",)}.get(arm, ("tuned", "frozen"))
-
-
-def _labels(args: argparse.Namespace, task: str) -> Sequence[int]:
-    return args.labels or (LABELS if args.full else QUICK_LABELS)[task]
-
-
-# -- what it says ------------------------------------------------------------------------------------------------------
-
-
-def paired(values: dict[int, float], base: dict[int, float]) -> tuple[float, float | None]:
-    """Mean over the common seeds of values - base, and half the width of its 95% t-interval (None: one seed)."""
-    seeds = sorted(values.keys() & base.keys())
-    differences = np.array([values[seed] - base[seed] for seed in seeds])
-    if len(seeds) < 2:
-        return float(differences.mean()), None
-    from scipy.stats import t
-
-    return float(differences.mean()), float(t.ppf(0.975, len(seeds) - 1) * differences.std(ddof=1) / len(seeds) ** 0.5)
-
-
-def rows(results: Results, args: argparse.Namespace, arms: Sequence[str]) -> list[dict[str, Any]]:
-    """One row for each task, label count, arm and way: mean, and the gain over other arms, the same way (a positive one
-    is better, whatever is measured) with half its interval: over scratch, over "longer" for what was tuned, and of a
-    policy over every other choice of times."""
-    found = []
-    for task in args.task:
-        sign = -1 if MEASURES[task] == "distance" else 1
-        for count in _labels(args, task):
-            for arm in [*arms, TEACHER]:
-                for way in _ways(arm):
-                    values = results.of(task, count, arm, way)
-                    if not values:
-                        continue
-                    row = {
-                        "task": task, "labels": count, "arm": arm, "way": way, "measure": MEASURES[task],
-                        "mean": float(np.mean(list(values.values()))), "seeds": len(values),
-                    }  # fmt: skip
-                    for other in (SCRATCH, LONGER, *(TIMED if arm == "policy" else ())):
-                        base = results.of(task, count, other, way)
-                        if arm != other and values.keys() & base.keys():
-                            gain, row[f"interval over {other}"] = paired(values, base)
-                            row[f"gain over {other}"] = sign * gain
-                    row["values"] = [values[seed] for seed in sorted(values)]
-                    found.append(row)
-    return found
-
-
-def _gain(row: dict[str, Any], other: str) -> str:
-    gain, half = row.get(f"gain over {other}"), row.get(f"interval over {other}")
-    return "-" if gain is None else f"{gain:+.3f}" + ("" if half is None else f" ± {half:.3f}")
-
-
-def table(found: Sequence[dict[str, Any]]) -> str:
-    lines = [
-        [row["task"], str(row["labels"]), row["arm"], row["way"], f"{row['mean']:.3f}",
-         *(_gain(row, other) for other in (SCRATCH, LONGER)), str(row["seeds"])]
-        for row in found
-    ]  # fmt: skip
-    header = ["task", "labels", "arm", "way", "mean", "over scratch", "over longer", "seeds"]
-    text = [cli.table(header, lines, left=4)]
-    for row in found:
-        gains = [f"{_gain(row, other)} over {other}" for other in TIMED if f"gain over {other}" in row]
-        if gains:
-            text.append(f"{row['task']}, {row['labels']} labels, {row['way']}: policy {', '.join(gains)}")
-    return "\n".join(text)
-
-
-def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
-    """A panel for each task and label count: every arm's mean, tuned and frozen, with a dot for each seed."""
-    panels = list(dict.fromkeys((row["task"], row["labels"]) for row in found))
-    with chart(path, width=4.2 * len(panels), height=4.2, columns=len(panels), squeeze=False) as axes:
-        for panel, (task, count) in zip(axes[0], panels, strict=True):
-            own = [row for row in found if (row["task"], row["labels"]) == (task, count)]
-            arms = list(dict.fromkeys(row["arm"] for row in own))
-            for row in own:
-                place = arms.index(row["arm"]) + (0.17 if row["way"] == "frozen" else -0.17)
-                colour = COLOURS[0] if row["way"] == "tuned" else COLOURS[1]
-                panel.barh(place, row["mean"], height=0.3, color=colour, alpha=0.75)
-                panel.plot(row["values"], [place] * len(row["values"]), "k.", markersize=4)
-            panel.set_yticks(range(len(arms)), arms)
-            panel.invert_yaxis()
-            better = "lower is better" if MEASURES[task] == "distance" else "higher is better"
-            unit = {"distance": "mean distance, px", "miou": "mean IoU", "accuracy": "accuracy"}[MEASURES[task]]
-            panel.set_xlabel(f"{unit} ({better})")
-            panel.set_title(f"{task}, {count} labelled images")
-        for name, colour in (("fine-tuned", COLOURS[0]), ("frozen, linear", COLOURS[1])):
-            axes[0][0].barh([0], [0], color=colour, alpha=0.75, label=name)
-        axes[0][0].figure.legend(loc="outside lower center", ncols=2)
+def steps_of(args: argparse.Namespace, task: str) -> tuple[int, int]:
+    """Steps of distillation and of fine-tuning."""
+    usual = STEPS[task][args.full]
+    return args.steps or usual[0], args.tune_steps or usual[1]
 
 
 def cost(task: Task, width: int) -> dict[str, float]:
@@ -436,8 +332,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_crop(p)
     add("--limit", type=int, metavar="N", help="use at most N images to learn from, and to test on")
-    add("--steps", type=int, help="of distillation, 64 images each (default: 100; 600 with --full)")
-    add("--tune-steps", type=int, help="of fine-tuning, 20 images each (default: 100; 300 with --full)")
+    add("--steps", type=int, help="of distillation, 64 images each (default: 100 to 1,000)")
+    add("--tune-steps", type=int, help="of fine-tuning, 20 images each (default: 100 to 1,000)")
     add("--width", type=int, default=16, help="of the student")
     add("--out", default="students", help="directory for the results; the same command continues there")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
@@ -455,10 +351,9 @@ def _fitting(model: str | None) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
-    for name, quick, full in (("seeds", 2, 5), ("steps", 100, 600), ("tune_steps", 100, 300)):
-        if getattr(args, name) is None:
-            setattr(args, name, full if args.full else quick)
-        if getattr(args, name) < 1:
+    args.seeds = (5 if args.full else 2) if args.seeds is None else args.seeds
+    for name in ("seeds", "steps", "tune_steps"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     args.task = list(dict.fromkeys(args.task or _fitting(args.model)))
     arms = [arm for arm in ARMS if arm in (args.arms or (ARMS if args.full else QUICK_ARMS))]
@@ -467,15 +362,16 @@ def main(argv: list[str] | None = None) -> None:
     device = resolve_device(args.device)
     tasks = [open_task(name, args) for name in args.task]
     for task in tasks:
-        for count in _labels(args, task.name):
+        for count in labels_of(args, task.name):
             choose_labels(task.known, count, 0)
     out = Path(args.out)
     claim_folder(out)
-    settings = {k: getattr(args, k) for k in ("model", "input", "crop", "limit", "steps", "tune_steps", "width")}
+    settings = {
+        k: getattr(args, k) for k in ("model", "input", "crop", "limit", "full", "steps", "tune_steps", "width")
+    }
     results, runs = Results(out / RESULTS, settings), Runs(args, device)
-    total = sum(
-        args.seeds * len(_labels(args, task.name)) * sum(len(_ways(arm)) for arm in [TEACHER, *arms]) for task in tasks
-    )
+    ways = sum(len(ways_of(arm)) for arm in [TEACHER, *arms])
+    total = sum(args.seeds * len(labels_of(args, task.name)) * ways for task in tasks)
     with tqdm(total=total, unit="run", disable=args.quiet or None) as bar:
         for task in tasks:
             run_task(task, runs, results, arms, bar)

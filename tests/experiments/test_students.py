@@ -10,8 +10,8 @@ from PIL import Image
 
 from helpers import needs_sklearn
 from pdae_fast import UserError, cli
-from pdae_fast.experiments import students
-from pdae_fast.experiments.students import Results, paired
+from pdae_fast.experiments import student_results, students
+from pdae_fast.experiments.student_results import Results, paired
 
 pytestmark = needs_sklearn
 
@@ -41,6 +41,8 @@ def test_results_survive_a_kill_and_know_their_settings(tmp_path):
     path.write_text(path.read_text() + '["points", 20, "0", "tu')
     again = Results(path, {"steps": 3})
     assert again.of("points", 20, "0", "tuned") == {0: 1.5, 1: 2.5}
+    again.add(("points", 20, "0", "tuned", 2), 3.5)
+    assert Results(path, {"steps": 3}).of("points", 20, "0", "tuned") == {0: 1.5, 1: 2.5, 2: 3.5}
     with pytest.raises(UserError, match="results of other settings"):
         Results(path, {"steps": 4})
 
@@ -55,11 +57,11 @@ def test_arms_that_are_better_gain_whatever_is_measured():
         for task, values in (("points", (2.0, 1.5)), ("classes", (0.5, 0.75))):
             for arm, value in zip(("scratch", "0"), values, strict=True):
                 results.found[task, 10, arm, "tuned", seed] = value + seed / 10
-    found = students.rows(results, Args, ["scratch", "0"])
+    found = student_results.rows(results, Args, ["scratch", "0"])
     gains = {row["task"]: row["gain over scratch"] for row in found if row["arm"] == "0"}
     assert gains == pytest.approx({"points": 0.5, "classes": 0.25})
     assert all(row["interval over scratch"] == pytest.approx(0, abs=1e-9) for row in found if row["arm"] == "0")
-    assert "+0.500 ± 0.000" in students.table(found)
+    assert "+0.500 ± 0.000" in student_results.table(found)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What the comparison of students measures: its arms, the results as they come, their gains with intervals, a picture."""
+"""What the comparison of students measures: its arms, results as they come, gains with intervals, a picture."""
 
 from __future__ import annotations
 

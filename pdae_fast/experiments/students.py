@@ -196,7 +196,7 @@ class Runs:
             found = describe_policy(trainer.ema, learned, data)
             about = {"task": task.name, "labels": len(known.indices), "seed": seed}
             cli.write_json(self.folder / name / POLICY, {**about, **found})
-        return learned.export(trainer.ema)
+        return learned.export(trainer.ema).cpu()
 
     def policies(self) -> list[dict[str, Any]]:
         """What every policy that has learned here does (see `describe_policy`)."""

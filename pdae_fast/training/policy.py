@@ -66,7 +66,9 @@ class Decoder(nn.Module):
         if self.task == "classes":
             return self.read(torch.cat([level.mean((2, 3)) for level in levels], 1))
         if self.task == "points":
-            return 0.5 + self.read(F.adaptive_avg_pool2d(levels[0], SIDE).flatten(1)).unflatten(1, (-1, 2))
+            flat = F.adaptive_avg_pool2d(levels[0], SIDE).flatten(1)
+            # Adam moves every weight alike: of so many inputs a first step would overshoot by far.
+            return 0.5 + self.read(flat / flat.shape[1] ** 0.5).unflatten(1, (-1, 2))
         size = levels[-1].shape[2:]
         found = (read(level) for read, level in zip(self.read, levels, strict=True))
         return sum(F.interpolate(v, size=size, mode="bilinear") for v in found)

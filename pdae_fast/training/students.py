@@ -153,7 +153,8 @@ class StudentTask(Task):
         u, u_labelled, shown, *known, truth = rest
         with torch.no_grad():
             k = policy.pick(model.policy(images), u)
-        learned = model.compare(h, [v[torch.arange(len(k)), k] for v in levels], k)
+        rows = torch.arange(len(k), device=k.device)
+        learned = model.compare(h, [v[rows, k] for v in levels], k)
         return learned + self._bandit(shown, known, truth, u_labelled)
 
     def _bandit(self, images: Tensor, levels: Sequence[Tensor], truth: Tensor, u: Tensor) -> Tensor:

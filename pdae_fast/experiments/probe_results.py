@@ -14,6 +14,7 @@ from .probe_features import MEASURES, TOGETHER
 COLUMNS = ("target", "features", "grid", "input", "t", "value", "low", "high")
 COMPARED = ("minus_baseline", "minus_first")
 RANK = "rank"
+SHADE = 0.15  # of an interval
 Row = dict[str, Any]
 
 
@@ -116,15 +117,22 @@ def draw(path: Path, report: dict[str, Any]) -> None:
                     continue
                 for (name, of_grid, of), by_t in curves.items():
                     if of_grid == grid:
-                        _curve(panel, by_t, colours[name], of, name in ("middle", names[0]))
+                        _curve(panel, by_t, colours[name], of, shaded=name == names[0])
                         seen.setdefault(name, _handle(colours[name]))
                 if baselines:
                     best = _best(baselines, kind)
-                    panel.axhline(best["value"], color="#666666", linestyle=":", linewidth=1.2)
+                    panel.axhline(best["value"], color="#666666", linestyle=":", linewidth=1.2, zorder=1.4)
                     panel.annotate(
-                        best["features"], (1, best["value"]), xycoords=("axes fraction", "data"), ha="right",
-                        va="bottom", fontsize=7, color="#444444",
-                    )  # fmt: skip
+                        best["features"],
+                        (1, best["value"]),
+                        xycoords=("axes fraction", "data"),
+                        ha="right",
+                        va="center",
+                        fontsize=7,
+                        color="#444444",
+                        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+                        zorder=1.5,  # below the curves
+                    )
                 where = "maps" if grid is None else "pooled" if grid == 1 else f"averaged to {grid} x {grid}"
                 panel.set_title(f"{kind if kind != RANK else 'effective rank'}, {where}", fontsize=9)
                 panel.set_ylabel(MEASURES.get(kind, "directions"), fontsize=8)
@@ -134,6 +142,7 @@ def draw(path: Path, report: dict[str, Any]) -> None:
                 panel.set_xlabel("t", fontsize=9)
         if any(row["input"] == "x_t" for row in rows):
             seen |= {"of the images": _handle("black"), "of x_t": _handle("black", "--")}
+        seen |= {f"95% of {names[0]}": _area(colours[names[0]]), "without features": _handle("#666666", ":", None)}
         axes[0, 0].figure.legend(list(seen.values()), list(seen), loc="outside right center", fontsize=8)
 
 
@@ -143,13 +152,19 @@ def _curve(panel: Any, by_t: dict[int, Row], colour: Any, of: str, shaded: bool)
     panel.plot(times, values, "o-" if of == "x0" else "o--", color=colour, markersize=3, linewidth=1.4)
     if shaded and of == "x0" and "low" in by_t[times[0]]:  # one interval is enough to see how wide they are
         ends = [[by_t[t][end] for t in times] for end in ("low", "high")]
-        panel.fill_between(times, *ends, color=colour, alpha=0.12, linewidth=0)
+        panel.fill_between(times, *ends, color=colour, alpha=SHADE, linewidth=0)
 
 
-def _handle(colour: Any, style: str = "-") -> Any:
+def _handle(colour: Any, style: str = "-", marker: str | None = "o") -> Any:
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], color=colour, linestyle=style, marker="o", markersize=3)
+    return Line2D([], [], color=colour, linestyle=style, marker=marker, markersize=3)
+
+
+def _area(colour: Any) -> Any:
+    from matplotlib.patches import Patch
+
+    return Patch(color=colour, alpha=SHADE, linewidth=0)
 
 
 def _colours(names: list[str]) -> dict[str, Any]:

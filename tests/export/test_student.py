@@ -72,8 +72,9 @@ def test_an_earlier_export_is_replaced_and_nothing_else(tmp_path, saved):
         assert run("onnx", "--model", tmp_path / "student", "--out", out, *options, "--quiet") == 0
     assert json.loads((out / "manifest.json").read_text())["dtype"] == "float16"
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "mine").touch()
-    assert run("onnx", "--model", tmp_path / "student", "--out", tmp_path / "other") == 2
+    for name, content in (("mine", ""), ("manifest.json", '{"format": "pdae_fast-export-1"}')):
+        (tmp_path / "other" / name).write_text(content)
+        assert run("onnx", "--model", tmp_path / "student", "--out", tmp_path / "other") == 2
     tiny_pdae().save_pretrained(tmp_path / "pdae")
     assert run("onnx", "--model", tmp_path / "pdae", "--out", out, "--steps", 2) == 2  # that is a student's
 

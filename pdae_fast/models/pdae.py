@@ -86,7 +86,8 @@ class _Pretrained(nn.Module):
         return self.config.unet.input_channel, size, size
 
 
-def _refuse_student(loaded: checkpoints.Loaded) -> None:
+def refuse_student(loaded: checkpoints.Loaded) -> None:
+    """UserError where what was read is a student, and no diffusion model."""
     if isinstance(loaded.config, StudentConfig):
         raise UserError(f"{loaded.origin} is a student; expected a diffusion model (load it with pdae_fast.Student)")
 
@@ -105,7 +106,7 @@ class Prior(_Pretrained):
 
     @classmethod
     def _adopt(cls, loaded: checkpoints.Loaded) -> PriorConfig:
-        _refuse_student(loaded)
+        refuse_student(loaded)
         if isinstance(loaded.config, PriorConfig):
             return loaded.config
         if isinstance(loaded.config, DiffAEConfig):
@@ -146,7 +147,7 @@ class Autoencoder(_Pretrained):
 
     @classmethod
     def _adopt(cls, loaded: checkpoints.Loaded) -> PDAEConfig | DiffAEConfig:
-        _refuse_student(loaded)
+        refuse_student(loaded)
         if isinstance(loaded.config, PriorConfig):
             raise UserError(
                 f"{loaded.origin} is a prior (a diffusion model without G and encoder); expected an autoencoder. "
@@ -205,7 +206,7 @@ class PDAE(Autoencoder):
 def load_model(source: str | Path, **options: Any) -> Autoencoder | Prior:
     """The autoencoder or the prior that ``source`` holds; arguments and errors as of ``from_pretrained``."""
     loaded = checkpoints.load(source, **options)
-    _refuse_student(loaded)
+    refuse_student(loaded)
     kind = Prior if isinstance(loaded.config, PriorConfig) else Autoencoder
     model = kind.from_state(loaded.config, loaded.state, str(source))
     model.notes = tuple(loaded.notes)

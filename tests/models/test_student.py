@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import student_toy
 from helpers import images, tiny_pdae, tiny_prior
-from pdae_fast import PDAE, DiffAE, Prior, Student, StudentConfig, UserError
+from pdae_fast import PDAE, DiffAE, Prior, Student, StudentConfig, UserError, cli, convert
 from pdae_fast.models import Autoencoder
 
 
@@ -59,7 +59,7 @@ def test_heads_are_linear_in_the_normalised_map():
     assert torch.equal(out[:, :, 0, 0], small[:, :, 0, 0])  # bilinear: a corner is that of the small map
 
 
-def test_it_is_saved_and_known_again_and_is_no_other_model(tmp_path):
+def test_it_is_saved_and_known_again_and_is_no_other_model(tmp_path, capsys):
     model = student_toy.student(head="points", labels=("left eye", "nose")).eval()
     model.save_pretrained(tmp_path / "student")
     again = Student.from_pretrained(tmp_path / "student")
@@ -75,6 +75,8 @@ def test_it_is_saved_and_known_again_and_is_no_other_model(tmp_path):
             kind.from_pretrained(tmp_path / "student")
     with pytest.raises(UserError, match="is a student"):
         Student.from_pretrained(tmp_path / "student", schedule="cosine")
+    assert cli.run(convert.main, [str(tmp_path / "student"), "--out", str(tmp_path / "out")]) == 2
+    assert "is a student; expected a diffusion model" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_what_does_not_fit_is_said():

@@ -9,6 +9,7 @@ import argparse
 import copy
 import dataclasses
 import importlib
+import json
 import secrets
 import time
 from collections.abc import Callable
@@ -25,12 +26,13 @@ from ..engine.device import DTYPES
 from ..engine.features import as_outputs, level_shapes
 from ..errors import UserError
 from ..files import atomic_write
-from ..models import PDAE, Autoencoder, DiffAE, Prior, load_model
+from ..models import PDAE, Autoencoder, DiffAE, Prior, Student, load_model, unet_of
 from ..schedule import build_schedule
 from . import manifest as manifests
-from .graphs import NORMS, build_graphs, conditioning_width, unet_of
+from .graphs import NORMS, build_graphs, conditioning_width
 from .runtime import load_backend
 from .staging import check_target, staged_directory
+from .student import export_student, is_student_export
 
 if TYPE_CHECKING:
     from ._parity import PlainModules
@@ -111,8 +113,15 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     settings = ExportSettings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(ExportSettings)})
-    check_target(args.out)
+    student = None if args.prior else _student(args.model)
+    check_target(args.out, is_student_export if student else manifests.is_export)
     _require_onnx()
+    if student:
+        manifest = export_student(student, args.out, settings, _origin(args.model))
+        if not args.quiet:
+            error, bound = (manifest["parity"][name] for name in ("relative_error", "bound"))
+            print(f"wrote {args.out}: student.onnx, {settings.dtype}, error {error:.1e} (allowed {bound:.0e})")
+        return
     model = _load(args.model, args.prior, cli.foreign_options(args))
     start = time.perf_counter()
     with tqdm(total=_work(model, settings), desc="export", disable=args.quiet or None) as bar:
@@ -175,6 +184,18 @@ def _require_onnx() -> None:
             importlib.import_module(name)
         except ImportError as error:
             raise UserError(f"{name} cannot be imported ({error}); {INSTALL}") from None
+
+
+def _student(name: str) -> Student | None:
+    """The student that ``name`` holds, or None."""
+    path = Path(name).expanduser() / checkpoints.directory.CONFIG_NAME
+    if not path.is_file():
+        return None
+    try:
+        kind = json.loads(path.read_bytes()).get("kind")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return Student.from_pretrained(name) if kind == "student" else None
 
 
 def _load(name: str, prior: bool, options: dict[str, Any]) -> PDAE | DiffAE | Prior:

@@ -7,9 +7,10 @@ if TYPE_CHECKING:
     from .checkpoints import available
     from .config import DiffAEConfig, LatentConfig, PDAEConfig, PriorConfig, ScheduleConfig, UNetConfig, presets
     from .errors import UserError
-    from .models import PDAE, DiffAE, Prior
+    from .models import PDAE, DiffAE, Prior, Student
     from .pipeline import Pipeline
     from .samplers import Recipe
+    from .student_config import StudentConfig
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,8 @@ __all__ = [
     "PriorConfig",
     "Recipe",
     "ScheduleConfig",
+    "Student",
+    "StudentConfig",
     "UNetConfig",
     "UserError",
     "available",
@@ -39,9 +42,10 @@ _HOME = {
         "config",
     ),
     "UserError": "errors",
-    **dict.fromkeys(("DiffAE", "PDAE", "Prior"), "models"),
+    **dict.fromkeys(("DiffAE", "PDAE", "Prior", "Student"), "models"),
     "Pipeline": "pipeline",
     "Recipe": "samplers",
+    "StudentConfig": "student_config",
 }
 _SUBMODULES = (
     "checkpoints", "config", "engine", "errors", "files", "models", "pipeline", "samplers", "schedule",

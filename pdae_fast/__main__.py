@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": "measure reconstructions for several numbers of steps",
     "pareto": "compare quality with cost for many settings",
     "probe": "find out what the latents know: linear probes and nearest neighbours",
+    "students": "find out what a small network gains from a model's features",
     "analyze": "repeat the paper's analyses of one model",
     "report": "run all experiments on a model and write one HTML page",
     "train": "train every part of a model",

@@ -33,6 +33,7 @@ from .limits import (
     require,
     weights,
 )
+from .student_config import StudentConfig
 
 FORMAT_VERSION = 1
 NORM_GROUPS = 32  # of E_phi's norms, and of the U-Net's unless its configuration says otherwise
@@ -440,8 +441,13 @@ class DiffAEConfig:
         return dataclasses.replace(self.unet, channel_multiplier=self.encoder_multiplier)
 
 
-AnyConfig = PDAEConfig | PriorConfig | DiffAEConfig
-_KINDS: dict[str, type] = {"pdae": PDAEConfig, "prior": PriorConfig, "diffae": DiffAEConfig}
+AnyConfig = PDAEConfig | PriorConfig | DiffAEConfig | StudentConfig
+_KINDS: dict[str, type] = {
+    "pdae": PDAEConfig,
+    "prior": PriorConfig,
+    "diffae": DiffAEConfig,
+    "student": StudentConfig,
+}
 _NESTED: dict[str, type] = {"unet": UNetConfig, "schedule": ScheduleConfig, "latent": LatentConfig}
 
 

@@ -34,6 +34,7 @@ from .config import PriorConfig
 from .errors import UserError
 from .files import LOCK, claim_folder, claim_place, is_unfinished, left_by_kill, make_folder
 from .models import Autoencoder, Prior
+from .models.pdae import refuse_student
 
 _WORK = "convert"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -140,6 +141,7 @@ def _all_or_none(paths: Sequence[Path]) -> Iterator[None]:
 
 def _build(loaded: Loaded) -> Autoencoder | Prior:
     """The model itself, so that every tensor has met the shape which the configuration expects."""
+    refuse_student(loaded)
     cls = Prior if isinstance(loaded.config, PriorConfig) else Autoencoder
     return cls.from_state(loaded.config, loaded.state, loaded.origin)
 

@@ -1,4 +1,4 @@
-"""Train: `python -m pdae_fast.train prior | encoder | pdae | latent | classifier`; `train curves` plots the runs."""
+"""Train: `python -m pdae_fast.train TASK`, from prior to student (--help lists them); `train curves` plots the runs."""
 
 import sys
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..config import PriorConfig
 from ..errors import UserError
+from ..student_config import StudentConfig
 from . import diffusers
 from .directory import BUNDLED, Loaded, available, load_directory
 from .extras import attach_classifier, attach_latent, attach_statistics, has_statistics
@@ -95,6 +96,10 @@ def load(source: str | Path, **options: Any) -> Loaded:
         if given.encoder is not None:
             raise UserError(f"{source}: a saved model has its encoder; encoder= goes with a foreign file")
         loaded = load_directory(directory)
+        if isinstance(loaded.config, StudentConfig):
+            if options:
+                raise UserError(f"{source}: is a student, which takes no {', '.join(options)}")
+            return loaded
         _check_directory(loaded, settings)
     else:
         file = ForeignFile.open_directory(place, given.weights) if place else ForeignFile.open(source, given.weights)

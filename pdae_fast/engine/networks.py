@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import kernels
-from ..models import PDAE, Prior
+from ..models import PDAE, Prior, unet_of
 from ..models.layers import AttentionBlock
 from ..models.unet import PDAEDecoder
 from . import rewrites
@@ -22,7 +22,7 @@ from .convolution import default_tile, native_bytes, native_layers
 from .device import last_level_cache
 from .norms import Skip
 from .options import Rewrites
-from .plan import Plan, unet_of
+from .plan import Plan
 from .reuse import Kept, Workload
 from .rewrites import Affine
 

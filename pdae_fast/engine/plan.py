@@ -15,7 +15,7 @@ from torch import Tensor
 from ..config import UNetConfig
 from ..errors import UserError
 from ..isolation import float32_means_float32
-from ..models import PDAE, Prior
+from ..models import PDAE, Prior, unet_of
 from ..models.unet import UNet
 from ..samplers.reuse import NOTHING, Reuse
 from .cost import equivalents
@@ -27,10 +27,6 @@ P = TypeVar("P", bound="Plan")
 Evaluate = Callable[[Tensor, int, bool], tuple[Tensor, Tensor | None]]
 # Of all plans, so that a plan can be copied: locks cannot.
 COUNTING = threading.Lock()
-
-
-def unet_of(model: PDAE | Prior) -> UNet:
-    return model.decoder if isinstance(model, PDAE) else model.unet
 
 
 class Plan:

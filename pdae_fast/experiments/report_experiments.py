@@ -107,6 +107,15 @@ EXPERIMENTS = (
         tables={"features.csv": "All read-outs"},
     ),
     Experiment(
+        "students",
+        "What a small student learns",
+        "A small network taught with few labels: from scratch, after learning the model's features, and controls.",
+        "students",
+        quick=("--steps", "20", "--tune-steps", "20", "--seeds", "1", "--arms", "scratch", "0"),
+        pictures={"students.png": "Quality of each arm, fine-tuned and frozen, with a dot for each seed"},
+        tables={"metrics.json:rows": "Each arm, and its gain over scratch"},
+    ),
+    Experiment(
         "gap",
         "Posterior-mean gap",
         "How far the model's posterior mean is from the true one at every t, with and without the shift.",

@@ -3,7 +3,8 @@
 from .diffae import DiffAE
 from .encoder import Encoder
 from .latent import LatentMLP
-from .pdae import PDAE, Autoencoder, Prior, load_model
+from .pdae import PDAE, Autoencoder, Prior, load_model, unet_of
+from .student import Student
 from .unet import Features, HalfUNet, PDAEDecoder, UNet
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "LatentMLP",
     "PDAEDecoder",
     "Prior",
+    "Student",
     "UNet",
     "load_model",
+    "unet_of",
 ]

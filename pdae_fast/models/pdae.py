@@ -13,6 +13,7 @@ from ..config import DiffAEConfig, PDAEConfig, PriorConfig
 from ..errors import UserError
 from ..isolation import undisturbed
 from ..schedule import build_schedule
+from ..student_config import StudentConfig
 from .encoder import Encoder
 from .latent import LatentMLP
 from .unet import PDAEDecoder, UNet
@@ -85,6 +86,12 @@ class _Pretrained(nn.Module):
         return self.config.unet.input_channel, size, size
 
 
+def refuse_student(loaded: checkpoints.Loaded) -> None:
+    """UserError where what was read is a student, and no diffusion model."""
+    if isinstance(loaded.config, StudentConfig):
+        raise UserError(f"{loaded.origin} is a student; expected a diffusion model (load it with pdae_fast.Student)")
+
+
 class Prior(_Pretrained):
     """A pre-trained diffusion model alone: eps_theta(x_t, t) on images of ``config.image_size``."""
 
@@ -99,6 +106,7 @@ class Prior(_Pretrained):
 
     @classmethod
     def _adopt(cls, loaded: checkpoints.Loaded) -> PriorConfig:
+        refuse_student(loaded)
         if isinstance(loaded.config, PriorConfig):
             return loaded.config
         if isinstance(loaded.config, DiffAEConfig):
@@ -139,6 +147,7 @@ class Autoencoder(_Pretrained):
 
     @classmethod
     def _adopt(cls, loaded: checkpoints.Loaded) -> PDAEConfig | DiffAEConfig:
+        refuse_student(loaded)
         if isinstance(loaded.config, PriorConfig):
             raise UserError(
                 f"{loaded.origin} is a prior (a diffusion model without G and encoder); expected an autoencoder. "
@@ -194,9 +203,15 @@ class PDAE(Autoencoder):
         return super()._adopt(loaded)
 
 
+def unet_of(model: Autoencoder | Prior) -> UNet:
+    """The network that predicts eps; of a PDAE with G's decoder."""
+    return model.decoder if isinstance(model, PDAE) else model.unet
+
+
 def load_model(source: str | Path, **options: Any) -> Autoencoder | Prior:
     """The autoencoder or the prior that ``source`` holds; arguments and errors as of ``from_pretrained``."""
     loaded = checkpoints.load(source, **options)
+    refuse_student(loaded)
     kind = Prior if isinstance(loaded.config, PriorConfig) else Autoencoder
     model = kind.from_state(loaded.config, loaded.state, str(source))
     model.notes = tuple(loaded.notes)

@@ -1,5 +1,5 @@
 """Trainers: the prior, PDAE on a frozen prior, Diff-AE, the latent DPM and the attribute classifier on the latents of
-either; and a warm start for the encoder."""
+either; a warm start for the encoder; and a student of any of them."""
 
 from .settings import TrainSettings
 from .step import StepOptions

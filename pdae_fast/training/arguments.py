@@ -9,8 +9,13 @@ from .. import cli
 from ..arguments import seed_option
 from ..config import PREDICTIONS, LatentConfig, presets
 from ..data.spec import add_crop
-from .settings import DEFAULTS, TrainSettings
+from ..student_config import HEADS
+from .distillation import LOSSES
+from .features import TARGETS
+from .policy import ESTIMATORS
+from .settings import DEFAULTS, ON_IMAGES, TrainSettings
 from .step import STEP_HELP, UNET_ONLY
+from .students import CHOICES, TIMES
 from .target_codes import PCA
 
 ABOUT = {
@@ -20,6 +25,8 @@ ABOUT = {
     "diffae": "train a Diff-AE, encoder and conditional U-Net together",
     "latent": "train a latent DPM on the latents of an autoencoder, so that it can sample",
     "classifier": "train a linear attribute classifier on the latents of an autoencoder, so that it can manipulate",
+    "student": "train a small CNN to see what a frozen diffusion model sees, without labels",
+    "recognise": "teach a student classes, parts or points with few labels",
 }
 
 HELP = {
@@ -41,17 +48,19 @@ NEW_PRIOR = {
     "prediction": (str, PREDICTIONS, "what the network predicts"),
 }
 FLAGS = {"num_classes": "--classes"}
-ENCODING = ("encoder", "latent", "classifier")  # tasks that know a code of every image, of images as they are
+ENCODING = ("encoder", "latent", "classifier", "student")  # tasks that know a code of every image, kept in files
+STUDENTS = ("student", "recognise")
 
 
 def _options(p: argparse.ArgumentParser, task: str) -> None:
     """The options of one task."""
     codes = task in ("latent", "classifier")
-    what = (
-        "autoencoder whose latents to train on"
-        if codes
-        else f"{'Diff-AE' if task == 'diffae' else 'prior'} to start from"
-    )
+    whats = {
+        "diffae": "Diff-AE to start from",
+        "student": "diffusion model to learn from",
+        "recognise": "student to start from",
+    }
+    what = "autoencoder whose latents to train on" if codes else whats.get(task, "prior to start from")
     p.add_argument(
         "--data",
         required=True,
@@ -61,7 +70,7 @@ def _options(p: argparse.ArgumentParser, task: str) -> None:
     p.add_argument(
         "--init-from",
         metavar="MODEL",
-        required=codes,
+        required=codes or task in STUDENTS,
         help=f"{what}: bundled name, directory, foreign checkpoint",
     )
     add_crop(p)
@@ -76,6 +85,8 @@ def _options(p: argparse.ArgumentParser, task: str) -> None:
         _encoding_options(p)
     if codes:
         _code_options(p, task)
+    elif task in STUDENTS:
+        _student_options(p, task)
     else:
         usual = "that of the prior, or the paper's encoder" if task in ("pdae", "encoder") else "fashion32"
         p.add_argument(
@@ -95,7 +106,7 @@ def _options(p: argparse.ArgumentParser, task: str) -> None:
             _label_options(p, task)
     if task == "encoder":
         _encoder_options(p)
-    elif not codes:
+    elif not codes and task not in STUDENTS:
         p.add_argument(
             "--start-from",
             metavar="MODEL",
@@ -118,7 +129,7 @@ def _options(p: argparse.ArgumentParser, task: str) -> None:
     for field in dataclasses.fields(TrainSettings):
         if field.name in ("task", "data"):
             continue
-        if task in ENCODING and field.name == "flip":
+        if task not in ON_IMAGES and field.name == "flip":
             p.set_defaults(flip=False)
             continue
         flag, default = f"--{field.name.replace('_', '-')}", DEFAULTS[task].get(field.name, field.default)
@@ -132,15 +143,16 @@ def _options(p: argparse.ArgumentParser, task: str) -> None:
     p.add_argument("--workers", type=int, default=0, help="processes that load images")
     p.add_argument("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
     p.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
-    if task not in ("classifier", "encoder"):
+    if task not in ("classifier", "encoder", *STUDENTS):
         p.add_argument("--sample-every", type=int, default=0, help="steps between sample grids; 0 is never")
     p.add_argument("--tensorboard", action="store_true", help="also write TensorBoard scalars to --out")
     p.add_argument("--quiet", action="store_true", help="no progress bar, nothing printed")
     speed = p.add_argument_group("speed", "how a step is executed; changes no more than the rounding of its result")
     for name, text in STEP_HELP.items():
-        if not (task in ENCODING and name in UNET_ONLY):
+        if not (task not in ON_IMAGES and name in UNET_ONLY):
             speed.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
-    cli.add_foreign_options(p)
+    if task != "recognise":
+        cli.add_foreign_options(p)
 
 
 def _label_options(p: argparse.ArgumentParser, task: str) -> None:
@@ -177,6 +189,36 @@ def _encoder_options(p: argparse.ArgumentParser) -> None:
         "--target-images", type=int, default=10_000, metavar="N", help="images that components are fitted on"
     )
     _holdout_option(p)
+
+
+def _student_options(p: argparse.ArgumentParser, task: str) -> None:
+    add = p.add_argument
+    add(
+        "--task",
+        dest="reads",
+        choices=HEADS,
+        required=task == "recognise",
+        help="what is read from the images" + ("; --choose policy is rewarded by it" * (task == "student")),
+    )
+    add("--labels", type=int, metavar="N", help="images whose labels are seen, drawn by --seed (default: all)")
+    add("--attributes", metavar="FILE", help="--task classes: an attribute file, one column for each class")
+    add("--columns", nargs="+", metavar="NAME", help="its columns, in the order of the classes")
+    if task == "recognise":
+        add("--freeze", action="store_true", help="train the head alone")
+        add("--scratch", action="store_true", help="start from random weights of the same shape, to compare")
+        _holdout_option(p)
+        return
+    add("--choose", default="0", metavar="T|" + "|".join(CHOICES), help="the teacher's time, or how it is chosen")
+    add("--times", type=int, nargs="+", metavar="T", help=f"to choose among (default: {' '.join(map(str, TIMES))})")
+    add("--loss", choices=tuple(LOSSES), default="dense", help="between the student's maps and the teacher's")
+    add("--target", choices=TARGETS, default="middle", help="what of the teacher: middle block, decoder blocks, or z")
+    add("--noised", action="store_true", help="the teacher sees x_t in place of the image")
+    add("--estimator", choices=ESTIMATORS, default="exact", help="of the policy's gradient")
+    add("--entropy", type=float, default=0.1, help="weight of the policy's entropy, falls to 0 by half of --steps")
+    add("--width", type=int, default=16, help="channels of the student's first level, a multiple of 8")
+    add("--depth", type=int, default=1, help="residual blocks of each level")
+    add("--halvings", type=int, help="of the resolution (default: those of the teacher's middle block)")
+    add("--label", type=int, metavar="K", help="class-conditional teacher: the class of all images")
 
 
 def _holdout_option(p: argparse.ArgumentParser) -> None:

@@ -17,14 +17,14 @@ from .. import cli
 from ..config import LatentConfig
 from ..data import Labels, open_dataset, read_attributes, readable
 from ..data.attributes import class_names, file_labels
-from ..data.latents import Latents, LatentSet, cache_path, encode_dataset, split, weights_fingerprint
+from ..data.latents import Latents, cache_path, encode_dataset, split, weights_fingerprint
 from ..data.spec import crop_for
 from ..engine import resolve_device
 from ..errors import UserError
 from ..files import claim_folder
-from ..models import PDAE, Autoencoder, Prior
+from ..models import PDAE, Autoencoder, Prior, Student, load_model
 from ..processes import Group, processes
-from . import codes, target_codes, warm_start
+from . import codes, recognition, students, target_codes, warm_start
 from .arguments import parse
 from .build import build_model
 from .curves import plot_curves
@@ -38,7 +38,14 @@ from .target_codes import COMPONENTS
 from .tasks import TASKS, ImagesWithRows
 from .trainer import Trainer
 
-IMAGES_ALONE = ("prior", "encoder", "pdae", "diffae")  # tasks that read the images again and again, not codes of them
+IMAGES_ALONE = (
+    "prior",
+    "encoder",
+    "pdae",
+    "diffae",
+    "student",
+    "recognise",
+)  # tasks that read the images again and again, not codes of them
 SHOWN = 5  # broken images that are named one by one
 # Each group of a norm is then one channel, whose mean is taken away at the input, the output and between.
 NARROW = (
@@ -85,6 +92,10 @@ def _check(args) -> None:
             raise UserError(f"--target-images must be at least 1, not {args.target_images}")
         if args.target in COMPONENTS:
             target_codes.check_pca()
+    elif args.task == "student":
+        students.check_student(args)
+    elif args.task == "recognise":
+        split(2, args.holdout, args.seed)
     elif args.task == "classifier":
         split(2, args.holdout, args.seed)
         if args.attributes != "classes":
@@ -96,12 +107,14 @@ def _check_new(args) -> None:
         raise UserError(f"{args.out} already holds a run; add --resume to continue it, or choose another --out")
 
 
-def _dataset(args, model: Prior | Autoencoder, shape_of: Autoencoder | None = None) -> Any:
+def _dataset(
+    args, model: Prior | Autoencoder | Student, shape_of: Autoencoder | None = None, part: str = "train"
+) -> Any:
     """The images of --data, without the broken ones where training could not know of them otherwise, for ``model``; of
-    the shape that ``shape_of`` takes, if it is given."""
+    the shape that ``shape_of`` takes, if it is given. part: of data that has a training and a test part."""
     channels, size, _ = (shape_of or model).image_shape
     crop = crop_for(args.crop, model.config)
-    dataset = open_dataset(args.data, size, channels, split="train", crop=crop, without=args.out)
+    dataset = open_dataset(args.data, size, channels, split=part, crop=crop, without=args.out)
     if args.on_error == "skip" and args.task in IMAGES_ALONE:
         dataset, broken = readable(dataset, args.quiet)
         _say_broken(broken, args.first and shape_of is None)
@@ -247,6 +260,24 @@ def _g_for_codes(
     )
 
 
+def _student_task(args, device: torch.device, group: Group):
+    """Task and images of train student, with what the teacher says of them."""
+    model = load_model(args.init_from, **cli.foreign_options(args))
+    dataset = _dataset(args, model)
+    if not args.quiet:
+        for note in model.notes:
+            print(f"assumed about the model: {note}")
+    with _in_turn(group):
+        return students.student_task(args, model, dataset, _cache(args), device)
+
+
+def _recognise_task(args):
+    """Task, images with their labels, and those that judge it, of train recognise."""
+    start = Student.from_pretrained(args.init_from)
+    dataset, test = (_dataset(args, start, part=part) for part in ("train", "test"))
+    return students.recognise_task(args, start, dataset, test if test.names[:1] != dataset.names[:1] else None)
+
+
 def _latents(args, device: torch.device, group: Group) -> tuple[Autoencoder, Latents]:
     """The autoencoder of --init-from and the latents of --data by it, kept beside the run."""
     model = Autoencoder.from_pretrained(args.init_from, **cli.foreign_options(args))
@@ -279,10 +310,18 @@ def _labels(args, latents: Latents) -> Labels:
     return labels
 
 
-def _report(args, trainer: Trainer, judged: LatentSet | ImagesWithRows) -> str:
-    """Write metrics.json of the classifier or encoder that users get; returns its table."""
+def _report(args, trainer: Trainer, judged: Any) -> str:
+    """Write metrics.json of what users get, a classifier, an encoder or a student; returns its table."""
     model = trainer.task.export(trainer.ema)
-    if args.task == "encoder":
+    if args.task == "student":
+        report = students.describe_policy(trainer.ema, trainer.task, judged)
+        cli.write_json(trainer.out / "metrics.json", {"step": trainer.step, **report})
+        return f"{students.policy_table(report)}\n{trainer.out / 'metrics.json'}"
+    if args.task == "recognise":
+        dataset, truth = judged
+        report, judged = recognition.evaluate(model, dataset, truth), truth.indices
+        text = recognition.summary(truth.task, report)
+    elif args.task == "encoder":
         report = warm_start.evaluate(trainer.ema, judged, trainer.device)
         text = warm_start.summary(report)
     else:
@@ -325,6 +364,11 @@ def _train(args, group: Group) -> None:
         task, dataset, preview = _image_task(args, device)
     elif args.task == "encoder":
         task, dataset, judged = _encoder_task(args, device, group)
+    elif args.task == "student":
+        task, dataset = _student_task(args, device, group)
+        judged = dataset if dataset.truth is not None else None
+    elif args.task == "recognise":
+        task, dataset, judged = _recognise_task(args)
     else:
         with _in_turn(group):
             model, latents = _latents(args, device, group)

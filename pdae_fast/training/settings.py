@@ -10,7 +10,7 @@ from typing import Any
 from ..arguments import as_seed
 from ..errors import UserError
 
-TASKS = ("prior", "encoder", "pdae", "diffae", "latent", "classifier")
+TASKS = ("prior", "encoder", "pdae", "diffae", "latent", "classifier", "student", "recognise")
 ON_IMAGES = ("prior", "pdae", "diffae")  # which may be mirrored
 # Where a task's usual values are not those of TrainSettings. The latent DPM's batch is the paper's (Table 2); the
 # classifier is a convex problem of one layer; the encoder's warm start is plain regression, which ends where its rate
@@ -22,6 +22,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "diffae": {},
     "latent": {"batch_size": 512, "flip": False},
     "classifier": {"steps": 10_000, "batch_size": 512, "lr": 1e-3, "flip": False},
+    "student": {"steps": 2000, "batch_size": 64, "lr": 1e-3, "lr_schedule": "cosine", "warmup": 100, "flip": False},
+    "recognise": {"steps": 600, "batch_size": 32, "lr": 1e-3, "lr_schedule": "cosine", "warmup": 50, "flip": False},
 }
 
 
@@ -67,7 +69,7 @@ class TrainSettings:
         require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), not {self.ema_decay}")
         require(
             not self.flip or self.task in ON_IMAGES,
-            f"flip mirrors images; {self.task} is trained on latents of images as they are (flip=False)",
+            f"flip mirrors images; {self.task} is trained on what is known of images as they are (flip=False)",
         )
         require(self.amp in ("off", "bfloat16"), f"amp must be off or bfloat16, not {self.amp!r}")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import student_toy
 from golden_rule import fill
 from helpers import TINY, TINY_FULL, image_folder, images, tiny_pdae, tiny_prior
 from pdae_fast import PDAE, DiffAE, DiffAEConfig, UserError, config, train
@@ -25,14 +26,17 @@ from pdae_fast.processes import Group, processes
 from pdae_fast.training import Trainer, TrainSettings
 from pdae_fast.training import distributed as ranks
 from pdae_fast.training.feed import BatchOrder, global_seed, step_generator
+from pdae_fast.training.recognition import Labelled
 from pdae_fast.training.settings import ON_IMAGES
 from pdae_fast.training.state import CHECKPOINT_NAME
+from pdae_fast.training.students import RecogniseTask, with_head
 from pdae_fast.training.tasks import ClassifierTask, DiffAETask, ImagesWithRows, LatentTask, PDAETask, PriorTask
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = [
     *(("prior", 1), ("prior", 2), ("pdae", 1), ("pdae", 2), ("labelled", 2), ("diffae", 2)),
     *(("latent", 2), ("classifier", 2)),
+    *(("student", 2), ("student by a policy", 2), ("recognise", 1)),
 ]
 STEPS = 3
 # Dropout draws by the shape of what a process computes, so with it one process and two do the same only on average.
@@ -68,6 +72,17 @@ def make(name):
     elif name == "diffae":
         config = DiffAEConfig(image_size=32, latent_dim=16, unet=PLAIN.unet, encoder_multiplier=(1, 1, 1))
         task, dataset = DiffAETask(fill(DiffAE(config))), Pictures()
+    elif name.startswith("student"):
+        choose = (
+            ("policy", {"known": student_toy.truth(), "estimator": "reinforce"}) if "policy" in name else ("all", {})
+        )
+        task, dataset = student_toy.student_task(choose[0], levels=2, **choose[1])
+    elif name == "recognise":
+        truth = student_toy.truth("parts")
+        task, dataset = (
+            RecogniseTask(with_head(student_toy.student(), truth), truth),
+            Labelled(student_toy.Pictures(), truth),
+        )
     elif name == "pdae":
         torch.manual_seed(0)
         task = PDAETask(PDAE.from_prior(tiny_prior(PLAIN), latent_dim=16, encoder_channel=32))

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import student_toy
 from helpers import images, tiny_pdae, tiny_prior
-from pdae_fast import PDAE, DiffAE, Prior, Student, StudentConfig, UserError, cli, convert
+from pdae_fast import PDAE, DiffAE, Prior, Student, StudentConfig, UserError, convert
 from pdae_fast.models import Autoencoder
 
 
@@ -75,7 +75,7 @@ def test_it_is_saved_and_known_again_and_is_no_other_model(tmp_path, capsys):
             kind.from_pretrained(tmp_path / "student")
     with pytest.raises(UserError, match="is a student"):
         Student.from_pretrained(tmp_path / "student", schedule="cosine")
-    assert cli.run(convert.main, [str(tmp_path / "student"), "--out", str(tmp_path / "out")]) == 2
+    assert convert.main([str(tmp_path / "student"), "--out", str(tmp_path / "out")]) == 2
     assert "is a student; expected a diffusion model" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 

@@ -68,6 +68,6 @@ def test_kernels_can_run_here(obstacle):
 def test_every_native_source_is_installed():
     """Headers too: what is compiled on the user's machine needs them."""
     root = Path(__file__).parents[2]
-    patterns = re.search(r'"pdae_fast\.kernels": (\[.*?\])', (root / "setup.py").read_text()).group(1)
+    patterns = re.search(r'"pdae_fast\.kernels": (\[.*\]),\n', (root / "setup.py").read_text()).group(1)
     installed = {file for pattern in ast.literal_eval(patterns) for file in (root / "kernels").glob(pattern)}
     assert installed == {file for file in (root / "kernels" / "native").iterdir() if file.is_file()} != set()

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -151,3 +152,25 @@ def test_maps_come_from_the_plan_s_memory(model, monkeypatch):
     assert held > 0 and plan._buffers.held() <= 1.5 * held and torch.allclose(first, expected, atol=1e-4)
     assert torch.equal(torch.cat(kept[0]), first)
     assert not torch.equal(kept[0][0], kept[1][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16], ids=["fp32", "bf16"])
+def test_results_do_not_depend_on_the_number_of_threads(model, dtype):
+    before, found = torch.get_num_threads(), []
+    plan = build_plan(model, CPU, dtype)
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(outputs(plan, model))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(y, found[0]) for y in found)
+
+
+def test_two_pipelines_in_two_threads(model):
+    """Each gives what it gives alone."""
+    plans = [build_plan(model, CPU, dtype) for dtype in (torch.float32, BFLOAT16)]
+    expected = [outputs(plan, model) for plan in plans]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(4):
+            assert all(map(torch.equal, pool.map(lambda plan: outputs(plan, model), plans), expected))

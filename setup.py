@@ -74,7 +74,7 @@ setup(
     package_dir={"pdae_fast": "pdae_fast", **{f"pdae_fast.{folder}": folder for folder in MAPPED}},
     package_data={
         "pdae_fast": ["py.typed", "pretrained/**/*", "experiments/*.html"],
-        "pdae_fast.kernels": ["native/*.c"],
+        "pdae_fast.kernels": ["native/*.[ch]"],
     },
     # The upper bound keeps a CPU-only machine from resolving to a newer CUDA build with gigabytes of libraries.
     install_requires=["torch>=2.11,<2.14", "numpy>=1.26", "pillow>=10.1", "safetensors>=0.4", "tqdm>=4.60"],

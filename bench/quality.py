@@ -9,11 +9,15 @@ from torch import Tensor
 
 from pdae_fast import PDAE, Pipeline, metrics
 from pdae_fast.data import open_dataset
-from pdae_fast.data.bundled import SAMPLES
+from pdae_fast.data.bundled import SAMPLES, bundled_for
 
 from .contenders import relative
 
 MODEL = "fashion32"
+# Recipes that precision is measured with, and on how many images.
+RECIPES, IMAGES = ("published", "fast", "balanced", "exact", "reversible"), 64
+# Of a recipe's SSIM and MSE in bfloat16, inferred x_T, where nothing amplifies rounding.
+RECIPE_SSIM_BOUND, RECIPE_MSE_BOUND = 0.001, 0.1
 # The bounds that are held: a low precision against float32 of the same plan (the images have a spread of their own,
 # so the means differ by less than any one image), and the float32 plan against the plain modules after the decoding.
 SSIM_BOUND, MSE_BOUND, PLAN_BOUND = 0.002, 0.15, 1e-4
@@ -50,6 +54,33 @@ def precision_loss(
         f"mse_{dtype}": mse_low,
         "ratio_mse": mse_low / mse,
     }
+
+
+def recipe_losses(
+    device: torch.device, model: str = MODEL, recipes: tuple[str, ...] = RECIPES, limit: int = IMAGES, **options: Any
+) -> list[dict[str, Any]]:
+    """Rows of the "quality" table: bfloat16 (with ``options`` of the Pipeline) against float32, for every recipe, with
+    x_T inferred and random."""
+    pdae = PDAE.from_pretrained(model)
+    channels, size, _ = pdae.image_shape
+    dataset = open_dataset([bundled_for(model, channels)], size, channels, split="test")
+    x0 = torch.stack([dataset[i].image for i in range(limit)])
+    rows = []
+    for recipe in recipes:
+        found: dict[str, dict[str, tuple[float, float]]] = {"inferred": {}, "random": {}}
+        for dtype, keywords in (("float32", {}), ("bfloat16", options)):
+            pipe = Pipeline(pdae, recipe, device=device, dtype=dtype, **keywords)
+            for x_T, x in (("inferred", pipe.reconstruct(x0)), ("random", pipe.decode(pipe.encode(x0), seed=0))):
+                found[x_T][dtype] = metrics.ssim(x0, x).mean().item(), metrics.mse(x0, x).mean().item()
+        for x_T, values in found.items():
+            (ssim, mse), (ssim_low, mse_low) = values["float32"], values["bfloat16"]
+            rows.append({
+                "what": " ".join(["bfloat16 against float32", *options]),
+                "model": model, "images": limit, "steps": recipe, "x_T": x_T, "ssim_float32": round(ssim, 5),
+                "ssim_bfloat16": round(ssim_low, 5), "ssim_difference": ssim_low - ssim, "mse_float32": mse,
+                "mse_bfloat16": mse_low, "ratio_mse": mse_low / mse,
+            })  # fmt: skip
+    return rows
 
 
 def precision_holds(row: dict[str, Any]) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from bench import quality, startup
 from bench.tables import RUN
 
@@ -15,6 +17,19 @@ def test_precision_loss(benchmark, device):
     row = once(benchmark, lambda: quality.precision_loss(device))
     RUN.add("quality", **row)
     assert quality.precision_holds(row), row
+
+
+@pytest.mark.parametrize("large_tiles", [False, True], ids=["default", "large-tiles"])
+@pytest.mark.parametrize("recipe", quality.RECIPES)
+@pytest.mark.parametrize("model", ["fashion32", "avatars64"])
+def test_precision_of_recipes(benchmark, device, model, recipe, large_tiles):
+    """Every row is printed; the bounds hold for the paper's recipe, whose error is not as small as rounding."""
+    options = {"large_tiles": True} if large_tiles else {}
+    for row in once(benchmark, lambda: quality.recipe_losses(device, model, (recipe,), **options)):
+        RUN.add("quality", **row)
+        if recipe == "published" and row["x_T"] == "inferred" and not large_tiles:
+            assert abs(row["ssim_difference"]) <= quality.RECIPE_SSIM_BOUND, row
+            assert abs(row["ratio_mse"] - 1) <= quality.RECIPE_MSE_BOUND, row
 
 
 def test_float32_plan_against_the_modules(benchmark, device):

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ..engine.rewrites import Affine, AffineTable, resblocks, time_embeddings
 from ..kernels import ddim_coefficients
-from ..models import PDAE, Autoencoder, DiffAE, Prior
+from ..models import PDAE, Autoencoder, DiffAE, Prior, unet_of
 from ..models.layers import AttentionBlock, HalfBlock, ResBlock, Stage
 from ..models.unet import PDAEDecoder, UNet
 from ..schedule import Schedule, Trajectory
@@ -192,10 +192,6 @@ def _tables(unet: UNet) -> list[AffineTable]:
 def _conditioned(unet: UNet) -> list[AffineTable]:
     """Those of the norms that read z."""
     return [table for table in _tables(unet) if table.z is not None]
-
-
-def unet_of(model: PDAE | DiffAE | Prior) -> UNet:
-    return model.decoder if isinstance(model, PDAE) else model.unet
 
 
 class TracedNetworks(nn.Module):

@@ -26,10 +26,10 @@ from ..engine.device import DTYPES
 from ..engine.features import as_outputs, level_shapes
 from ..errors import UserError
 from ..files import atomic_write
-from ..models import PDAE, Autoencoder, DiffAE, Prior, Student, load_model
+from ..models import PDAE, Autoencoder, DiffAE, Prior, Student, load_model, unet_of
 from ..schedule import build_schedule
 from . import manifest as manifests
-from .graphs import NORMS, build_graphs, conditioning_width, unet_of
+from .graphs import NORMS, build_graphs, conditioning_width
 from .runtime import load_backend
 from .staging import check_target, staged_directory
 from .student import export_student, is_student_export

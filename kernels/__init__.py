@@ -15,20 +15,27 @@ from .add_upsample import (
     upsample_add,
     upsample_add_reference,
 )
+from .attention import attention_fits, attention_native, attention_status
+from .buffers import Buffers, empty_map
 from .ddim_update import ddim_coefficients, ddim_update, ddim_update_reference
 from .group_norm import channel_stats, group_norm, group_norm_apply
 from .group_norm_native import NATIVE_DTYPES, group_norm_native, native_fits, native_status
 from .group_norm_torch import group_norm_reference
-from .winograd import winograd, winograd_bytes, winograd_fits, winograd_status, winograd_weights
+from .winograd import winograd, winograd_bytes, winograd_dtypes, winograd_fits, winograd_status, winograd_weights
 
 __all__ = [
     "NATIVE_DTYPES",
+    "Buffers",
     "add_upsample",
     "add_upsample_reference",
+    "attention_fits",
+    "attention_native",
+    "attention_status",
     "channel_stats",
     "ddim_coefficients",
     "ddim_update",
     "ddim_update_reference",
+    "empty_map",
     "group_norm",
     "group_norm_apply",
     "group_norm_native",
@@ -42,6 +49,7 @@ __all__ = [
     "upsample_add_reference",
     "winograd",
     "winograd_bytes",
+    "winograd_dtypes",
     "winograd_fits",
     "winograd_status",
     "winograd_weights",

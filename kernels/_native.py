@@ -25,10 +25,33 @@ COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
 PROCESSOR = (["-march=native"], ["-mcpu=native"], [])  # the first that the compiler takes
 SECONDS = 120  # for a compiler that hangs; a build takes one
+OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
 
 
 class Unavailable(Exception):
     """Why native code cannot be had here, in one line."""
+
+
+def threaded(name: str, *functions: str) -> tuple[ctypes.CDLL, str]:
+    """(the library of native/`name`.c, whose ``functions`` take a packed struct and answer an int and which runs on
+    torch's threads where it can, one line about it). Raises `Unavailable`."""
+    library = load(name)
+    for function in functions:
+        getattr(library, function).argtypes, getattr(library, function).restype = [ctypes.c_char_p], ctypes.c_int
+    threads = openmp(*OPENMP)
+    if threads is not None:
+        library.pdae_threads.argtypes, library.pdae_threads.restype = [ctypes.c_void_p] * 4, None
+        library.pdae_threads(*threads)
+    return library, "compiled for this processor, " + ("one thread" if threads is None else "on torch's threads")
+
+
+def matrix_abilities(library: ctypes.CDLL) -> tuple[int, tuple[torch.dtype, ...]]:
+    """(columns of the micro-kernel of native/product.h, dtypes that it multiplies). Raises `Unavailable`."""
+    panel, bfloat16 = ctypes.c_int64(), ctypes.c_int64()
+    library.pdae_abilities(ctypes.byref(panel), ctypes.byref(bfloat16))
+    if panel.value < 0:
+        raise Unavailable("needs a processor with AVX-512 or AVX2")
+    return panel.value, (torch.float32, torch.bfloat16) if bfloat16.value else (torch.float32,)
 
 
 def load(name: str) -> ctypes.CDLL:
@@ -39,8 +62,8 @@ def load(name: str) -> ctypes.CDLL:
         raise Unavailable(f"native code is for POSIX systems, not for {sys.platform}")
     try:
         compiler = _compiler()
-        source = (SOURCES / f"{name}.c").read_bytes()
-        key = f"{name}-{_digest(source, *_machine(compiler))}"
+        sources = [file.read_bytes() for file in (SOURCES / f"{name}.c", *sorted(SOURCES.glob("*.h")))]
+        key = f"{name}-{_digest(*sources, *_machine(compiler))}"
         folder = _cache()
         if folder is None:
             with tempfile.TemporaryDirectory() as temporary:  # a loaded library outlives its file

@@ -3,7 +3,6 @@ read and one write."""
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import struct
 from collections.abc import Callable
@@ -11,12 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._native import Unavailable, load, openmp
+from ._native import Unavailable, threaded
+from .buffers import empty_map
 from .group_norm_torch import group_norm_reference
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 NORM = struct.Struct("8P10qd")  # struct norm
-OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
 # RMS error, relative to the result, that the self-check allows: several roundings of the dtype.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
@@ -25,19 +24,11 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 def _function() -> tuple[Callable[[bytes], int] | None, str]:
     """The compiled function, or None, and one line about it; the first call may compile for a second."""
     try:
-        library = load("group_norm")
+        library, reason = threaded("group_norm", "pdae_group_norm")
     except Unavailable as obstacle:
         return None, str(obstacle)
-    function = library.pdae_group_norm
-    function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
-    threads = openmp(*OPENMP)
-    if threads is not None:
-        library.pdae_threads.argtypes, library.pdae_threads.restype = [ctypes.c_void_p] * 4, None
-        library.pdae_threads(*threads)
-    obstacle = _check(function)
-    if obstacle:
-        return None, obstacle
-    return function, "compiled for this processor, " + ("one thread" if threads is None else "on torch's threads")
+    obstacle = _check(library.pdae_group_norm)
+    return (None, obstacle) if obstacle else (library.pdae_group_norm, reason)
 
 
 def native_status() -> tuple[bool, str]:
@@ -94,8 +85,7 @@ def _call(function, x, multiplier, addend, num_groups, eps, silu, x2, x_bias, ov
     if overwrite:
         y = x
     else:
-        shape = (batch, channels + channels2, height, width)
-        y = torch.empty(shape, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
+        y = empty_map(batch, channels + channels2, height, width, x.dtype)
     mean, rstd = (0, 0) if statistics is None else (statistics[0].data_ptr(), statistics[1].data_ptr())
     failed = function(
         NORM.pack(

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._native import Unavailable, load, openmp
-from .group_norm_native import OPENMP
+from ._native import Unavailable, matrix_abilities, threaded
+from .buffers import empty_map
 
 TILES = (2, 4)  # m: output pixels of a tile's side
 CHANNELS = 16  # what the input channels have to be a multiple of
@@ -26,25 +26,12 @@ TOLERANCE = {(torch.float32, 2): 2e-6, (torch.float32, 4): 5e-6, (torch.bfloat16
 def _library() -> tuple[ctypes.CDLL | None, str, int, tuple[torch.dtype, ...]]:
     """(library or None, one line about it, output channels that weights are padded to a multiple of, dtypes)."""
     try:
-        library = load("winograd")
+        library, reason = threaded("winograd", "pdae_winograd", "pdae_winograd_weights")
+        panel, dtypes = matrix_abilities(library)
     except Unavailable as obstacle:
         return None, str(obstacle), 0, ()
-    panel, bfloat16 = ctypes.c_int64(), ctypes.c_int64()
-    library.pdae_winograd_abilities(ctypes.byref(panel), ctypes.byref(bfloat16))
-    if panel.value < 0:
-        return None, "needs a processor with AVX-512 or AVX2", 0, ()
-    library.pdae_winograd.argtypes, library.pdae_winograd.restype = [ctypes.c_char_p], ctypes.c_int
-    library.pdae_winograd_weights.argtypes, library.pdae_winograd_weights.restype = [ctypes.c_char_p], None
-    threads = openmp(*OPENMP)
-    if threads is not None:
-        library.pdae_threads.argtypes, library.pdae_threads.restype = [ctypes.c_void_p] * 4, None
-        library.pdae_threads(*threads)
-    dtypes = (torch.float32, torch.bfloat16) if bfloat16.value else (torch.float32,)
-    obstacle = _check(library, panel.value, dtypes)
-    if obstacle:
-        return None, obstacle, 0, ()
-    reason = "compiled for this processor, " + ("one thread" if threads is None else "on torch's threads")
-    return library, reason, panel.value, dtypes
+    obstacle = _check(library, panel, dtypes)
+    return (None, obstacle, 0, ()) if obstacle else (library, reason, panel, dtypes)
 
 
 def winograd_status() -> tuple[bool, str]:
@@ -53,11 +40,16 @@ def winograd_status() -> tuple[bool, str]:
     return library is not None, reason
 
 
+def winograd_dtypes() -> tuple[torch.dtype, ...]:
+    """Of the maps that `winograd` takes on this processor."""
+    return _library()[3]
+
+
 def winograd_fits(weight: Tensor, dtype: torch.dtype, stride: int = 1, padding: int = 1) -> bool:
     """Whether `winograd` computes a convolution with ``weight`` [N, C, kh, kw] on maps of ``dtype``, given that native
     code runs here."""
     return (
-        dtype in _library()[3]
+        dtype in winograd_dtypes()
         and weight.device.type == "cpu"
         and weight.shape[2:] == (3, 3)
         and (stride, padding) == (1, 1)
@@ -119,7 +111,7 @@ def winograd(
 def _call(library, x, u, bias, outputs, tile, residual, upsample) -> Tensor:
     batch, channels, height, width = x.shape
     height, width = height << upsample, width << upsample
-    y = torch.empty((batch, outputs, height, width), dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
+    y = empty_map(batch, outputs, height, width, x.dtype)
     failed = library.pdae_winograd(
         CONVOLUTION.pack(
             x.data_ptr(), u.data_ptr(), 0 if bias is None else bias.data_ptr(),

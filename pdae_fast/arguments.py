@@ -70,7 +70,7 @@ def as_indices(name: str, values: Any) -> Sequence[int]:
 
 
 def as_images(x: Any, shape: tuple[int, int, int], what: str, batch: str = "B", take_8_bit: bool = True) -> np.ndarray:
-    """Images of NumPy as float32 [B, C, H, W] in [-1, 1], C-contiguous; ``shape`` is the model's [C, H, W].
+    """Images of NumPy as float32 [B, C, H, W] in [-1, 1], as `own_array`; ``shape`` is the model's [C, H, W].
 
     Floating point arrays are taken as they are, 8-bit ones as 0 to 255, both also with the channels last and 8-bit ones
     also as one image [H, W, C], [C, H, W] or, with one channel, [H, W]. UserError for all others, in which ``batch``
@@ -90,10 +90,15 @@ def as_images(x: Any, shape: tuple[int, int, int], what: str, batch: str = "B", 
         raise UserError(wrong_shape(given, shape, what, batch))
     if x.dtype.kind != "f" and not (eight and take_8_bit):
         raise UserError(f"{what} has dtype {x.dtype}; expected floating point values in [-1, 1]: {CONVERT}")
-    x = np.ascontiguousarray(x, np.float32)
+    x = own_array(x)
     if not np.isfinite(x).all():
         raise UserError(f"{what} holds NaN or infinite values")
     return x / np.float32(127.5) - np.float32(1) if eight else x
+
+
+def own_array(x: np.ndarray) -> np.ndarray:
+    """x as float32, C-contiguous and writable, which a file mapped into memory is not and a tensor has to be."""
+    return np.require(x, np.float32, ["C_CONTIGUOUS", "WRITEABLE", "ENSUREARRAY"])
 
 
 def check_range(low: float, high: float, what: str) -> None:

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
 from . import checkpoints, cli, config
 from .checkpoints import Loaded
-from .checkpoints.directory import CONFIG_NAME
+from .checkpoints.directory import CONFIG_NAME, WEIGHTS_NAME
 from .checkpoints.exports import (
     diffusers_paths,
     diffusers_unet,
@@ -86,7 +86,8 @@ def _convert(argv: list[str] | None) -> None:
     dtype = _DTYPES[args.dtype]
     if args.to == "pdae_fast":
         _retire(out / CONFIG_NAME, model)
-        model.save_pretrained(out, dtype)
+        with _all_or_none([out / WEIGHTS_NAME, out / CONFIG_NAME]):
+            model.save_pretrained(out, dtype)
         written = [out]
     else:
         written = _export(out, args, loaded, model, dtype)
@@ -106,7 +107,8 @@ def _export(
             raise UserError(f"{out}: a file; expected a directory to write into")
         _check_files(diffusers_paths(out), args, left_by_kill(out, _WORK))
         claim_folder(out, _WORK)
-        save_diffusers(out, config, state, dtype)
+        with _all_or_none(diffusers_paths(out)):
+            save_diffusers(out, config, state, dtype)
         return [out]
     if out.suffix not in _SUFFIXES[args.to]:
         raise UserError(f"{out}: expected the name of a {_SUFFIXES[args.to][0]} file to write with --to {args.to}")
@@ -115,10 +117,26 @@ def _export(
     make_folder(out.parent)
     for path in paths:
         claim_place(path, _WORK)
-    if args.to == "official":
-        return list(save_official(out, config, state, dtype).values())
-    save_guided(out, config, state, dtype)
-    return [out]
+    with _all_or_none(paths):
+        if args.to == "official":
+            save_official(out, config, state, dtype)
+        else:
+            save_guided(out, config, state, dtype)
+    return paths
+
+
+@contextmanager
+def _all_or_none(paths: Sequence[Path]) -> Iterator[None]:
+    """Where the block fails, as on a full disk, what it has written of ``paths`` is removed: the same command is not
+    refused for files that are there."""
+    there = {path for path in paths if path.exists()}
+    try:
+        yield
+    except BaseException:
+        for path in {*paths} - there:
+            with suppress(OSError):
+                path.unlink()
+        raise
 
 
 def _build(loaded: Loaded) -> Autoencoder | Prior:

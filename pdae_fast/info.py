@@ -12,7 +12,7 @@ from . import cli
 from .checkpoints import available
 from .engine.attention import probe_xformers
 from .engine.device import LARGE_PARAMETERS, describe_device, has_native_bfloat16, resolve_device
-from .kernels import native_status, triton_status, winograd_status
+from .kernels import attention_status, native_status, triton_status, winograd_status
 from .models import PDAE
 
 # Distribution names that provide a backend, and the line that installs it.
@@ -52,9 +52,8 @@ def _version(names: tuple[str, ...]) -> str | None:
 
 def backends() -> list[tuple[str, str, str]]:
     """(name, "usable" or "no", version or the reason) of every optional backend."""
-    rows = []
-    for name, (usable, reason) in (("native norms", native_status()), ("native convolutions", winograd_status())):
-        rows.append((name, "usable" if usable else "no", reason))
+    native = {"norms": native_status(), "convolutions": winograd_status(), "attention": attention_status()}
+    rows = [(f"native {name}", "usable" if usable else "no", reason) for name, (usable, reason) in native.items()]
     for module, (names, install) in BACKENDS.items():
         version = _version(names)
         if version is None or importlib.util.find_spec(module) is None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arguments import as_images, as_number, brief, check_range, wrong_shape
+from .arguments import as_images, as_number, brief, check_range, own_array, wrong_shape
 from .errors import UserError
 
 
@@ -35,7 +35,7 @@ def as_tensor(value: Any, what: str) -> Tensor:
     if isinstance(value, Tensor):
         return value
     if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
-        return torch.from_numpy(np.ascontiguousarray(value, np.float32))
+        return torch.from_numpy(own_array(value))
     raise UserError(f"{what} must be a tensor or an array of numbers, not {type(value).__name__}")
 
 

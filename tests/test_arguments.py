@@ -14,6 +14,7 @@ import hostile
 from helpers import TINY_FULL, images, tiny_pdae
 from pdae_fast import Pipeline, Recipe, UserError
 from pdae_fast.arguments import ImageRangeWarning, as_images, as_indices, as_int, as_number, as_seed
+from pdae_fast.tensors import as_image_tensor, as_tensor
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +146,15 @@ def test_images_of_numpy_are_those_of_torch(pipe):
     # Where three channels could be first or last, they are where the model has them.
     same = np.random.default_rng(0).random((1, 3, 3, 3), dtype=np.float32)
     assert np.array_equal(as_images(same, (3, 3, 3), "x"), same)
+
+
+def test_a_read_only_array_is_copied():
+    """As a file mapped into memory is; a tensor that shares its memory would be undefined behaviour."""
+    x, z = images(2).numpy(), np.zeros((2, 16), np.float32)
+    for array, take in ((x, lambda x: as_image_tensor(x, (1, 32, 32), "x0")), (z, lambda z: as_tensor(z, "z"))):
+        assert np.shares_memory(take(array).numpy(), array)
+        array.flags.writeable = False
+        assert not np.shares_memory(take(array).numpy(), array) and np.array_equal(take(array).numpy(), array)
 
 
 @pytest.mark.parametrize("x", [(images(1) + 1) / 2, images(1) * 3], ids=["0 to 1", "beyond"])

@@ -10,7 +10,9 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
+import subprocess
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -25,11 +27,11 @@ from helpers import TINY, TINY_FULL, image_folder, tiny_pdae
 from pdae_fast import cli, config, convert, encode, evaluate, interpolate, reconstruct, sample, train
 from pdae_fast.data import __main__ as avatars
 from pdae_fast.data import load_image, open_dataset, read_attributes
-from pdae_fast.data.avatars import is_avatars
 from pdae_fast.data.latents import encode_dataset
 from pdae_fast.errors import UserError
 from pdae_fast.files import claim_folder, claim_place
 from pdae_fast.training.curves import read_log
+from pdae_fast.training.state import trim_log
 
 if not hasattr(os, "fork"):
     pytest.skip("needs fork", allow_module_level=True)
@@ -283,6 +285,48 @@ def test_a_disk_that_is_full_after_so_many_bytes(tmp_path, shared, name):
         assert again.status == 0 and results(folder) == expected, again.err
 
 
+@pytest.fixture
+def disk(tmp_path):
+    """A function that makes a disk of so many bytes, or gives the one it has made another size; returns its folder."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def sized(bytes_):
+        more = "remount," if os.path.ismount(folder) else ""
+        command = ["mount", "-t", "tmpfs", "-o", f"{more}size={bytes_}", "tmpfs", str(folder)]
+        made = subprocess.run(command, capture_output=True, text=True)
+        if made.returncode:
+            pytest.skip(f"no disk can be mounted here: {made.stderr.strip()}")
+        return folder
+
+    if shutil.which("mount") is None:
+        pytest.skip("no disk can be mounted here: there is no mount")
+    yield sized
+    if os.path.ismount(folder):
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", some(WRITERS, ("reconstruct", "avatars", "convert", "convert back")))
+def test_a_disk_that_is_full(tmp_path, shared, disk, name):
+    """As above, on a real one, where what is full is the sum of all files."""
+    needs(name)
+    job = jobs(shared)[name]
+    assert killing.run(call(job, tmp_path / "straight")).status == 0
+    expected, pages = results(tmp_path / "straight"), 0
+    for data in killing.content(tmp_path / "straight").values():
+        pages += -(-len(data or b"") // 4096)
+    for share in (0.4, 0.7, *np.random.rand(MANY - 1)):
+        folder = disk(4096 * max(1, int(pages * share)))
+        ended = killing.run(call(job, folder))
+        assert ended.status == 2, ended.err
+        assert re.fullmatch(r"error: .*(out|model).*: No space left on device.*", ended.err.strip()), ended.err
+        disk(2**26)
+        again = killing.run(call(job, folder))
+        assert again.status == 0 and results(folder) == expected, again.err
+        shutil.rmtree(folder / "out")
+
+
 # -- damaged files -----------------------------------------------------------------------------------------------------
 
 
@@ -312,13 +356,15 @@ def mutated(data, random, other):
 
 def kinds(folder, shared):
     """Kind of file -> its path, a function that reads it, and whether every damage of it can be told."""
+    needs("avatars")
     data = image_folder(folder / "images", 4)
     idx = idx_files.write_set(folder / "idx", count=6)
     rows = "".join(f"{i:06d}.jpg {' '.join(str(j * i % 3 - 1) for j in range(3))}\n" for i in range(5))
     (folder / "celeba.txt").write_text(f"5\nBald Smiling Young\n{rows}")
     (folder / "table.csv").write_text("image,a,b,hair\n" + "".join(f"{i}.png,{i % 2},0.5,red\n" for i in range(5)))
     (folder / "log.jsonl").write_text("".join(json.dumps({"step": i, "loss": 1 / (i + 1)}) + "\n" for i in range(9)))
-    (folder / "manifest.json").write_text(json.dumps({"format": "pdae_fast avatars", "seed": 3, "size": 16}))
+    job, drawn = jobs(shared)["avatars"], folder / "drawn"
+    killing.run(call(job, drawn))
     model, parts = tiny_pdae(), folder / "encoded" / "out" / "parts"
 
     def latents():
@@ -332,7 +378,11 @@ def kinds(folder, shared):
     def first_of_idx():
         return [open_dataset(idx, 32, 1)[i].image.numpy().tobytes() for i in range(6)]
 
+    def manifest():
+        return [open_dataset(drawn / "out", 16, 1).names, killing.run(call(job, drawn)).status]
+
     def log():
+        trim_log(folder / "log.jsonl", 8)  # as --resume does
         return [values.tolist() for values in read_log(folder)]
 
     latents()
@@ -343,7 +393,7 @@ def kinds(folder, shared):
         "CelebA's list": (folder / "celeba.txt", lambda: labels(folder / "celeba.txt"), False),
         "CSV": (folder / "table.csv", lambda: labels(folder / "table.csv"), False),
         "log": (folder / "log.jsonl", log, False),
-        "manifest": (folder / "manifest.json", lambda: is_avatars(folder), False),
+        "manifest": (drawn / "out" / "manifest.json", manifest, True),
         **_parts(folder, shared, parts),
     }
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from golden_rule import relative
-from helpers import ON_DEVICE, TINY_FULL, images, tiny_pdae
+from helpers import ON_DEVICE, TINY_FULL, images, needs_sklearn, tiny_pdae
 from pdae_fast import PDAE, Pipeline, UserError
 from pdae_fast.engine.build import build_plan
 from pdae_fast.engine.options import Rewrites
@@ -259,6 +259,33 @@ def test_a_forked_process_with_threads_is_refused_and_does_not_hang(model):
     process.start()
     assert "start it by spawn, or call torch.set_num_threads(1)" in queue.get(timeout=60)
     process.join(60)
+
+
+@pytest.mark.slow
+def test_a_forked_pool_that_reads_a_pipeline_is_refused_and_does_not_hang(model):
+    pipe = pipeline(model)
+    pipe.encode(images(1))
+    context = multiprocessing.get_context("fork")
+    with context.Pool(1, torch.set_num_threads, [2]) as pool, pytest.raises(UserError, match="start it by spawn"):
+        pool.apply_async(pipe.encode, [images(1)]).get(timeout=30)
+
+
+@needs_sklearn  # which brings joblib
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["threading", "loky"])
+def test_in_the_workers_of_joblib(model, backend, tmp_path):
+    joblib = pytest.importorskip("joblib")
+    pipe, x0 = pipeline(model), images(4)
+    expected = pipe.encode(x0), pipe.reconstruct(x0[:2])
+    with joblib.parallel_config(backend, n_jobs=2, inner_max_num_threads=1 if backend == "loky" else None):
+        run = joblib.Parallel(max_nbytes=1000, temp_folder=tmp_path)  # arrays above come as files in memory, read-only
+        found = run(joblib.delayed(pipe.encode)(x) for x in (x0.numpy(), x0.numpy()))
+        reconstructed = run(joblib.delayed(pipe.reconstruct)(x0[:2].numpy()) for _ in range(2))
+    for z, x in zip(found, reconstructed, strict=True):
+        torch.testing.assert_close(z, expected[0], atol=1e-5, rtol=1e-4)
+        assert relative(x, expected[1]) < 1e-2  # another number of threads
+    joblib.dump(pipe, tmp_path / "pipe")
+    assert torch.equal(joblib.load(tmp_path / "pipe").encode(x0), expected[0])
 
 
 class _Codes(torch.utils.data.Dataset):

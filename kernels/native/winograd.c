@@ -14,38 +14,17 @@
 
    Threads are those of the OpenMP runtime that the caller's process runs already, as in group_norm.c. */
 
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#if defined(__AVX2__) && defined(__FMA__)
-#include <immintrin.h>
-#endif
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
-#if defined(__AVX512F__) && defined(__AVX512BW__)
-#define LANES 16
-#define ROWS 14 /* of tiles in the micro-kernel: 28 of 32 registers are sums */
-#elif defined(__AVX2__) && defined(__FMA__)
-#define LANES 8
-#define ROWS 6 /* 12 of 16 registers */
-#else
-#define LANES 4 /* compiled, and reported as unsupported */
-#define ROWS 4
-#endif
-#define PANEL (2 * LANES)    /* output channels of the micro-kernel */
+#include "product.h"
+
 #define BLOCK_BYTES 1572864  /* of transformed input and products, so that they stay in the second-level cache */
 #define LEAST 24             /* tiles in a block, where there are so many: fewer would read the weights too often */
 #define MOST 96
-#define LINE 64
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
 
-typedef float floats __attribute__((vector_size(4 * LANES)));
-typedef float unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint32_t words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef double doubles __attribute__((vector_size(8 * LANES)));
 
 /* As winograd.py packs it. */
 struct convolution {
@@ -66,68 +45,6 @@ struct weights {
     int64_t stride[4];
     int64_t outputs, channels, tile, bfloat16, threads;
 };
-
-typedef void (*parallel_function)(void (*)(void *), void *, unsigned, unsigned);
-static parallel_function run_parallel;
-static int (*thread_number)(void), (*team_size)(void);
-static void (*wait_for_team)(void);
-
-/* GOMP_parallel, omp_get_thread_num, omp_get_num_threads, GOMP_barrier. */
-void pdae_threads(parallel_function parallel, int (*number)(void), int (*size)(void), void (*barrier)(void)) {
-    thread_number = number, team_size = size, wait_for_team = barrier, run_parallel = parallel;
-}
-
-/* The output channels that weights are padded to a multiple of, negative where no vectors are worth it; and whether
-   the processor multiplies bfloat16. */
-void pdae_winograd_abilities(int64_t *panel, int64_t *bfloat16) {
-    *panel = LANES == 4 ? -PANEL : PANEL;
-#ifdef __AVX512BF16__
-    *bfloat16 = LANES == 16;
-#else
-    *bfloat16 = 0;
-#endif
-}
-
-/* -- numbers ------------------------------------------------------------------------------------------------------ */
-
-INLINE floats widen(halves h) {
-    return (floats)(__builtin_convertvector(h, words) << 16);
-}
-
-/* To bfloat16, to the nearest, ties to even; a NaN stays one. */
-INLINE halves narrow(floats v) {
-#ifdef __AVX512BF16__
-    return (halves)_mm512_cvtneps_pbh((__m512)v);
-#else
-    words bits = (words)v, nan = (words)(v != v);
-    words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), halves);
-#endif
-}
-
-/* The n first lanes; the others are zero. */
-INLINE floats load(const char *p, int bfloat16, int64_t n) {
-    if (bfloat16) {
-        halves h = {0};
-        memcpy(&h, p, n == LANES ? sizeof h : 2 * (size_t)n);
-        return widen(h);
-    }
-    if (n == LANES) return *(const unaligned *)p;
-    floats v = {0};
-    memcpy(&v, p, 4 * (size_t)n);
-    return v;
-}
-
-INLINE void store(char *p, int bfloat16, int64_t n, floats v) {
-    if (bfloat16) {
-        halves h = narrow(v);
-        memcpy(p, &h, n == LANES ? sizeof h : 2 * (size_t)n);
-    } else if (n == LANES) {
-        *(unaligned *)p = v;
-    } else {
-        memcpy(p, &v, 4 * (size_t)n);
-    }
-}
 
 /* -- transforms --------------------------------------------------------------------------------------------------- */
 
@@ -163,9 +80,9 @@ INLINE void output_pixels(int m, const floats *t, floats *y) {
     y[3] = P * PP * odd + Q * QQ * odd2 + t[5];
 }
 
-/* G w. */
-INLINE void weight_points(int m, const double *w, int64_t step, double *g) {
-    const double a = w[0], b = w[step], c = w[2 * step];
+/* G w, of the weights of LANES outputs. */
+INLINE void weight_points(int m, const doubles *w, int step, doubles *g) {
+    const doubles a = w[0], b = w[step], c = w[2 * step];
     if (m == 2) {
         g[0] = a, g[1] = (a + b + c) / 2, g[2] = (a - b + c) / 2, g[3] = c;
         return;
@@ -181,35 +98,45 @@ INLINE void weight_points(int m, const double *w, int64_t step, double *g) {
 
 #define SLICE 16 /* channels of a panel that a thread transforms at a time */
 
-INLINE void weight_slice(const struct weights *w, int64_t panel, int64_t slice, int m) {
+/* One channel's weights of the n <= LANES outputs that begin at `from`; lane 0 of the first point goes to `to`. */
+static void weight_lanes(const struct weights *w, const float *from, int64_t n, int64_t point, char *to, int m) {
     const int a = m + 2, bfloat16 = (int)w->bfloat16;
-    const int64_t panels = (w->outputs + PANEL - 1) / PANEL, left = w->outputs - panel * PANEL;
-    const int64_t last = (slice + 1) * SLICE < w->channels ? (slice + 1) * SLICE : w->channels;
-    for (int64_t c = slice * SLICE; c < last; c++) {
-        for (int64_t n = 0; n < PANEL; n++) {
-            double g[9] = {0}, columns[6 * 3], points[6];
-            const float *from = w->weight + (panel * PANEL + n) * w->stride[0] + c * w->stride[1];
-            if (n < left)
-                for (int i = 0; i < 9; i++) g[i] = from[i / 3 * w->stride[2] + i % 3 * w->stride[3]];
-            for (int x = 0; x < 3; x++) {
-                weight_points(m, g + x, 3, points);
-                for (int i = 0; i < a; i++) columns[3 * i + x] = points[i];
-            }
-            for (int i = 0; i < a; i++) {
-                weight_points(m, columns + 3 * i, 1, points);
-                for (int j = 0; j < a; j++) {
-                    const int64_t row = ((i * a + j) * panels + panel) * w->channels;
-                    const float value = (float)points[j];
-                    if (bfloat16) {
-                        const halves h = narrow((floats){value});
-                        ((uint16_t *)w->u)[(row + c / 2 * 2) * PANEL + 2 * n + c % 2] = h[0];
-                    } else {
-                        ((float *)w->u)[(row + c) * PANEL + n] = value;
-                    }
-                }
+    doubles g[9] = {{0}}, columns[6 * 3], points[6];
+    for (int64_t lane = 0; lane < n; lane++)
+        for (int i = 0; i < 9; i++) g[i][lane] = from[lane * w->stride[0] + i / 3 * w->stride[2] + i % 3 * w->stride[3]];
+    for (int x = 0; x < 3; x++) {
+        weight_points(m, g + x, 3, points);
+        for (int i = 0; i < a; i++) columns[3 * i + x] = points[i];
+    }
+    for (int i = 0; i < a; i++) {
+        weight_points(m, columns + 3 * i, 1, points);
+        for (int j = 0; j < a; j++, to += point) {
+            const floats values = __builtin_convertvector(points[j], floats);
+            if (bfloat16) {
+                const halves h = narrow(values);
+                for (int lane = 0; lane < LANES; lane++) ((uint16_t *)to)[2 * lane] = h[lane];
+            } else {
+#if LANES == 16
+                _mm512_stream_ps((float *)to, (__m512)values); /* a whole line, of points that share ways of the cache */
+#else
+                *(floats *)to = values;
+#endif
             }
         }
     }
+}
+
+INLINE void weight_slice(const struct weights *w, int64_t panel, int64_t slice, int m) {
+    const int64_t size = w->bfloat16 ? 2 : 4, panels = (w->outputs + PANEL - 1) / PANEL;
+    const int64_t last = (slice + 1) * SLICE < w->channels ? (slice + 1) * SLICE : w->channels;
+    for (int64_t c = slice * SLICE; c < last; c++)
+        for (int64_t half = 0; half < PANEL; half += LANES) {
+            const int64_t first = panel * PANEL + half, left = w->outputs - first;
+            const int64_t row = panel * w->channels + (w->bfloat16 ? c / 2 * 2 : c);
+            char *to = (char *)w->u + (row * PANEL + half * (4 / size)) * size + (w->bfloat16 ? c % 2 * 2 : 0);
+            weight_lanes(w, w->weight + first * w->stride[0] + c * w->stride[1], left < LANES ? left : LANES,
+                         panels * w->channels * PANEL * size, to, m);
+        }
 }
 
 static void weight_share(void *argument) {
@@ -223,7 +150,7 @@ static void weight_share(void *argument) {
     }
 }
 
-void pdae_winograd_weights(const struct weights *given) {
+int pdae_winograd_weights(const struct weights *given) {
     struct weights w = *given;
     if (!run_parallel) w.threads = 1;
 #ifdef MADV_HUGEPAGE
@@ -235,6 +162,7 @@ void pdae_winograd_weights(const struct weights *given) {
 #endif
     if (w.threads > 1) run_parallel(weight_share, &w, (unsigned)w.threads, 0);
     else weight_share(&w);
+    return 0;
 }
 
 /* -- the convolution ---------------------------------------------------------------------------------------------- */
@@ -324,65 +252,6 @@ INLINE void finish_tile(const struct work *w, int64_t tile, const char *m_tile, 
         const floats bias = c->bias ? load((const char *)(c->bias + n), 0, end - n) : (floats){0};
         finish_lanes(c, m_tile, w->m_point, offset + n * size, y_row, high, wide, bias, end - n, m, bfloat16);
     }
-}
-
-/* `rows` tiles by one panel: m = v u, where v has 4 bytes a step and row, one float32 or two bfloat16, and u has as
-   many a step and column. The panel that follows is fetched meanwhile. */
-INLINE void product(const char *v, int64_t v_row, const char *u, int64_t steps, char *m, int64_t m_row, int rows,
-                    int bfloat16) {
-    floats sums[ROWS][2];
-    UNROLL for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = (floats){0};
-    (void)bfloat16;
-    for (int64_t k = 0; k < steps; k++, u += 4 * PANEL, v += 4) {
-        const floats u0 = *(const floats *)u, u1 = *(const floats *)(u + 4 * LANES);
-        __builtin_prefetch(u + 4 * PANEL * steps, 0, 2);
-        if (LANES == 16) __builtin_prefetch(u + 4 * PANEL * steps + 64, 0, 2);
-        UNROLL for (int r = 0; r < rows; r++) {
-            float given;
-            memcpy(&given, v + r * v_row, 4);
-            const floats each = given - (floats){0}; /* the same number, of zero too: a broadcast */
-#if LANES == 16 && defined(__AVX512BF16__)
-            if (bfloat16) {
-                int pair;
-                memcpy(&pair, v + r * v_row, 4);
-                const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-                sums[r][0] = (floats)_mm512_dpbf16_ps((__m512)sums[r][0], both, (__m512bh)u0);
-                sums[r][1] = (floats)_mm512_dpbf16_ps((__m512)sums[r][1], both, (__m512bh)u1);
-                continue;
-            }
-#endif
-            sums[r][0] += each * u0, sums[r][1] += each * u1;
-        }
-    }
-    UNROLL for (int r = 0; r < rows; r++) {
-        *(floats *)(m + r * m_row) = sums[r][0];
-        *(floats *)(m + r * m_row + 4 * LANES) = sums[r][1];
-    }
-}
-
-INLINE void product_of(int64_t rows, const char *v, int64_t v_row, const char *u, int64_t steps, char *m, int64_t m_row,
-                       int bfloat16) {
-    switch (rows) {
-#define CASE(n) case n: product(v, v_row, u, steps, m, m_row, n, bfloat16); break;
-        CASE(1) CASE(2) CASE(3) CASE(4)
-#if ROWS >= 6
-        CASE(5) CASE(6)
-#endif
-#if ROWS >= 14
-        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
-#endif
-#undef CASE
-    }
-}
-
-static __attribute__((noinline)) void
-product_float32(int64_t rows, const char *v, int64_t v_row, const char *u, int64_t steps, char *m, int64_t m_row) {
-    product_of(rows, v, v_row, u, steps, m, m_row, 0);
-}
-
-static __attribute__((noinline)) void
-product_bfloat16(int64_t rows, const char *v, int64_t v_row, const char *u, int64_t steps, char *m, int64_t m_row) {
-    product_of(rows, v, v_row, u, steps, m, m_row, 1);
 }
 
 static int64_t tiles_in(const struct work *w, int64_t block) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +71,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def check_finite(state: Mapping[str, Tensor], where: str) -> None:
     """Raise UserError naming the first tensor that holds NaN or infinity."""
     for name, tensor in state.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        # Of extremes, which a NaN is one of: no map of booleans is made.
+        if tensor.is_floating_point() and tensor.numel() and not all(map(math.isfinite, torch.aminmax(tensor))):
             bad = int((~torch.isfinite(tensor)).sum())
             raise UserError(f"{where}: {name} holds {bad} NaN or infinite values; expected finite weights")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import signal
@@ -32,8 +33,9 @@ from pdae_fast.data.avatar_style import (
 )
 from pdae_fast.errors import UserError
 from pdae_fast.files import atomic_write, clear_unfinished, make_folder
+from pdae_fast.limits import MAX_TEXT, parse_json
 
-MANIFEST = "manifest.json"
+MANIFEST, README, DIGEST = "manifest.json", "README.md", "manifest_sha256"
 FORMAT = "pdae_fast avatars"
 _LARGEST = 2048
 _CHUNK = 32  # avatars a worker is handed at a time
@@ -125,7 +127,8 @@ def make_avatars(
 
 
 def is_avatars(folder: str | os.PathLike) -> bool:
-    """Whether `folder` was written by `make_avatars`."""
+    """Whether `folder` was written by `make_avatars`. UserError where it was, and its manifest is damaged or gone:
+    taken for a folder of any images, its masks and pairs would be images too."""
     return read_manifest(os.fspath(folder)) is not None
 
 
@@ -144,7 +147,7 @@ def _claim(out: str, seed: int, size: int) -> None:
     make_folder(out)
     if any(not name.startswith(".") for name in os.listdir(out) if not _is_readme(out, name)):
         raise UserError(f"{out} is not empty and holds no {MANIFEST} of avatars; choose another folder")
-    with atomic_write(os.path.join(out, "README.md"), "w") as file:
+    with atomic_write(os.path.join(out, README), "w") as file:
         file.write(_README)
     wanted |= {
         "style": "avataaars",
@@ -153,6 +156,7 @@ def _claim(out: str, seed: int, size: int) -> None:
         "parts": PARTS,
         "landmarks": tuple(LANDMARKS),
     }
+    wanted[DIGEST] = _digest(wanted)
     # Last: a folder with a manifest is ours.
     with atomic_write(os.path.join(out, MANIFEST), "w") as file:
         file.write(json.dumps(wanted, indent=2) + "\n")
@@ -160,7 +164,7 @@ def _claim(out: str, seed: int, size: int) -> None:
 
 def _is_readme(out: str, name: str) -> bool:
     """Whether it is the README that a call wrote which was killed before the manifest."""
-    if name != "README.md":
+    if name != README:
         return False
     try:
         with open(os.path.join(out, name), "rb") as file:
@@ -169,14 +173,26 @@ def _is_readme(out: str, name: str) -> bool:
         return False
 
 
+def _digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of everything the manifest says but this."""
+    content = {name: value for name, value in manifest.items() if name != DIGEST}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest(folder: str) -> dict[str, Any] | None:
-    """What `make_avatars` says of `folder`; None where it did not write it."""
+    """What `make_avatars` wrote into `folder`; None for a folder of something else. UserError as `is_avatars`."""
+    path = os.path.join(folder, MANIFEST)
     try:
-        with open(os.path.join(folder, MANIFEST), encoding="utf-8") as file:
-            content = json.load(file)
+        with open(path, encoding="utf-8") as file:
+            content = parse_json(file.read(MAX_TEXT))
     except (OSError, ValueError):
+        content = None
+    if isinstance(content, dict) and content.get("format") == FORMAT:
+        if content.get(DIGEST, _digest(content)) == _digest(content):  # older folders have none
+            return content
+    elif not (_is_readme(folder, README) and os.path.isdir(os.path.join(folder, "images"))):
         return None
-    return content if isinstance(content, dict) and content.get("format") == FORMAT else None
+    raise UserError(f"{path}: missing or damaged, so these avatars cannot be told; draw them into another folder")
 
 
 def _brief(value: Any) -> str:

@@ -1,4 +1,5 @@
-"""Attention backends: PyTorch's own by default, xformers when asked for or measured to be faster here."""
+"""Attention backends: PyTorch's own, on the CPU native code by default, xformers when asked for or measured to be
+faster here."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import kernels
 from ..errors import UserError
 
 BACKENDS = ("auto", "sdpa", "xformers")
@@ -21,6 +23,11 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B, N, heads, hea
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v by torch.nn.functional.scaled_dot_product_attention."""
     return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+def native(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same by native code, where it takes the shape."""
+    return (kernels.attention_native if kernels.attention_fits(q, k, v) else sdpa)(q, k, v)
 
 
 def xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -61,19 +68,24 @@ def probe_xformers(
 
 
 def resolve_attention(
-    name: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int, int] | None
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int, int] | None,
+    has_native: bool = False,
 ) -> tuple[str, Attend]:
     """(name, function) of the backend to use for q, k, v of ``shape`` [B, N, heads, head_dim]; None: no attention.
 
-    "auto" is SDPA, unless a probe call finds that xformers works here, agrees, and takes less than 0.9 of the time.
-    UserError for an unknown name, or when xformers was asked for and cannot be used.
+    "auto" is native code on a CPU where there ``has_native``, else SDPA, unless a probe call finds that xformers works
+    here, agrees, and takes less than 0.9 of the time. UserError for an unknown name, or when xformers was asked for and
+    cannot be used.
     """
     if name not in BACKENDS:
         raise UserError(f"attention {name!r} is not known; expected {', '.join(BACKENDS)}")
     if name == "sdpa" or shape is None:
         return "sdpa", sdpa
     if name == "auto" and device.type != "cuda":
-        return "sdpa", sdpa
+        return ("native", native) if has_native else ("sdpa", sdpa)
     reason, ratio = probe_xformers(device, dtype, shape)
     if name == "xformers":
         if reason:

@@ -26,14 +26,14 @@ class UpsampledConvolution:
         build = functools.partial(convolution, packed=options.packed_weights, bias=bias)
         self.phases, self.interpolate = None, False
         if options.native_convolutions and native_fits(conv):
-            self.conv = build(conv, native=True, upsample=True)
+            self.conv = build(conv, native=options.tile, upsample=True)
         elif options.phase_upsample:
             weights = rewrites.phase_weights(conv.weight.detach().float()).to(conv.weight.dtype)
             self.phases = [
                 [build(conv, weight=weights[py, px].contiguous(), padding=1) for px in (0, 1)] for py in (0, 1)
             ]
         else:
-            self.conv, self.interpolate = build(conv, native=options.native_convolutions), True
+            self.conv, self.interpolate = build(conv, native=options.tile), True
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.phases is not None:
@@ -49,8 +49,7 @@ class FusedResBlock:
         norm, _, conv = block.in_layers
         self.norm_in, self.norm_out = fixed_normaliser(options, norm), normaliser(options, block.out_layers[0])
         folded = options.folded_biases
-        native = options.native_convolutions
-        build = functools.partial(convolution, packed=options.packed_weights, native=native, bias=not folded)
+        build = functools.partial(convolution, packed=options.packed_weights, native=options.tile, bias=not folded)
         self.conv_in = UpsampledConvolution(conv, options, not folded) if block.resample == "up" else build(conv)
         last, skip = block.out_layers[3], block.skip_connection
         self.conv_out = build(last)
@@ -113,8 +112,8 @@ class FusedAttention:
     def __init__(self, block: AttentionBlock, options: Rewrites, attend: Attend) -> None:
         norm = fixed_normaliser(options, block.norm, silu=False)
         self.block, self.norm, self.attend, self.projections = block, norm, attend, None
-        # In float32 the framework's matrix products are as fast as oneDNN's convolutions.
-        if options.packed_weights and block.qkv.weight.dtype is torch.bfloat16:
+        # The framework's matrix products are never faster than oneDNN's convolutions.
+        if options.packed_weights:
             self.projections = tuple(
                 convolution(layer, True, weight=layer.weight.detach()[..., None])
                 for layer in (block.qkv, block.proj_out)
@@ -151,7 +150,7 @@ class FusedStages:
             return FusedDownsample(layer, options)
         if isinstance(layer, Upsample):
             return layer if isinstance(layer.conv, nn.Identity) else UpsampledConvolution(layer.conv, options)
-        return convolution(layer, options.packed_weights, native=options.native_convolutions)
+        return convolution(layer, options.packed_weights, native=options.tile)
 
     def run(self, index: int, x: Tensor | Join, affine: Affine) -> Tensor:
         for layer, columns in self.stages[index]:
@@ -168,7 +167,7 @@ class FusedDecoder(FusedStages):
         super().__init__([middle, *blocks], options, attend)
         self.split = options.split_skips
         self.norm = fixed_normaliser(options, head[0])
-        self.head = convolution(head[2], options.packed_weights, native=options.native_convolutions)
+        self.head = convolution(head[2], options.packed_weights, native=options.tile)
 
     def __call__(self, skips: list[Skip], affine: Affine) -> Tensor:
         """Map [B, C, H, W] from what the trunk left, first to last."""

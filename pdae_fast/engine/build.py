@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copyreg
+import dataclasses
 import warnings
 from typing import Any
 
@@ -32,22 +33,33 @@ def build_plan(
     attention: str = "auto",
     options: Rewrites | None = None,
     reuse: Reuse = NOTHING,
+    large_tiles: bool = False,
 ) -> Plan:
     """The plan for ``model`` on ``device``, with weights of its own; the model itself is never changed.
 
     "auto" is "fused"; both compute the same function up to rounding. On CUDA, where kernels of this project run on
     whatever driver and chip the user has, the fused plan is compared with the modules before it is handed out: "auto"
     then falls back to "eager" with a warning, "fused" is a UserError. ``options`` (fused only) switches single
-    rewrites off. ``reuse`` are approximations, which the comparison leaves out. UserError for a plan, an attention
-    backend or a reuse that does not exist or cannot run on ``device``.
+    rewrites off. ``reuse`` are approximations, which the comparison leaves out; so are ``large_tiles``: native
+    convolutions of bfloat16 in tiles of 4x4 pixels. UserError for a plan, an attention backend, a reuse or tiles that
+    do not exist or cannot run on ``device``.
     """
     if name != "auto" and name not in PLANS:
         raise UserError(f"plan {name!r} is not known; expected auto, {' or '.join(PLANS)}")
     if name == "eager":
         if attention not in ("auto", "sdpa"):
             raise UserError(f"the eager plan runs PyTorch's attention; {attention!r} needs --plan fused")
+        if large_tiles:
+            raise UserError("the eager plan runs PyTorch's convolutions; large tiles need --plan fused")
         return Plan(model, device, dtype).reusing(reuse)
+    if large_tiles:
+        if dtype is not torch.bfloat16:
+            raise UserError(f"large tiles are an approximation for bfloat16; {str(dtype)[6:]} networks do without")
+        options = dataclasses.replace(options or Rewrites.for_device(device), largest_tile=4)
     plan = FusedPlan(model, device, dtype, options, attention)
+    if large_tiles and plan.options.tile != 4:
+        reason = plan.native.get("native_convolutions", "no: they run on the CPU").removeprefix("no: ")
+        raise UserError(f"large tiles need native bfloat16 convolutions: {reason}")
     if device.type == "cuda":
         difference = disagreement(plan)
         if not difference < TOLERANCE[dtype]:
@@ -79,10 +91,28 @@ def disagreement(plan: FusedPlan) -> float:
     return float((found - expected).norm() / expected.norm().clamp_min(1e-12))
 
 
+class Unbuilt:
+    """Stands for a plan that cannot run where it was read, and says why when it is used.
+
+    An error while it is read would end the worker of a pool, for which its caller waits for ever.
+    """
+
+    def __init__(self, model: PDAE | Prior, error: UserError) -> None:
+        self.model, self.error = model, error
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # copies ask for those
+            raise AttributeError(name)
+        raise self.error
+
+
 def _rebuilt(
     model: PDAE | Prior, device: str, dtype: torch.dtype, name: str, choices: dict[str, Any], counts: dict[str, int]
-) -> Plan:
-    plan = build_plan(model, resolve_device(device), dtype, name, **choices)
+) -> Plan | Unbuilt:
+    try:
+        plan = build_plan(model, resolve_device(device), dtype, name, **choices)
+    except UserError as error:
+        return Unbuilt(model, error)
     plan.evaluations.update(counts)
     return plan
 

@@ -9,10 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import kernels
+from .device import has_amx
 
-# Maps that the engine gives to native code. Not bfloat16: with AMX oneDNN multiplies those directly, and without it
-# nothing was measured.
-NATIVE_CONVOLUTIONS = (torch.float32,)
 # Pixels of a map up to which weights, of which 2x2 tiles have 16/9 as many as the layer and 4x4 tiles four times as
 # many, take longer to read than to multiply.
 SMALL_MAP = 64
@@ -20,16 +18,37 @@ SMALL_MAP = 64
 TRANSFORMING = threading.Lock()
 
 
-def native_fits(layer: nn.Conv2d) -> bool:
-    """Whether native code is to run ``layer``, where it can."""
-    weight = layer.weight
-    return len(weight) >= 16 and kernels.winograd_fits(weight, weight.dtype, layer.stride[0], layer.padding[0])
+def native_status(dtype: torch.dtype) -> tuple[bool, str]:
+    """(usable, reason): is native code to run the 3x3 convolutions of maps of ``dtype`` here?"""
+    usable, reason = kernels.winograd_status()
+    if usable and dtype not in kernels.winograd_dtypes():
+        return False, f"none for {dtype}" + " on this processor" * (dtype is torch.bfloat16)
+    if usable and dtype is torch.bfloat16 and has_amx():
+        return False, "AMX multiplies bfloat16 as it stands"
+    return usable, reason
 
 
-def native_bytes(network: nn.Module, dtype: torch.dtype) -> int:
-    """What the transformed weights of ``network`` take at most: those of 4x4 tiles."""
-    layers = [m for m in network.modules() if isinstance(m, nn.Conv2d) and native_fits(m)]
-    return sum(kernels.winograd_bytes(*layer.weight.shape[:2], 4, dtype) for layer in layers)
+def native_fits(layer: nn.Module) -> bool:
+    """Whether native code is to run ``layer``, where it can. It reads float32 weights."""
+    return (
+        isinstance(layer, nn.Conv2d)
+        and len(layer.weight) >= 16
+        and kernels.winograd_fits(layer.weight, torch.float32, layer.stride[0], layer.padding[0])
+    )
+
+
+def native_layers(network: nn.Module) -> list[nn.Conv2d]:
+    return [layer for layer in network.modules() if native_fits(layer)]
+
+
+def native_bytes(layers: list[nn.Conv2d], dtype: torch.dtype, tile: int) -> int:
+    """What the transformed weights of ``layers`` take at most, in tiles of at most ``tile``."""
+    return sum(kernels.winograd_bytes(*layer.weight.shape[:2], tile, dtype) for layer in layers)
+
+
+def default_tile(dtype: torch.dtype) -> int:
+    """The largest tile that costs maps of ``dtype`` no more than rounding does."""
+    return 4 if dtype is torch.float32 else 2
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -85,14 +104,14 @@ class PackedConvolution:
 class WinogradConvolution:
     """conv3x3(x) [+ residual], or conv3x3(nearest2x(x)), by native code with fewer multiplications.
 
-    The weights are transformed when the first map comes: for tiles of 2x2 pixels where maps have at most `SMALL_MAP`
-    pixels or are bfloat16, of 4x4 elsewhere. A layer's maps have one size, so a result depends neither on the batch
-    nor on the run.
+    The weights, float32, are transformed when the first map comes: for tiles of 2x2 pixels where maps have at most
+    `SMALL_MAP` pixels, of ``largest`` (0: `default_tile`) elsewhere. A layer's maps have one size, so a result depends
+    neither on the batch nor on the run.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, upsample: bool = False) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, upsample: bool = False, largest: int = 0) -> None:
         self.weight, self.bias = weight, None if bias is None else bias.float()
-        self.outputs, self.upsample, self.tile = len(weight), upsample, 0
+        self.outputs, self.upsample, self.largest, self.tile = len(weight), upsample, largest, 0
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -106,7 +125,7 @@ class WinogradConvolution:
 
     def _transform(self, x: Tensor) -> None:
         pixels = x.shape[2] * x.shape[3] << 2 * self.upsample
-        tile = 2 if pixels <= SMALL_MAP or x.dtype is torch.bfloat16 else 4
+        tile = 2 if pixels <= SMALL_MAP else self.largest or default_tile(x.dtype)
         self.weight = kernels.winograd_weights(self.weight, tile, x.dtype)
         self.tile = tile
 
@@ -115,7 +134,7 @@ def convolution(
     layer: nn.Conv2d,
     packed: bool,
     *,
-    native: bool = False,
+    native: int | None = None,
     weight: Tensor | None = None,
     padding: int | None = None,
     bias: bool = True,
@@ -123,10 +142,11 @@ def convolution(
 ):
     """The callable for ``layer``, or for ``weight`` in its place; without its bias when that is added elsewhere.
 
-    With ``native``, that of `WinogradConvolution` where it fits the layer, and only then with ``upsample``.
+    With ``native``, a `WinogradConvolution` of such a largest tile where that fits the layer, and only then with
+    ``upsample``.
     """
-    if native and weight is None and native_fits(layer):
-        return WinogradConvolution(layer.weight.detach(), layer.bias.detach() if bias else None, upsample)
+    if native is not None and weight is None and native_fits(layer):
+        return WinogradConvolution(layer.weight.detach(), layer.bias.detach() if bias else None, upsample, native)
     cls = PackedConvolution if packed else PlainConvolution
     return cls(
         layer.weight.detach() if weight is None else weight,

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import kernels
-from ..models import PDAE, Prior
+from ..models import PDAE, Prior, unet_of
 from ..models.layers import AttentionBlock
 from ..models.unet import PDAEDecoder
 from . import rewrites
 from .attention import resolve_attention
 from .blocks import FusedDecoder, FusedStages, make_skip, repeat
-from .convolution import native_bytes
+from .convolution import default_tile, native_bytes, native_layers
 from .device import last_level_cache
 from .norms import Skip
 from .options import Rewrites
@@ -49,22 +50,18 @@ class Networks(Plan):
         options: Rewrites | None = None,
         attention: str = "auto",
     ) -> None:
-        super().__init__(model, device, dtype)
         wanted = options or Rewrites.for_device(device)
         self._choices = {"options": wanted, "attention": attention}
-        self.options = options = wanted.usable_on(device, dtype)
+        self.device, self.options = device, wanted.usable_on(device, dtype)
         self.native = wanted.native_notes(device, dtype)
-        unet = self.unet
         # Shared by all that reuse these weights, and cleared when they have been laid out.
         self._awaited: list[int] = []
-        if options.native_convolutions:
-            size, free = native_bytes(unet, dtype), self.free_bytes()
-            if size <= free / 2:
-                self._awaited.append(size)
-            else:
-                self.options = options = dataclasses.replace(options, native_convolutions=False)
-                self.native["native_convolutions"] = f"no: weights of {size >> 20} MiB, and {free >> 20} MiB are free"
-        self.attention, attend = resolve_attention(attention, device, dtype, self._attention_shape())
+        self._buffers = kernels.Buffers() if device.type == "cpu" else None
+        layers = self._choose_tiles(native_layers(unet_of(model)), dtype) if self.options.native_convolutions else []
+        super().__init__(model, device, dtype, [layer.weight for layer in layers])
+        options, unet = self.options, self.unet
+        shape = self._attention_shape()
+        self.attention, attend = resolve_attention(attention, device, dtype, shape, options.native_attention)
         with torch.inference_mode():
             self.trunk = FusedStages(unet.input_blocks, options, attend)
             self.eps = FusedDecoder(unet.middle_block, unet.output_blocks, unet.out, options, attend)
@@ -84,6 +81,20 @@ class Networks(Plan):
         self.graph_pool = None
         self.capture_failure: str | None = None
 
+    def _choose_tiles(self, layers: list[nn.Conv2d], dtype: torch.dtype) -> list[nn.Conv2d]:
+        """``layers``, or none of them where not even the weights of small tiles fit what is free."""
+        free, largest = self.free_bytes(), self.options.largest_tile or default_tile(dtype)
+        for tile in sorted({largest, 2}, reverse=True):
+            size = native_bytes(layers, dtype, tile)
+            if size <= free / 2:
+                self._awaited.append(size)
+                if tile < largest:
+                    self.options = dataclasses.replace(self.options, largest_tile=tile)
+                return layers
+        self.options = dataclasses.replace(self.options, native_convolutions=False)
+        self.native["native_convolutions"] = f"no: weights of {size >> 20} MiB, and {free >> 20} MiB are free"
+        return []
+
     def _attention_shape(self) -> tuple[int, int, int, int] | None:
         """q of the largest attention map, one image: [1, N, heads, head_dim]."""
         config, blocks = self.unet.config, [m for m in self.unet.modules() if isinstance(m, AttentionBlock)]
@@ -97,6 +108,16 @@ class Networks(Plan):
     def choices(self) -> dict[str, Any]:
         """As :meth:`Plan.choices`."""
         return self._choices
+
+    @contextlib.contextmanager
+    def precision(self) -> Iterator[None]:
+        """As :meth:`Plan.precision`, with maps in memory of the plan's own."""
+        with super().precision(), contextlib.nullcontext() if self._buffers is None else self._buffers.used():
+            yield
+
+    def free_bytes(self) -> int:
+        """As :meth:`Plan.free_bytes`, with what is held and lent to nobody."""
+        return super().free_bytes() + (0 if self._buffers is None else self._buffers.idle())
 
     def awaited_bytes(self) -> int:
         """As :meth:`Plan.awaited_bytes`."""

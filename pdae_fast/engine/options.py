@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .. import kernels
-from .convolution import NATIVE_CONVOLUTIONS, can_pack
+from .convolution import can_pack, native_status
 
 
 class Needs(NamedTuple):
@@ -23,6 +23,7 @@ NEEDS = {
     "packed_weights": Needs((("oneDNN",),)),
     "native_norms": Needs((("native norms",),)),
     "native_convolutions": Needs((("native convolutions",),)),
+    "native_attention": Needs((("native attention",),)),
     "split_skips": Needs((("kernels", "native_norms"),)),
     # The native norms take no statistics: they read a map for less than the others save.
     "shared_statistics": Needs((("split_skips",),), without=("native_norms",)),
@@ -35,8 +36,8 @@ NEEDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Rewrites:
-    """Every one of them is exact up to rounding, and off it leaves a plan that computes the same. `NEEDS` says which
-    need others.
+    """Every switch is exact up to rounding, and off it leaves a plan that computes the same. `NEEDS` says which need
+    others.
 
     packed_weights: oneDNN's own weight layout, the residual added inside the convolution (CPU).
     phase_upsample: nearest-2x and the 3x3 convolution after it as four 2x2 convolutions.
@@ -44,6 +45,7 @@ class Rewrites:
     native_norms: GroupNorm, affine and SiLU in native code, compiled when first used (CPU; before ``kernels``).
     native_convolutions: 3x3 convolutions, and nearest-2x before them, in native code (CPU; before ``packed_weights``
         and ``phase_upsample``).
+    native_attention: attention in native code (CPU), where no other backend is asked for.
     split_skips: decoder blocks read h and the skip from where they are; the 1x1 skip convolution is a sum of two
         products.
     shared_statistics: a skip's channel statistics are computed once for both decoders.
@@ -51,6 +53,9 @@ class Rewrites:
     fused_update: time tables, coefficients and the step index live on the device; the DDIM update is one op.
     parallel_decoders: the two decoders as branches on two streams (CUDA, small batches).
     graphs: one step captured as a CUDA graph and replayed (CUDA).
+
+    largest_tile is no switch: the side of the native convolutions' tiles on maps of more than 8x8 pixels, 2 or 4; 0: 4
+    in float32 and 2 in bfloat16, where 4 is an approximation (`Pipeline`'s ``large_tiles``).
     """
 
     packed_weights: bool = True
@@ -64,6 +69,13 @@ class Rewrites:
     graphs: bool = False
     native_norms: bool = False
     native_convolutions: bool = False
+    native_attention: bool = False
+    largest_tile: int = 0
+
+    @property
+    def tile(self) -> int | None:
+        """`largest_tile` of native convolutions, None without them."""
+        return self.largest_tile if self.native_convolutions else None
 
     @classmethod
     def for_device(cls, device: torch.device) -> Rewrites:
@@ -74,7 +86,7 @@ class Rewrites:
         arithmetic of CelebA-64 but add a pass that interleaves their results, so they are off.
         """
         if device.type != "cuda":
-            return cls(native_norms=True, native_convolutions=True)
+            return cls(native_norms=True, native_convolutions=True, native_attention=True)
         usable = kernels.triton_status()[0]
         ops = dict.fromkeys(("kernels", "split_skips", "shared_statistics", "folded_biases"), usable)
         whole = dict.fromkeys(("fused_update", "parallel_decoders", "graphs"), True)
@@ -102,12 +114,13 @@ class Rewrites:
     def _native(self, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[bool, str]]:
         """(usable, reason) of the native ops that are switched on, on maps of ``dtype``; to ask is to compile them."""
         ops = {
-            "native_norms": (kernels.NATIVE_DTYPES, lambda: kernels.native_status()),
-            "native_convolutions": (NATIVE_CONVOLUTIONS, lambda: kernels.winograd_status()),
+            "native_norms": lambda: kernels.native_status(),
+            "native_convolutions": lambda: native_status(dtype),
+            "native_attention": lambda: kernels.attention_status(),
         }
-        none, cpu = (False, f"none for {dtype}"), device.type == "cpu"
+        can = device.type == "cpu" and dtype in kernels.NATIVE_DTYPES
         return {
-            name: status() if cpu and dtype in dtypes else none
-            for name, (dtypes, status) in ops.items()
+            name: status() if can else (False, f"none for {dtype}")
+            for name, status in ops.items()
             if getattr(self, name)
         }

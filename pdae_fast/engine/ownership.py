@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +11,15 @@ from torch import Tensor, nn
 from ..errors import UserError
 
 
-def owned(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def owned(model: nn.Module, device: torch.device, dtype: torch.dtype, unrounded: Collection[Tensor] = ()) -> nn.Module:
     """A copy of ``model`` on ``device`` in ``dtype``, in eval mode and without gradients; ``model`` is left alone.
+    Parameters that are in ``unrounded`` become float32.
 
     Not a deep copy: hooks, gradients and whatever else hangs on the caller's modules stay with them. Weights that are
     one tensor in the model are one in the copy. UserError for a model without values (on the meta device).
     """
     tensors: dict[int, Tensor] = {}
+    exact = {id(value) for value in unrounded}
 
     def tensor(value: Tensor | None) -> Tensor | None:
         if value is None:
@@ -24,7 +27,7 @@ def owned(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Modu
         if value.is_meta:
             raise UserError("the model has no weights (it is on the meta device); load it before it is run")
         if id(value) not in tensors:
-            to = dtype if value.is_floating_point() else value.dtype
+            to = torch.float32 if id(value) in exact else dtype if value.is_floating_point() else value.dtype
             own = value.detach().to(device, to, copy=True)
             tensors[id(value)] = nn.Parameter(own, requires_grad=False) if isinstance(value, nn.Parameter) else own
         return tensors[id(value)]

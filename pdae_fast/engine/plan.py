@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 from ..config import UNetConfig
 from ..errors import UserError
 from ..isolation import float32_means_float32
-from ..models import PDAE, Prior
+from ..models import PDAE, Prior, unet_of
+from ..models.unet import UNet
 from ..samplers.reuse import NOTHING, Reuse
 from .cost import equivalents
 from .device import available_memory, one_at_a_time
@@ -44,8 +45,10 @@ class Plan:
     tunes = False
     can_keep = False
 
-    def __init__(self, model: PDAE | Prior, device: torch.device, dtype: torch.dtype) -> None:
-        self.model, self.device, self.dtype = owned(model, device, dtype), device, dtype
+    def __init__(
+        self, model: PDAE | Prior, device: torch.device, dtype: torch.dtype, unrounded: Collection[Tensor] = ()
+    ) -> None:
+        self.model, self.device, self.dtype = owned(model, device, dtype, unrounded), device, dtype
         self.reuse = NOTHING
         self.evaluations: Counter[str] = Counter()
 
@@ -101,8 +104,8 @@ class Plan:
             return dict(self.evaluations)
 
     @property
-    def unet(self):
-        return self.model.decoder if isinstance(self.model, PDAE) else self.model.unet
+    def unet(self) -> UNet:
+        return unet_of(self.model)
 
     @torch.inference_mode()
     def encode(self, x0: Tensor) -> Tensor:
@@ -224,7 +227,7 @@ class Plan:
         return self.reuse.outer or self.unet.config.num_residual_blocks_of_a_block + 1
 
     def free_bytes(self) -> int:
-        """What is free on the device."""
+        """What is free on its device."""
         return available_memory(self.device)
 
     def awaited_bytes(self) -> int:

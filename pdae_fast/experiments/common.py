@@ -91,7 +91,7 @@ def open_run(
     recipe = Recipe.from_args(args) if recipe is None else recipe
     load = load_model if prior else Autoencoder.from_pretrained
     model = load(args.model, **cli.foreign_options(args))
-    options = {"plan": args.plan, "attention": args.attention, "label": args.label}
+    options = {name: getattr(args, name) for name in ("plan", "attention", "large_tiles", "label")}
     pipe = Pipeline(model, recipe, args.device, args.dtype, args.batch_size, **options)
     if infers:
         recipe.up(pipe.schedule)
@@ -305,6 +305,7 @@ def job_settings(run: Run, **values: Any) -> dict[str, Any]:
         "plan": run.pipe.plan.name,
         "background": args.background,
         "crop": args.crop or run.model.config.crop,
+        **({"large_tiles": True} if args.large_tiles else {}),
         **values,
     }
 

@@ -3,7 +3,7 @@
 from .diffae import DiffAE
 from .encoder import Encoder
 from .latent import LatentMLP
-from .pdae import PDAE, Autoencoder, Prior, load_model
+from .pdae import PDAE, Autoencoder, Prior, load_model, unet_of
 from .student import Student
 from .unet import Features, HalfUNet, PDAEDecoder, UNet
 
@@ -20,4 +20,5 @@ __all__ = [
     "Student",
     "UNet",
     "load_model",
+    "unet_of",
 ]

@@ -203,6 +203,11 @@ class PDAE(Autoencoder):
         return super()._adopt(loaded)
 
 
+def unet_of(model: Autoencoder | Prior) -> UNet:
+    """The network that predicts eps; of a PDAE with G's decoder."""
+    return model.decoder if isinstance(model, PDAE) else model.unet
+
+
 def load_model(source: str | Path, **options: Any) -> Autoencoder | Prior:
     """The autoencoder or the prior that ``source`` holds; arguments and errors as of ``from_pretrained``."""
     loaded = checkpoints.load(source, **options)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 from collections import Counter
 from importlib import metadata, resources
@@ -34,6 +35,7 @@ from pdae_fast.data.avatar_style import (
     landmarks,
     shown,
 )
+from pdae_fast.data.avatars import is_avatars
 from pdae_fast.errors import UserError
 
 GOLDEN_DRAW = "54696689a16567e3d917f20b43d57040ed396316f802951acebfd8d9835d4ea8"
@@ -412,6 +414,28 @@ def test_another_seed_size_or_version_is_refused(folder, monkeypatch):
         with pytest.raises(UserError, match=r"not packages dicebear-core 9\.0"):
             make_avatars(folder, 5, 32, 1)
     assert contents(folder) == before
+
+
+def test_a_damaged_manifest_is_told_and_nothing_is_taken_for_plain_images(folder, tmp_path):
+    own = tmp_path / "avatars"
+    shutil.copytree(folder, own)
+    path = own / "manifest.json"
+    whole = path.read_bytes()
+    damaged = (b"", whole[:100], b"[" * 10**5, b"null", b"\xff", whole.replace(b'"seed": 1', b'"seed": 2'), None,
+               whole.replace(b'"format"', b'"fromat"'))  # fmt: skip
+    for content in damaged:
+        path.unlink() if content is None else path.write_bytes(content)
+        for use in (is_avatars, lambda own: open_dataset(own, 32, 3), lambda own: make_avatars(own, 9, 32, seed=1)):
+            with pytest.raises(UserError, match="manifest.json: missing or damaged.*draw them into another folder"):
+                use(own)
+        assert len(os.listdir(own / "images")) == len(os.listdir(folder / "images"))
+    older = {name: value for name, value in json.loads(whole).items() if name != "manifest_sha256"}
+    path.write_text(json.dumps(older))
+    assert len(open_dataset(own, 32, 3)) == len(os.listdir(own / "images"))
+    # A manifest of something else, and no README of ours.
+    path.write_text("{}")
+    (own / "README.md").write_text("mine")
+    assert not is_avatars(own)
 
 
 def test_a_folder_of_other_things_is_refused(definition, tmp_path):

@@ -53,6 +53,7 @@ OPTIONS = {
     "neither": Rewrites(packed_weights=False, phase_upsample=False),
     "native": Rewrites(native_norms=True),
     "convolutions": Rewrites(native_norms=True, native_convolutions=True),
+    "attention": Rewrites(native_attention=True),
     "convolutions-folded": Rewrites(packed_weights=False, kernels=True, folded_biases=True, native_convolutions=True),
     "native-split": Rewrites(native_norms=True, split_skips=True),
     "native-folded": Rewrites(
@@ -76,6 +77,8 @@ def test_the_plan_computes_the_model(changes, options):
         pytest.skip(kernels.native_status()[1])
     if options.native_convolutions and not kernels.winograd_status()[0]:
         pytest.skip(kernels.winograd_status()[1])
+    if options.native_attention and not kernels.attention_status()[0]:
+        pytest.skip(kernels.attention_status()[1])
     model = network(changes)
     x, z = noise(3, *model.image_shape), noise(3, 8, seed=1)
     plan, eager = FusedPlan(model, CPU, torch.float32, options), Plan(model, CPU, torch.float32)
@@ -193,12 +196,12 @@ def test_the_default_on_the_cpu_is_native():
 
 
 def test_without_native_code_the_framework_runs(monkeypatch):
-    for name in ("native_status", "winograd_status"):
+    for name in ("native_status", "winograd_status", "attention_status"):
         monkeypatch.setattr(kernels, name, lambda: (False, "no C compiler: cc not found"))
     model, x, z = network(NETWORKS["attention"]), noise(2, 1, 32, 32), noise(2, 8, seed=1)
     plan = build_plan(model, CPU, torch.float32)
     assert plan.options == Rewrites()
-    for name in ("native_norms", "native_convolutions"):
+    for name in ("native_norms", "native_convolutions", "native_attention"):
         assert plan.describe()[name] == "no: no C compiler: cc not found"
     found, expected = (p.field(z)(x, 17, True) for p in (plan, Plan(model, CPU, torch.float32)))
     assert all(relative(a, b) < 1e-5 for a, b in zip(found, expected, strict=True))

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import images, tiny_pdae, tiny_prior
-from pdae_fast import UserError
+from golden_rule import fill
+from helpers import TINY, images, tiny_pdae, tiny_prior
+from pdae_fast import DiffAE, UserError
+from pdae_fast.config import DiffAEConfig
 
 STEPS, ENCODE_STEPS, MAX_BATCH = 5, 7, 3
 
@@ -62,6 +64,14 @@ def exported_bfloat16(tmp_path_factory, tiny):
 @pytest.fixture(scope="session")
 def exported_prior(tmp_path_factory):
     return _export(tmp_path_factory, "prior", tiny_prior())
+
+
+@pytest.fixture(scope="session")
+def exported_diffae(tmp_path_factory):
+    model = fill(DiffAE(DiffAEConfig(TINY.image_size, TINY.latent_dim, TINY.unet, encoder_multiplier=(1, 1, 1))))
+    with torch.no_grad():
+        model.unet.out[2].weight.mul_(0.2), model.unet.out[2].bias.mul_(0.2)  # calm, as above
+    return _export(tmp_path_factory, "diffae", model)
 
 
 @pytest.fixture

@@ -160,3 +160,32 @@ def poisoned():
 def pytest_report_header():
     how = OBSTACLE or ("on the GPU" if CUDA else "interpreted on the CPU")
     return f"pdae_fast kernels: {how} (pid {os.getpid()})"
+
+
+@pytest.fixture
+def poisoned_memory():
+    """torch.empty gives NaN."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+MARGIN = 4096  # elements, on either side of a buffer
+
+
+def _guarded(t):
+    """A copy of ``t`` between margins of a canary value, and a function that says whether they are untouched."""
+    canary = 123.25
+    memory = torch.full((t.numel() + 2 * MARGIN,), canary, dtype=t.dtype)
+    inner = memory[MARGIN:-MARGIN]
+    layout = t.permute(0, 2, 3, 1) if t.ndim == 4 else t
+    inner.copy_(layout.reshape(-1))
+    found = inner.view(layout.shape)
+    found = found.permute(0, 3, 1, 2) if t.ndim == 4 else found
+    return found, lambda: bool((memory[:MARGIN] == canary).all() and (memory[-MARGIN:] == canary).all())
+
+
+@pytest.fixture
+def guarded():
+    return _guarded

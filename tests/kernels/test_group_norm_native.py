@@ -58,15 +58,6 @@ def fresh(monkeypatch, tmp_path):
     _function.cache_clear()
 
 
-@pytest.fixture
-def poisoned_memory():
-    """torch.empty gives NaN."""
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def case(shape, dtype=torch.float32, own=True, biased=True, silu=True, mean=-2.3, std=0.5, seed=0):
     batch, c1, c2, height, width, groups = shape
     generator = torch.Generator().manual_seed(seed)

@@ -1,9 +1,12 @@
 """What importing the package does, what it does without Triton, and that the kernel tests really ran
 kernels."""
 
+import ast
 import importlib.util
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,3 +63,11 @@ def test_status():
 def test_kernels_can_run_here(obstacle):
     """With Triton installed the kernel tests must not skip in silence."""
     assert obstacle is None
+
+
+def test_every_native_source_is_installed():
+    """Headers too: what is compiled on the user's machine needs them."""
+    root = Path(__file__).parents[2]
+    patterns = re.search(r'"pdae_fast\.kernels": (\[.*\]),\n', (root / "setup.py").read_text()).group(1)
+    installed = {file for pattern in ast.literal_eval(patterns) for file in (root / "kernels").glob(pattern)}
+    assert installed == {file for file in (root / "kernels" / "native").iterdir() if file.is_file()} != set()

@@ -1,6 +1,7 @@
 """The CPU's compiled 3x3 convolution: against float64, on any number of threads, and wherever it cannot be had."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -34,7 +35,6 @@ by_tile = pytest.mark.parametrize("tile", [2, 4], ids=["2x2", "4x4"])
 by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 # Relative RMS error; textbook points (1 and 2) would make 2.5 times as much of it in float32.
 BOUND = {(torch.float32, 2): 6e-7, (torch.float32, 4): 1.2e-6, (torch.bfloat16, 2): 7e-3, (torch.bfloat16, 4): 2.5e-2}
-MARGIN = 4096  # elements, on either side of a buffer
 
 
 @pytest.fixture
@@ -54,15 +54,6 @@ def fresh(monkeypatch, tmp_path):
     _library.cache_clear()
     yield
     _library.cache_clear()
-
-
-@pytest.fixture
-def poisoned_memory():
-    """torch.empty gives NaN."""
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def needs(dtype):
@@ -121,23 +112,11 @@ def test_every_layout_of_weights(native, tile):
     assert torch.equal(run(c, tile), expected)
 
 
-def guarded(t):
-    """A copy of ``t`` between margins of a canary value, and a function that says whether they are untouched."""
-    canary = 123.25
-    memory = torch.full((t.numel() + 2 * MARGIN,), canary, dtype=t.dtype)
-    inner = memory[MARGIN:-MARGIN]
-    layout = t.permute(0, 2, 3, 1) if t.ndim == 4 else t
-    inner.copy_(layout.reshape(-1))
-    found = inner.view(layout.shape)
-    found = found.permute(0, 3, 1, 2) if t.ndim == 4 else found
-    return found, lambda: bool((memory[:MARGIN] == canary).all() and (memory[-MARGIN:] == canary).all())
-
-
 @by_shape
 @by_tile
 @by_dtype
 @pytest.mark.parametrize("upsample", [False, True], ids=["same", "upsampled"])
-def test_nothing_else_is_written_or_read(native, monkeypatch, shape, tile, dtype, upsample):
+def test_nothing_else_is_written_or_read(native, monkeypatch, guarded, shape, tile, dtype, upsample):
     """All buffers between canaries. NaNs beside the inputs must not reach the result."""
     needs(dtype)
     c = case(shape, dtype, upsample)
@@ -239,12 +218,39 @@ def test_no_images(native):
     assert winograd(c.x[:0], u, c.bias, 64, 4).shape == (0, 64, 4, 4)
 
 
+LESSER = """
+from pdae_fast.kernels import attention_native, attention_status, native_status, winograd_dtypes
+assert attention_status()[0] and native_status()[0], (attention_status(), native_status())
+assert winograd_dtypes() == (torch.float32,), winograd_dtypes()
+x, weight = torch.randn(3, 48, 9, 11), torch.randn(37, 48, 3, 3) / 20
+expected = torch.nn.functional.conv2d(x.double(), weight.double(), padding=1)
+x = x.contiguous(memory_format=torch.channels_last)
+for tile in (2, 4):
+    found = winograd(x, winograd_weights(weight, tile, x.dtype), None, 37, tile).double()
+    assert (found - expected).norm() < 2e-6 * expected.norm()
+q, k, v = torch.randn(2, 45, 2, 3, 48).unbind(3)
+expected = torch.nn.functional.scaled_dot_product_attention(*(t.double().transpose(1, 2) for t in (q, k, v)))
+assert (attention_native(q, k, v).double() - expected.transpose(1, 2)).norm() < 2e-6 * expected.norm()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="another processor's extensions")
+@pytest.mark.parametrize("without", ["avx512f", "avx512bf16"])
+def test_a_lesser_processor(native, tmp_path, without):
+    """What is built where AVX-512, or its bfloat16, is missing: other vectors and another micro-kernel."""
+    environment = {**os.environ, "CC": f"{COMPILER} -mno-{without}", "XDG_CACHE_HOME": str(tmp_path)}
+    code = SMALL_TEAM + LESSER
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 SANITISED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
 
 
 @pytest.mark.slow
 def test_under_sanitisers(native, tmp_path):
-    """The self-checks of both native sources, and teams of several sizes, in builds that end at the first fault."""
+    """The self-checks of all native sources, and teams of several sizes, in builds that end at the first fault."""
     libraries = [
         subprocess.run([COMPILER, f"-print-file-name={name}.so"], capture_output=True, text=True).stdout.strip()
         for name in ("libasan", "libubsan")
@@ -255,7 +261,17 @@ def test_under_sanitisers(native, tmp_path):
         **os.environ, "LD_PRELOAD": ":".join(libraries), "CC": " ".join([COMPILER, *SANITISED]),
         "XDG_CACHE_HOME": str(tmp_path), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2",
     }  # fmt: skip
-    code = SMALL_TEAM + "from pdae_fast.kernels import native_status\nassert native_status()[0], native_status()"
+    code = (
+        SMALL_TEAM
+        + """
+from pdae_fast.kernels import attention_native, attention_status, native_status
+assert native_status()[0] and attention_status()[0], (native_status(), attention_status())
+q, k, v = torch.randn(1, 75, 1, 3, 48).unbind(3)
+for threads in (1, 3):
+    torch.set_num_threads(threads)
+    attention_native(q, k, v)
+"""
+    )
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(list((tmp_path / "pdae_fast" / "native").glob("*.so"))) == 2  # both were built anew
+    assert len(list((tmp_path / "pdae_fast" / "native").glob("*.so"))) == 3  # all were built anew

@@ -1,5 +1,6 @@
 """The whole way on foreign ground: a network that diffusers built, trained and saved becomes an autoencoder."""
 
+import functools
 import json
 
 import numpy as np
@@ -72,15 +73,36 @@ def pretrain(folder, out, prediction, steps=40):
 CPU = ("--device", "cpu")
 
 
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory, images):
+    """What a network predicts -> (folder, U-Net, scheduler); the folder holds ddpm, as diffusers saved it."""
+
+    @functools.cache
+    def make(prediction):
+        folder = tmp_path_factory.mktemp(prediction)
+        return folder, *pretrain(images, folder / "ddpm", prediction)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def adapt(images, pretrained):
+    """As pretrained; the folder also holds pdae, adapted from ddpm."""
+
+    @functools.cache
+    def make(prediction):
+        folder, unet, scheduler = pretrained(prediction)
+        argv = ("--init-from", folder / "ddpm", "--data", images, "--out", folder / "pdae", *CPU)
+        small = ("--latent-dim", 16, "--encoder-channel", 32, "--steps", 30, "--batch-size", 8, "--lr", 1e-3)
+        run(train.main, "pdae", *argv, *small)
+        return folder, unet, scheduler
+
+    return make
+
+
 @pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
-def adapted(tmp_path_factory, images, request):
-    """(folder, U-Net, scheduler): the folder holds ddpm, as diffusers saved it, and pdae, adapted from it."""
-    folder = tmp_path_factory.mktemp(request.param)
-    unet, scheduler = pretrain(images, folder / "ddpm", request.param)
-    argv = ("--init-from", folder / "ddpm", "--data", images, "--out", folder / "pdae", *CPU)
-    small = ("--latent-dim", 16, "--encoder-channel", 32, "--steps", 30, "--batch-size", 8, "--lr", 1e-3)
-    run(train.main, "pdae", *argv, *small)
-    return folder, unet, scheduler
+def adapted(adapt, request):
+    return adapt(request.param)
 
 
 @pytest.mark.slow
@@ -118,20 +140,31 @@ def test_it_reconstructs_encodes_and_edits(adapted, images, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_is_exported(adapted, tmp_path):
+def test_it_is_exported(adapt, tmp_path):
+    """That of v, which has more to export; every other flavour is in tests/export/test_onnx.py."""
     pytest.importorskip("onnxruntime", reason="needs pip install 'pdae_fast[onnx]'")
     from pdae_fast.export import __main__ as export
 
-    argv = ("--model", adapted[0] / "pdae", "--out", tmp_path / "onnx", "--steps", 4, "--max-batch", 2, "--verify")
+    argv = (
+        "--model",
+        adapt("v_prediction")[0] / "pdae",
+        "--out",
+        tmp_path / "onnx",
+        "--steps",
+        4,
+        "--max-batch",
+        2,
+        "--verify",
+    )
     run(export.main, "onnx", *argv)
     assert json.loads((tmp_path / "onnx" / "manifest.json").read_text())["kind"] == "pdae"
 
 
 @pytest.mark.slow
-def test_a_diffusers_prior_trained_further(tmp_path, images):
+def test_a_diffusers_prior_trained_further(tmp_path, images, pretrained):
     """Under its own loss, that of v, which is no larger after it than before."""
-    unet, scheduler = pretrain(images, tmp_path / "ddpm", "v_prediction")
-    base = ("--init-from", tmp_path / "ddpm", "--data", images, "--batch-size", 8, "--device", "cpu", "--no-flip")
+    folder, unet, scheduler = pretrained("v_prediction")
+    base = ("--init-from", folder / "ddpm", "--data", images, "--batch-size", 8, "--device", "cpu", "--no-flip")
     run(train.main, "prior", *base, "--out", tmp_path / "prior", "--steps", 30, "--lr", 1e-3, "--ema-decay", 0.9)
     tuned = Prior.from_pretrained(tmp_path / "prior")
     assert tuned.config.prediction == "v_prediction"

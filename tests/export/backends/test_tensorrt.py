@@ -2,7 +2,9 @@
 
 import shutil
 import sys
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -125,6 +127,29 @@ def test_a_loop_runs_one_step_plain_and_replays_the_others(tmp_path, onnx_dir, d
         assert cuda.log.count("cudaStreamSynchronize") == plain + 1
         assert cuda.log.count("cudaMalloc") == (len(("x", "conditioning", "step", "x_next")) if plain else 0)
     assert [context.runs for context in trt.contexts] == [2 * STEPS["decode_step"]]
+
+
+def test_many_threads_get_what_one_gets(tmp_path, onnx_dir, device):
+    """They share one stream and its buffers, also while the first of them opens the engines."""
+    cuda, _ = device()
+    directory = engines_of(onnx_dir, tmp_path / "engines")
+    inputs = [images(1 + i % 4, seed=i) for i in range(24)]
+    alone = Session(directory)
+    expected = [(alone.encode(x), alone.reconstruct(x)) for x in inputs]
+    alone.backend.close()
+    session, start = Session(directory), threading.Barrier(6)
+
+    def run(part):
+        start.wait(timeout=30)
+        return [(session.encode(x), session.reconstruct(x)) for x in inputs[part::6]]
+
+    with ThreadPoolExecutor(6) as pool:
+        for part, found in enumerate(pool.map(run, range(6))):
+            for pair, (z, x) in zip(found, expected[part::6], strict=True):
+                np.testing.assert_array_equal(pair[0], z)
+                np.testing.assert_array_equal(pair[1], x)
+    session.backend.close()
+    assert not cuda.allocated and not cuda.streams and not cuda.graphs
 
 
 def test_another_batch_is_captured_anew(tmp_path, onnx_dir, device):

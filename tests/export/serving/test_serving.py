@@ -215,15 +215,21 @@ def test_prior_alone(tmp_path, monkeypatch):
         np.testing.assert_array_equal(found[name], expected)
 
 
-def test_what_the_exporter_writes_is_served(tmp_path, exported, x0, monkeypatch):
-    out = tmp_path / "serving"
+@pytest.mark.parametrize("fixture", ["exported", "exported_diffae"])
+def test_what_the_exporter_writes_is_served(tmp_path, request, fixture, x0, monkeypatch):
+    exported, out = request.getfixturevalue(fixture), tmp_path / "serving"
     assert serve("--onnx", exported, "--out", out, "--quiet") == 0
     assert (out / "models/pdae_decode_step/1/step.weights").is_file(), "weights that both steps share"
     server = fake_triton.Server(out / "models")
     limit = manifests.read(exported)["max_batch"]
     (found,) = server.call(server.pipeline("pdae_reconstruct", monkeypatch), "pdae_reconstruct", {"x0": x0[:limit]})
-    expected = Session(exported, provider="cpu").reconstruct(x0[:limit])
-    np.testing.assert_allclose(found["x"], expected, atol=1e-5)
+    session = Session(exported, provider="cpu")
+    z = session.encode(x0[:limit])
+    np.testing.assert_allclose(found["x"], session.reconstruct(x0[:limit]), atol=1e-5)
+    given = {"x_T": session.invert(x0[:limit], z), "z": z[::-1].copy()}
+    (edited,) = server.call(server.pipeline("pdae_decode", monkeypatch), "pdae_decode", given)
+    np.testing.assert_allclose(edited["x"], session.decode(given["z"], given["x_T"]), atol=1e-5)
+    assert np.abs(edited["x"] - found["x"]).max() > 1e-3, "z is read"
 
 
 # -- the client --------------------------------------------------------------------------------------------------------

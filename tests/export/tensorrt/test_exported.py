@@ -16,6 +16,7 @@ DTYPES = {
     "exported_half": "float16",
     "exported_bfloat16": "bfloat16",
     "exported_prior": "float32",
+    "exported_diffae": "float32",
 }
 CAPABILITIES = ("8.9", "12.0")
 
@@ -38,7 +39,7 @@ def test_every_export_builds(tmp_path, request, fixture):
             assert set(layers.get(kind, {})) <= {"float32"}
 
 
-@pytest.mark.parametrize("fixture", ["exported", "exported_prior"])
+@pytest.mark.parametrize("fixture", ["exported", "exported_prior", "exported_diffae"])
 def test_runner_on_an_export(tmp_path, request, monkeypatch, x0, fixture):
     source, out = request.getfixturevalue(fixture), tmp_path / "engines"
     cuda = FakeCuda("8.6")

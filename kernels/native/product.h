@@ -1,0 +1,152 @@
+/* What native code that multiplies matrices shares: numbers as vectors, threads, and the micro-kernel. */
+
+#pragma once
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#define LANES 16
+#define ROWS 14 /* of the micro-kernel: 28 of 32 registers are sums */
+#elif defined(__AVX2__) && defined(__FMA__)
+#define LANES 8
+#define ROWS 6 /* 12 of 16 registers */
+#else
+#define LANES 4 /* compiled, and reported as unsupported */
+#define ROWS 4
+#endif
+#define PANEL (2 * LANES) /* columns of the micro-kernel */
+#define LINE 64
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef float unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+
+typedef void (*parallel_function)(void (*)(void *), void *, unsigned, unsigned);
+static parallel_function run_parallel;
+static int (*thread_number)(void), (*team_size)(void);
+static void (*wait_for_team)(void);
+
+/* GOMP_parallel, omp_get_thread_num, omp_get_num_threads, GOMP_barrier. */
+void pdae_threads(parallel_function parallel, int (*number)(void), int (*size)(void), void (*barrier)(void)) {
+    thread_number = number, team_size = size, wait_for_team = barrier, run_parallel = parallel;
+}
+
+/* PANEL, negative where no vectors are worth it; and whether the processor multiplies bfloat16. */
+void pdae_abilities(int64_t *panel, int64_t *bfloat16) {
+    *panel = LANES == 4 ? -PANEL : PANEL;
+#ifdef __AVX512BF16__
+    *bfloat16 = LANES == 16;
+#else
+    *bfloat16 = 0;
+#endif
+}
+
+/* -- numbers ------------------------------------------------------------------------------------------------------ */
+
+INLINE floats widen(halves h) {
+    return (floats)(__builtin_convertvector(h, words) << 16);
+}
+
+/* To bfloat16, to the nearest, ties to even; a NaN stays one. */
+INLINE halves narrow(floats v) {
+#ifdef __AVX512BF16__
+    return (halves)_mm512_cvtneps_pbh((__m512)v);
+#else
+    words bits = (words)v, nan = (words)(v != v);
+    words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), halves);
+#endif
+}
+
+/* The n first lanes; the others are zero. */
+INLINE floats load(const char *p, int bfloat16, int64_t n) {
+    if (bfloat16) {
+        halves h = {0};
+        memcpy(&h, p, n == LANES ? sizeof h : 2 * (size_t)n);
+        return widen(h);
+    }
+    if (n == LANES) return *(const unaligned *)p;
+    floats v = {0};
+    memcpy(&v, p, 4 * (size_t)n);
+    return v;
+}
+
+INLINE void store(char *p, int bfloat16, int64_t n, floats v) {
+    if (bfloat16) {
+        halves h = narrow(v);
+        memcpy(p, &h, n == LANES ? sizeof h : 2 * (size_t)n);
+    } else if (n == LANES) {
+        *(unaligned *)p = v;
+    } else {
+        memcpy(p, &v, 4 * (size_t)n);
+    }
+}
+
+/* -- the micro-kernel --------------------------------------------------------------------------------------------- */
+
+/* `rows` rows by one panel of columns: m = v u, where v has 4 bytes a step and row, one float32 or two bfloat16, and u
+   has as many a step and column. The panel that follows is fetched meanwhile. */
+INLINE void product(const char *v, int64_t v_row, const char *u, int64_t steps, char *m, int64_t m_row, int rows,
+                    int bfloat16) {
+    floats sums[ROWS][2];
+    UNROLL for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = (floats){0};
+    (void)bfloat16;
+    for (int64_t k = 0; k < steps; k++, u += 4 * PANEL, v += 4) {
+        const floats u0 = *(const floats *)u, u1 = *(const floats *)(u + 4 * LANES);
+        __builtin_prefetch(u + 4 * PANEL * steps, 0, 2);
+        if (LANES == 16) __builtin_prefetch(u + 4 * PANEL * steps + 64, 0, 2);
+        UNROLL for (int r = 0; r < rows; r++) {
+            float given;
+            memcpy(&given, v + r * v_row, 4);
+            const floats each = given - (floats){0}; /* the same number, of zero too: a broadcast */
+#if LANES == 16 && defined(__AVX512BF16__)
+            if (bfloat16) {
+                int pair;
+                memcpy(&pair, v + r * v_row, 4);
+                const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+                sums[r][0] = (floats)_mm512_dpbf16_ps((__m512)sums[r][0], both, (__m512bh)u0);
+                sums[r][1] = (floats)_mm512_dpbf16_ps((__m512)sums[r][1], both, (__m512bh)u1);
+                continue;
+            }
+#endif
+            sums[r][0] += each * u0, sums[r][1] += each * u1;
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++) {
+        *(floats *)(m + r * m_row) = sums[r][0];
+        *(floats *)(m + r * m_row + 4 * LANES) = sums[r][1];
+    }
+}
+
+INLINE void product_of(int64_t rows, const char *v, int64_t v_row, const char *u, int64_t steps, char *m, int64_t m_row,
+                       int bfloat16) {
+    switch (rows) {
+#define CASE(n) case n: product(v, v_row, u, steps, m, m_row, n, bfloat16); break;
+        CASE(1) CASE(2) CASE(3) CASE(4)
+#if ROWS >= 6
+        CASE(5) CASE(6)
+#endif
+#if ROWS >= 14
+        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
+#endif
+#undef CASE
+    }
+}
+
+static __attribute__((noinline)) void
+product_float32(int64_t rows, const char *v, int64_t v_row, const char *u, int64_t steps, char *m, int64_t m_row) {
+    product_of(rows, v, v_row, u, steps, m, m_row, 0);
+}
+
+static __attribute__((noinline)) void
+product_bfloat16(int64_t rows, const char *v, int64_t v_row, const char *u, int64_t steps, char *m, int64_t m_row) {
+    product_of(rows, v, v_row, u, steps, m, m_row, 1);
+}

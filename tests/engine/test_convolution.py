@@ -1,0 +1,53 @@
+"""Weights that are laid out by whichever thread comes first."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from golden_rule import relative
+from pdae_fast import kernels
+from pdae_fast.engine.convolution import PackedConvolution, WinogradConvolution, can_pack
+
+KINDS = [
+    pytest.param(
+        PackedConvolution,
+        "_pack",
+        marks=pytest.mark.skipif(not can_pack(torch.device("cpu"), torch.float32), reason="oneDNN packs nothing here"),
+    ),
+    pytest.param(
+        WinogradConvolution,
+        "_transform",
+        marks=pytest.mark.skipif(not kernels.native_status()[0], reason=kernels.native_status()[1]),
+    ),
+]
+
+
+@pytest.mark.parametrize("cls, lay_out", KINDS)
+def test_weights_are_laid_out_once_whoever_comes_first(monkeypatch, cls, lay_out):
+    """While the first thread lays them out, the others are given time to go wrong."""
+    random = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(32, 32, 3, 3, generator=random), torch.randn(32, generator=random)
+    x = torch.randn(1, 32, 16, 16, generator=random)
+    conv = cls(weight, bias, padding=1) if cls is PackedConvolution else cls(weight, bias)
+    original, calls, start = getattr(cls, lay_out), [], threading.Barrier(3)
+
+    def slow(self, x):
+        calls.append(threading.get_ident())
+        time.sleep(0.3)
+        original(self, x)
+
+    monkeypatch.setattr(cls, lay_out, slow)
+
+    def run(_):
+        start.wait(timeout=30)
+        return conv(x)
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(run, range(3)))
+    assert len(calls) == 1
+    expected = F.conv2d(x, weight, bias, padding=1)
+    assert max(relative(y, expected) for y in found) < 1e-5

@@ -1,0 +1,153 @@
+"""bfloat16 maps in native code: which layers, of which weights, in which tiles, and what larger ones cost."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from helpers import tiny_pdae
+from pdae_fast import PDAEConfig, Pipeline, UNetConfig, kernels
+from pdae_fast.engine import build_plan, convolution
+from pdae_fast.engine.convolution import WinogradConvolution
+from pdae_fast.engine.fused import FusedPlan
+from pdae_fast.engine.options import Rewrites
+from pdae_fast.engine.plan import Plan
+from pdae_fast.errors import UserError
+
+CPU, BFLOAT16 = torch.device("cpu"), torch.bfloat16
+pytestmark = pytest.mark.skipif(
+    BFLOAT16 not in kernels.winograd_dtypes(), reason=f"bfloat16 by native code: {kernels.winograd_status()[1]}"
+)
+
+
+@pytest.fixture(autouse=True)
+def without_amx(monkeypatch):
+    monkeypatch.setattr(convolution, "has_amx", lambda: False)
+
+
+@pytest.fixture(scope="module")
+def model():
+    unet = UNetConfig(
+        input_channel=1, base_channel=32, channel_multiplier=(1, 2), num_residual_blocks_of_a_block=1,
+        attention_resolutions=(2,),
+    )  # fmt: skip
+    return tiny_pdae(PDAEConfig(image_size=32, latent_dim=8, encoder_channel=32, unet=unet))
+
+
+def inputs(model, batch=2):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, *model.image_shape, generator=generator), torch.randn(batch, 8, generator=generator)
+
+
+def outputs(plan, model):
+    x, z = inputs(model)
+    return torch.cat(plan.field(z)(x, 400, True))
+
+
+def error(plan, model):
+    exact = outputs(Plan(model, CPU, torch.float64), model).double()
+    return float((outputs(plan, model).double() - exact).norm() / exact.norm())
+
+
+def convolutions(plan):
+    found, stack = [], [plan.trunk, plan.eps, plan.gradient]
+    seen = set()
+    while stack:
+        value = stack.pop()
+        if isinstance(value, WinogradConvolution):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            stack += value
+        elif hasattr(value, "__dict__") and not isinstance(value, torch.Tensor) and id(value) not in seen:
+            seen.add(id(value))
+            stack += vars(value).values()
+    return found
+
+
+def test_it_is_no_worse_than_the_framework(model):
+    plan = build_plan(model, CPU, BFLOAT16)
+    assert plan.options.native_convolutions and plan.options.native_attention
+    framework = FusedPlan(model, CPU, BFLOAT16, Rewrites())
+    assert convolutions(plan) and not convolutions(framework)
+    assert error(plan, model) < 1.5 * error(framework, model) < 0.05
+    assert {c.tile for c in convolutions(plan)} == {2}
+
+
+def test_weights_are_rounded_once(model):
+    """Transformed from float32, not from bfloat16: also in a copy and in a plan that was pickled."""
+    plan = build_plan(model, CPU, BFLOAT16)
+    found = outputs(plan, model)
+    own = [m for m in model.decoder.modules() if convolution.native_fits(m)]
+    for layer in own:
+        u = kernels.winograd_weights(layer.weight.detach(), 2, BFLOAT16)
+        assert any(torch.equal(u, c.weight) for c in convolutions(plan) if c.weight.numel() == u.numel())
+        rounded = kernels.winograd_weights(layer.weight.detach().bfloat16().float(), 2, BFLOAT16)
+        assert not torch.equal(u, rounded)
+    assert len(convolutions(plan)) == len(own)
+    for other in (copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))):
+        assert torch.equal(outputs(other, model), found)
+
+
+def test_a_model_in_half_precision_is_widened(model):
+    half = copy.deepcopy(model).to(BFLOAT16)
+    plan, same = build_plan(half, CPU, BFLOAT16), build_plan(copy.deepcopy(half).float(), CPU, BFLOAT16)
+    assert torch.equal(outputs(plan, model), outputs(same, model))
+
+
+def test_a_processor_with_amx_multiplies_directly(model, monkeypatch):
+    monkeypatch.setattr(convolution, "has_amx", lambda: True)
+    plan = build_plan(model, CPU, BFLOAT16)
+    assert not plan.options.native_convolutions and not convolutions(plan)
+    assert plan.describe()["native_convolutions"] == "no: AMX multiplies bfloat16 as it stands"
+    assert build_plan(model, CPU, torch.float32).options.native_convolutions
+
+
+def test_a_processor_without_bfloat16_leaves_it_to_the_framework(model, monkeypatch):
+    monkeypatch.setattr(kernels, "winograd_dtypes", lambda: (torch.float32,))
+    plan = build_plan(model, CPU, BFLOAT16)
+    assert plan.describe()["native_convolutions"] == "no: none for torch.bfloat16 on this processor"
+
+
+def test_smaller_tiles_where_memory_is_short(model, monkeypatch):
+    layers = [m for m in model.decoder.modules() if convolution.native_fits(m)]
+    sizes = {tile: convolution.native_bytes(layers, torch.float32, tile) for tile in (2, 4)}
+    assert sizes[2] < sizes[4]
+    for free, tiles in ((2 * sizes[4], {4}), (2 * sizes[4] - 1, {2}), (2 * sizes[2] - 1, set())):
+        monkeypatch.setattr(Plan, "free_bytes", lambda self, free=free: free)
+        plan = build_plan(model, CPU, torch.float32)
+        assert error(plan, model) < 1e-5
+        assert {c.tile for c in convolutions(plan)} == tiles and plan.options.native_convolutions == bool(tiles)
+
+
+def test_large_tiles_are_an_approximation(model):
+    plan, large = build_plan(model, CPU, BFLOAT16), build_plan(model, CPU, BFLOAT16, large_tiles=True)
+    assert error(plan, model) < error(large, model) < 4 * error(plan, model)
+    assert 4 in {c.tile for c in convolutions(large)} and large.describe()["largest_tile"] == 4
+    assert "largest_tile" not in plan.describe()
+    assert torch.equal(outputs(pickle.loads(pickle.dumps(large)), model), outputs(large, model))
+
+
+def test_large_tiles_that_cannot_be(model, monkeypatch):
+    with pytest.raises(UserError, match="approximation for bfloat16; float32 networks do without"):
+        Pipeline(model, device="cpu", dtype="float32", large_tiles=True)
+    with pytest.raises(UserError, match="large tiles need --plan fused"):
+        Pipeline(model, device="cpu", dtype="bfloat16", plan="eager", large_tiles=True)
+    monkeypatch.setattr(convolution, "has_amx", lambda: True)
+    with pytest.raises(UserError, match="large tiles need native bfloat16 convolutions: AMX"):
+        Pipeline(model, device="cpu", dtype="bfloat16", large_tiles=True)
+
+
+def test_maps_come_from_the_plan_s_memory(model, monkeypatch):
+    """Large ones; a second step allocates nothing, and what it returns is nobody else's."""
+    monkeypatch.setattr(kernels.buffers, "LEAST", 1)
+    plan = build_plan(model, CPU, torch.float32)
+    expected = outputs(FusedPlan(model, CPU, torch.float32, Rewrites()), model)
+    first = outputs(plan, model)
+    held = plan._buffers.held()
+    x, z = inputs(model)
+    field = plan.field(z)
+    kept = [field(x, t, True) for t in (400, 300, 200)]
+    assert held > 0 and plan._buffers.held() <= 1.5 * held and torch.allclose(first, expected, atol=1e-4)
+    assert torch.equal(torch.cat(kept[0]), first)
+    assert not torch.equal(kept[0][0], kept[1][0])

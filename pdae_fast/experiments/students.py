@@ -71,7 +71,7 @@ BATCH, TUNE_BATCH = 64, 20
 # Steps of distillation and of fine-tuning, quick and full; images of 32 px are cheap.
 STEPS = {"points": ((100, 100), (600, 300)), "parts": ((100, 100), (600, 300)), "classes": ((200, 300), (1000, 1000))}
 RATE = 1e-3  # of distillation
-TUNE_RATES = {"points": 5e-4, "parts": 4e-3, "classes": 1e-2}  # the best for scratch, on held-out training images
+TUNE_RATES = {"points": 5e-4, "parts": 1e-2, "classes": 1e-2}  # the best for scratch, on held-out training images
 GRID = 4  # classes are read from maps averaged to it
 RESULTS, POLICY = "results.jsonl", "policy.json"
 

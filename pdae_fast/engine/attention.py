@@ -76,8 +76,8 @@ def resolve_attention(
 ) -> tuple[str, Attend]:
     """(name, function) of the backend to use for q, k, v of ``shape`` [B, N, heads, head_dim]; None: no attention.
 
-    "auto" is native code on a CPU where there ``has_native``, else SDPA, unless a probe call finds that xformers works
-    here, agrees, and takes less than 0.9 of the time. UserError for an unknown name, or when xformers was asked for and
+    "auto" is SDPA, on a CPU with ``has_native`` in native code, unless a probe call finds that xformers works here,
+    agrees, and takes less than 0.9 of the time. UserError for an unknown name, or when xformers was asked for and
     cannot be used.
     """
     if name not in BACKENDS:
@@ -85,7 +85,7 @@ def resolve_attention(
     if name == "sdpa" or shape is None:
         return "sdpa", sdpa
     if name == "auto" and device.type != "cuda":
-        return ("native", native) if has_native else ("sdpa", sdpa)
+        return "sdpa", native if has_native else sdpa
     reason, ratio = probe_xformers(device, dtype, shape)
     if name == "xformers":
         if reason:

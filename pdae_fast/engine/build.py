@@ -55,7 +55,7 @@ def build_plan(
     if large_tiles:
         if dtype is not torch.bfloat16:
             raise UserError(f"large tiles are an approximation for bfloat16; {str(dtype)[6:]} networks do without")
-        options = dataclasses.replace(options or Rewrites.for_device(device), largest_tile=4)
+        options = dataclasses.replace(options or Rewrites.for_device(device), large_tiles=True)
     plan = FusedPlan(model, device, dtype, options, attention)
     if large_tiles and plan.options.tile != 4:
         reason = plan.native.get("native_convolutions", "no: they run on the CPU").removeprefix("no: ")

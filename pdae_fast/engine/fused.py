@@ -82,10 +82,8 @@ class FusedPlan(Networks):
 
     def describe(self) -> dict[str, object]:
         """As :meth:`Plan.describe`."""
-        on = [name for name, value in vars(self.options).items() if value is True]
+        on = [name for name, value in vars(self.options).items() if value]
         report = {**super().describe(), "attention": self.attention, "rewrites": on}
-        if self.options.largest_tile:
-            report["largest_tile"] = self.options.largest_tile
         report |= self.native
         if self.device.type == "cuda":
             with LENDING:

@@ -51,6 +51,8 @@ class Networks(Plan):
         attention: str = "auto",
     ) -> None:
         wanted = options or Rewrites.for_device(device)
+        if attention != "auto":
+            wanted = dataclasses.replace(wanted, native_attention=False)
         self._choices = {"options": wanted, "attention": attention}
         self.device, self.options = device, wanted.usable_on(device, dtype)
         self.native = wanted.native_notes(device, dtype)
@@ -83,13 +85,13 @@ class Networks(Plan):
 
     def _choose_tiles(self, layers: list[nn.Conv2d], dtype: torch.dtype) -> list[nn.Conv2d]:
         """``layers``, or none of them where not even the weights of small tiles fit what is free."""
-        free, largest = self.free_bytes(), self.options.largest_tile or default_tile(dtype)
+        free, largest = self.free_bytes(), self.options.tile or default_tile(dtype)
         for tile in sorted({largest, 2}, reverse=True):
             size = native_bytes(layers, dtype, tile)
             if size <= free / 2:
                 self._awaited.append(size)
                 if tile < largest:
-                    self.options = dataclasses.replace(self.options, largest_tile=tile)
+                    self.options = dataclasses.replace(self.options, small_tiles=True)
                 return layers
         self.options = dataclasses.replace(self.options, native_convolutions=False)
         self.native["native_convolutions"] = f"no: weights of {size >> 20} MiB, and {free >> 20} MiB are free"

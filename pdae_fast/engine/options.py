@@ -21,9 +21,8 @@ class Needs(NamedTuple):
 # Other switches, and what the device has; a switch stands below those that it names.
 NEEDS = {
     "packed_weights": Needs((("oneDNN",),)),
-    "native_norms": Needs((("native norms",),)),
-    "native_convolutions": Needs((("native convolutions",),)),
-    "native_attention": Needs((("native attention",),)),
+    "large_tiles": Needs((("native_convolutions",),)),
+    "small_tiles": Needs((("native_convolutions",),)),
     "split_skips": Needs((("kernels", "native_norms"),)),
     # The native norms take no statistics: they read a map for less than the others save.
     "shared_statistics": Needs((("split_skips",),), without=("native_norms",)),
@@ -36,8 +35,8 @@ NEEDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Rewrites:
-    """Every switch is exact up to rounding, and off it leaves a plan that computes the same. `NEEDS` says which need
-    others.
+    """Every one of them but ``large_tiles`` is exact up to rounding, and off it leaves a plan that computes the same.
+    `NEEDS` says which need others.
 
     packed_weights: oneDNN's own weight layout, the residual added inside the convolution (CPU).
     phase_upsample: nearest-2x and the 3x3 convolution after it as four 2x2 convolutions.
@@ -53,9 +52,8 @@ class Rewrites:
     fused_update: time tables, coefficients and the step index live on the device; the DDIM update is one op.
     parallel_decoders: the two decoders as branches on two streams (CUDA, small batches).
     graphs: one step captured as a CUDA graph and replayed (CUDA).
-
-    largest_tile is no switch: the side of the native convolutions' tiles on maps of more than 8x8 pixels, 2 or 4; 0: 4
-    in float32 and 2 in bfloat16, where 4 is an approximation (`Pipeline`'s ``large_tiles``).
+    large_tiles: native convolutions of bfloat16 in tiles of 4x4 pixels, as of float32: an approximation.
+    small_tiles: all of them in tiles of 2x2: less memory.
     """
 
     packed_weights: bool = True
@@ -70,12 +68,13 @@ class Rewrites:
     native_norms: bool = False
     native_convolutions: bool = False
     native_attention: bool = False
-    largest_tile: int = 0
+    large_tiles: bool = False
+    small_tiles: bool = False
 
     @property
     def tile(self) -> int | None:
-        """`largest_tile` of native convolutions, None without them."""
-        return self.largest_tile if self.native_convolutions else None
+        """The largest of native convolutions, 0 for what suits the dtype; None without them."""
+        return (2 if self.small_tiles else 4 if self.large_tiles else 0) if self.native_convolutions else None
 
     @classmethod
     def for_device(cls, device: torch.device) -> Rewrites:
@@ -97,8 +96,7 @@ class Rewrites:
         there = {"a GPU"} if device.type == "cuda" else set()
         if can_pack(device, dtype):
             there.add("oneDNN")
-        there |= {name.replace("_", " ") for name, (usable, _) in self._native(device, dtype).items() if usable}
-        on = dict(vars(self))
+        on = {**vars(self), **{name: usable for name, (usable, _) in self._native(device, dtype).items()}}
         for name, (needs, without) in NEEDS.items():
             given = there | {other for other, value in on.items() if value}
             on[name] &= all(given & set(one_of) for one_of in needs) and not given & set(without)

@@ -67,9 +67,10 @@ class TrainSettings:
         )
         require(self.warmup >= 0, f"warmup must not be negative, not {self.warmup}")
         require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), not {self.ema_decay}")
+        learned = "what is known" if self.task in ("student", "recognise") else "latents"
         require(
             not self.flip or self.task in ON_IMAGES,
-            f"flip mirrors images; {self.task} is trained on what is known of images as they are (flip=False)",
+            f"flip mirrors images; {self.task} is trained on {learned} of images as they are (flip=False)",
         )
         require(self.amp in ("off", "bfloat16"), f"amp must be off or bfloat16, not {self.amp!r}")
 

@@ -85,24 +85,14 @@ def pretrained(tmp_path_factory, images):
     return make
 
 
-@pytest.fixture(scope="module")
-def adapt(images, pretrained):
-    """As pretrained; the folder also holds pdae, adapted from ddpm."""
-
-    @functools.cache
-    def make(prediction):
-        folder, unet, scheduler = pretrained(prediction)
-        argv = ("--init-from", folder / "ddpm", "--data", images, "--out", folder / "pdae", *CPU)
-        small = ("--latent-dim", 16, "--encoder-channel", 32, "--steps", 30, "--batch-size", 8, "--lr", 1e-3)
-        run(train.main, "pdae", *argv, *small)
-        return folder, unet, scheduler
-
-    return make
-
-
 @pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
-def adapted(adapt, request):
-    return adapt(request.param)
+def adapted(images, pretrained, request):
+    """As pretrained; the folder also holds pdae, adapted from ddpm."""
+    folder, unet, scheduler = pretrained(request.param)
+    argv = ("--init-from", folder / "ddpm", "--data", images, "--out", folder / "pdae", *CPU)
+    small = ("--latent-dim", 16, "--encoder-channel", 32, "--steps", 30, "--batch-size", 8, "--lr", 1e-3)
+    run(train.main, "pdae", *argv, *small)
+    return folder, unet, scheduler
 
 
 @pytest.mark.slow
@@ -140,22 +130,11 @@ def test_it_reconstructs_encodes_and_edits(adapted, images, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_is_exported(adapt, tmp_path):
-    """That of v, which has more to export; every other flavour is in tests/export/test_onnx.py."""
+def test_it_is_exported(adapted, tmp_path):
     pytest.importorskip("onnxruntime", reason="needs pip install 'pdae_fast[onnx]'")
     from pdae_fast.export import __main__ as export
 
-    argv = (
-        "--model",
-        adapt("v_prediction")[0] / "pdae",
-        "--out",
-        tmp_path / "onnx",
-        "--steps",
-        4,
-        "--max-batch",
-        2,
-        "--verify",
-    )
+    argv = ("--model", adapted[0] / "pdae", "--out", tmp_path / "onnx", "--steps", 4, "--max-batch", 2, "--verify")
     run(export.main, "onnx", *argv)
     assert json.loads((tmp_path / "onnx" / "manifest.json").read_text())["kind"] == "pdae"
 

@@ -28,6 +28,9 @@ from .rewrites import Affine
 
 # Pixels of a batch up to which the two decoders leave most of a large GPU idle when they run one after the other.
 PARALLEL_PIXELS = 2**16
+# Rows of every product that makes time tables. Another number of rows is rounded otherwise, and a time's row may not
+# depend on which others were asked for before it or with it.
+ROWS = 16
 
 
 class Conditioning(NamedTuple):
@@ -129,25 +132,31 @@ class Networks(Plan):
 
     @torch.inference_mode()
     def prepare(self, times: Iterable[int]) -> None:
-        """Compute the time tables of a schedule, one GEMM for each part; other times are added when they occur."""
+        """Compute the time tables of a schedule; other times are added when they occur."""
         missing = sorted({int(t) for t in times if int(t) not in self._times})
         # Of a class-conditional network there is a row for every label too: they are made when they are needed.
         if missing and self.unet.class_emb is None:
             self._times.update(zip(missing, self._rows(missing).split(1), strict=True))
 
     def _rows(self, times: list[int], labels: Tensor | None = None) -> Tensor:
-        t = torch.tensor(times, device=self.device)
-        emb = rewrites.time_embeddings(self.unet, t, labels)
+        count = max(len(times), 1 if labels is None else len(labels))
+        return torch.cat([self._block(times, labels, range(i, min(i + ROWS, count))) for i in range(0, count, ROWS)])
+
+    def _block(self, times: list[int], labels: Tensor | None, rows: range) -> Tensor:
+        padded = [rows[i % len(rows)] for i in range(ROWS)]
+        times = [times[i % len(times)] for i in padded]
+        labels = None if labels is None else labels[[i % len(labels) for i in padded]]
+        emb = rewrites.time_embeddings(self.unet, torch.tensor(times, device=self.device), labels)
         columns = [values for part in self._parts for values in part.table.at_times(emb)]
         if self.unet.to_eps is not None:
             factors = torch.from_numpy(self.unet.to_eps[times]).to(self.device, torch.float32)
-            columns.append(factors.expand(len(emb), 2))
-        return torch.cat(columns, dim=1)
+            columns.append(factors)
+        return torch.cat(columns, dim=1)[: len(rows)]
 
     @torch.inference_mode()
     def time_rows(self, times: Iterable[int], labels: Tensor | None = None) -> Tensor:
         """float32 [S, W]: for every time what the norms of trunk, eps-decoder and G-decoder need of it, in a row; or
-        [B, W] for one time and labels int64 [B]."""
+        [B, W] for one time, or one per image, and labels int64 [B]."""
         times = [int(t) for t in times]
         if labels is not None:
             return self._rows(times, labels)

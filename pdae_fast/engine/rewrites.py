@@ -68,8 +68,7 @@ class AffineTable:
         return weight, bias
 
     def at_times(self, emb: Tensor) -> tuple[Tensor, ...]:
-        """emb [S, D] -> multiplier and addend [S, sum C] on the normalised h, or the offset [S, sum C] to h: one GEMM
-        for a whole schedule."""
+        """emb [S, D] -> multiplier and addend [S, sum C] on the normalised h, or the offset [S, sum C] to h."""
         rows = F.linear(F.silu(emb), *self.time)
         if not self.scale_shift:
             return (rows,)
@@ -100,7 +99,7 @@ class AffineTable:
 
 
 def time_embeddings(unet: UNet, times: Tensor, labels: Tensor | None = None) -> Tensor:
-    """float32 [S, time_width] for int64 times [S], or [B, time_width] for one time and labels [B]."""
+    """float32 [S, time_width] for int64 times [S], and labels [S]."""
     first, _, second = unet.time_embed
     h = F.linear(time_features(unet.config, times), first.weight.float(), first.bias.float())
     emb = F.linear(F.silu(h), second.weight.float(), second.bias.float())

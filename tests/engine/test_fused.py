@@ -126,6 +126,17 @@ def test_loops_agree_over_many_steps():
     assert relative(fused.invert(x0, z), eager.invert(x0, z)) < 1e-4
 
 
+def test_a_time_does_not_depend_on_what_else_was_prepared():
+    """A product of one row is rounded otherwise than one of many, and long trajectories amplify that."""
+    model, times = tiny_pdae(), [0, 7, *range(20, 900, 40), 999]
+    plan = FusedPlan(model, CPU, torch.float32)
+    together = plan.time_rows(times)
+    for asked in (times[::-1], *([t] for t in times), times[3:12]):
+        alone = FusedPlan(plan.model, CPU, torch.float32) if len(asked) > 1 else plan
+        alone._times.clear()
+        assert torch.equal(alone.time_rows(asked), together[[times.index(t) for t in asked]])
+
+
 def test_the_model_is_left_alone():
     model = tiny_pdae()
     before = {k: v.clone() for k, v in model.state_dict().items()}

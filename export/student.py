@@ -46,6 +46,9 @@ class StudentGraph(nn.Module):
         self.mix = nn.ModuleList(traced(block, dtype, form) for block in pyramid.mix)
         if model.head is not None:
             self.norm, self.read = FixedNorm(model.head.norm, form), as_dtype(model.head.read, dtype)
+            if model.config.head == "parts":
+                self.norms = nn.ModuleList(FixedNorm(norm, form) for norm, _, _ in model.head.deeper)
+                self.deeper = nn.ModuleList(as_dtype(read, dtype) for _, _, read in model.head.deeper)
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
         h, found = self.stem(images.to(self.dtype)), []
@@ -60,13 +63,14 @@ class StudentGraph(nn.Module):
                 maps.append(self.mix[i](self.lateral[i](found[i]) + up))
         if self.config.head is None:
             return tuple(v.float() for v in maps)
-        h = F.silu(self.norm(maps[-1])).to(self.dtype)
+        h, side = F.silu(self.norm(maps[-1])).to(self.dtype), self.config.image_size
         if self.config.head == "parts":
-            side = self.config.image_size
-            return F.interpolate(self.read(h).float(), size=(side, side), mode="bilinear").argmax(1)
+            deeper = zip(self.norms, self.deeper, maps[:-1], strict=True)
+            read = [self.read(h), *(read(F.silu(norm(m)).to(self.dtype)) for norm, read, m in deeper)]
+            return sum(F.interpolate(r.float(), size=(side, side), mode="bilinear") for r in read).argmax(1)
         if self.config.head == "classes":
             return self.read(h.mean((2, 3))).float().softmax(1)
-        return (0.5 + self.read(h.flatten(1)).float().unflatten(1, (-1, 2))) * self.config.image_size
+        return (0.5 + self.read(h.flatten(1)).float().unflatten(1, (-1, 2))) * side
 
 
 def is_student_export(directory: Path) -> bool:

@@ -42,6 +42,7 @@ from ..training import Trainer, TrainSettings
 from ..training.features import FeatureSet, Target, teacher_features
 from ..training.recognition import MEASURES, Labelled, TaskTruth, choose_labels, evaluate, find_truth, measure
 from ..training.students import (
+    HEAD_FIRST,
     Bandit,
     Choice,
     RecogniseTask,
@@ -71,7 +72,8 @@ BATCH, TUNE_BATCH = 64, 20
 # Steps of distillation and of fine-tuning, quick and full; images of 32 px are cheap.
 STEPS = {"points": ((100, 100), (600, 300)), "parts": ((100, 100), (600, 300)), "classes": ((200, 300), (1000, 1000))}
 RATE = 1e-3  # of distillation
-TUNE_RATES = {"points": 5e-4, "parts": 1e-2, "classes": 1e-2}  # the best for scratch, on held-out training images
+# Of fine-tuning from scratch and of what was distilled: the best of each, on held-out training images.
+TUNE_RATES = {"points": (5e-4, 5e-4), "parts": (1e-2, 1e-2), "classes": (1e-2, 1e-2)}
 GRID = 4  # classes are read from maps averaged to it
 RESULTS, POLICY = "results.jsonl", "policy.json"
 
@@ -202,12 +204,14 @@ class Runs:
         """What every policy that has learned here does (see `describe_policy`)."""
         return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.folder.glob(f"*/{POLICY}"))]
 
-    def tune(self, task: Task, student: Student, known: TaskTruth, steps: int, name: str, seed: int) -> float:
-        """How good ``student`` is on the test images once it has learned from ``known``."""
-        learned = RecogniseTask(with_head(student, known, seed), known)
-        trainer = self._train(
-            learned, Labelled(task.learn, known), name, steps, TUNE_BATCH, TUNE_RATES[task.name], seed
-        )
+    def tune(
+        self, task: Task, student: Student, fresh: bool, known: TaskTruth, steps: int, name: str, seed: int
+    ) -> float:
+        """How good ``student``, which knows nothing yet where it is ``fresh``, is on the test images once it has
+        learned from ``known``."""
+        learned = RecogniseTask(with_head(student, known, seed), known, head_first=0.0 if fresh else HEAD_FIRST)
+        rate = TUNE_RATES[task.name][not fresh]
+        trainer = self._train(learned, Labelled(task.learn, known), name, steps, TUNE_BATCH, rate, seed)
         return evaluate(trainer.ema, task.test, task.truth)[MEASURES[task.name]]
 
 
@@ -282,7 +286,8 @@ def _value(task: Task, runs: Runs, student: Student, arm: str, way: str, known: 
         return read(task, maps[0], known, maps[1], seed)
     distilling, steps = steps_of(runs.args, task.name)
     steps += distilling if arm == LONGER else 0
-    return runs.tune(task, student, known, steps, f"{task.name}-{len(known.indices)}-{arm}-{seed}", seed)
+    name = f"{task.name}-{len(known.indices)}-{arm}-{seed}"
+    return runs.tune(task, student, arm in (SCRATCH, LONGER), known, steps, name, seed)
 
 
 def steps_of(args: argparse.Namespace, task: str) -> tuple[int, int]:

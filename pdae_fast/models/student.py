@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,25 +67,29 @@ class Pyramid(nn.Module):
 
 class Head(nn.Module):
     """What is read from the maps of a student: ``classes`` from the mean of the deepest, ``points`` from the whole of
-    it, ``parts`` pixel by pixel from the finest of the pyramid."""
+    it, ``parts`` pixel by pixel from all of the pyramid."""
 
     def __init__(self, config: StudentConfig) -> None:
         super().__init__()
         self.kind, self.size, count = config.head, config.image_size, len(config.labels)
         width, side = config.widths[-1], config.sizes[-1]
         if self.kind == "parts":
-            width = config.widths[0]
+            width, deeper = config.widths[0], config.widths[:0:-1]
             self.read: nn.Module = nn.Conv2d(width, count, 1)
+            self.deeper = nn.ModuleList(
+                nn.Sequential(group_norm(w, _NORMS), nn.SiLU(), zero_(nn.Conv2d(w, count, 1))) for w in deeper
+            )
         elif self.kind == "points":
             self.read = zero_(nn.Linear(width * side * side, 2 * count))
         else:
             self.read = nn.Linear(width, count)
         self.norm = group_norm(width, _NORMS)
 
-    def forward(self, h: Tensor) -> Tensor:
-        h = F.silu(self.norm(h))
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        h = F.silu(self.norm(maps[-1]))
         if self.kind == "parts":
-            return F.interpolate(self.read(h), size=(self.size, self.size), mode="bilinear")
+            read = [self.read(h), *(read(m) for read, m in zip(self.deeper, maps[:-1], strict=True))]
+            return sum(F.interpolate(r, size=(self.size, self.size), mode="bilinear") for r in read)
         if self.kind == "classes":
             return self.read(h.mean((2, 3)))
         # As shares of the image's side from its centre, where the weights know nothing yet.
@@ -111,8 +116,7 @@ class Student(_Pretrained):
         parts, or n points [B, n, 2] as (x, y) in pixels from the outer corner of the first one."""
         if self.head is None:
             raise UserError("this student has no head; give it one with `python -m pdae_fast.train recognise`")
-        finest = self.config.head == "parts"
-        return self.head(self.maps(images, None if finest else 1)[-1])
+        return self.head(self.maps(images, None if self.config.head == "parts" else 1))
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> tuple[Tensor, ...]:

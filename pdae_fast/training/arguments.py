@@ -206,6 +206,13 @@ def _student_options(p: argparse.ArgumentParser, task: str) -> None:
     if task == "recognise":
         add("--freeze", action="store_true", help="train the head alone")
         add("--scratch", action="store_true", help="start from random weights of the same shape, to compare")
+        add(
+            "--head-first",
+            type=float,
+            metavar="SHARE",
+            help="of the steps, in which the head alone learns; then all does, what was learned before at a tenth of "
+            "the rate (default: 0.5; 0, all at one rate, with --scratch)",
+        )
         _holdout_option(p)
         return
     add("--choose", default="0", metavar="T|" + "|".join(CHOICES), help="the teacher's time, or how it is chosen")

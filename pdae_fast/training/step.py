@@ -175,8 +175,11 @@ class TrainedResBlock(ResBlock):
 # -- the optimiser -------------------------------------------------------------------------------------------------
 
 
-def build_optimizer(parameters: list[nn.Parameter], lr: float, device: torch.device, options: StepOptions):
-    """Adam as published: betas (0.9, 0.999), eps 1e-8."""
+def build_optimizer(
+    parts: Sequence[list[nn.Parameter]], lr: float, device: torch.device, options: StepOptions
+) -> torch.optim.Adam:
+    """Adam as published, betas (0.9, 0.999), eps 1e-8, of parameters whose rates `set_rates` sets part by part."""
+    parameters = [{"params": part} for part in parts]
     keywords: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
     if options.fused_adam or options.cuda_graph:
         keywords["fused"] = True
@@ -186,8 +189,8 @@ def build_optimizer(parameters: list[nn.Parameter], lr: float, device: torch.dev
     return torch.optim.Adam(parameters, lr=lr, **keywords)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
+def set_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
+    for group, lr in zip(optimizer.param_groups, rates, strict=True):
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)
         else:

@@ -230,18 +230,42 @@ def describe_policy(model: Distiller, task: StudentTask, data: FeatureSet) -> di
 # -- recognition -------------------------------------------------------------------------------------------------------
 
 
+HEAD_FIRST, TRUNK_RATE = 0.5, 0.1
+
+
 class RecogniseTask(Task):
-    """A student with a head that learns from labels; ``freeze``: the head alone."""
+    """A student with a head that learns from labels; ``freeze``: the head alone.
+
+    ``head_first``: the head alone for this share of the steps, then all, the rest at TRUNK_RATE of the head's rate. A
+    head that knows nothing yet would otherwise undo what the student has learned (Kumar et al., arXiv 2202.10054).
+    """
 
     name = "recognise"
     collate = None
 
-    def __init__(self, student: Student, truth: TaskTruth, freeze: bool = False, record: dict[str, Any] | None = None):
-        record = {"labels": truth.digest(), "--freeze": freeze, **(record or {})}
+    def __init__(
+        self,
+        student: Student,
+        truth: TaskTruth,
+        freeze: bool = False,
+        record: dict[str, Any] | None = None,
+        head_first: float = 0.0,
+    ) -> None:
+        if not 0 <= head_first < 1:
+            raise UserError(f"--head-first must be at least 0 and below 1, not {head_first}")
+        record = {"labels": truth.digest(), "--freeze": freeze, "--head-first": head_first, **(record or {})}
         super().__init__(student, record)
-        self.scale = truth.scale
+        self.scale, self.head_first = truth.scale, head_first
         student.trunk.requires_grad_(not freeze)
         student.pyramid.requires_grad_(not freeze and truth.task == "parts")
+
+    def part_of(self, name: str) -> str:
+        """As :meth:`Task.part_of`."""
+        return "head" if name.startswith("head.") or not self.head_first else "trunk"
+
+    def rate_of(self, part: str, progress: float) -> float:
+        """As :meth:`Task.rate_of`."""
+        return 1.0 if part == "head" else 0.0 if progress < self.head_first else TRUNK_RATE
 
     def draw(self, batch: Any, generator: torch.Generator, flip: bool) -> tuple[Tensor, Tensor]:
         """(images [B, C, S, S], truth [B, ...]); nothing is random."""
@@ -342,7 +366,8 @@ def recognise_task(
         start = Student(start.config)
     record = {"start": weights_fingerprint(start)[:16], "held-out images": len(judged[1].indices)}
     student = with_head(start, truth, args.seed)
-    return RecogniseTask(student, truth, args.freeze, record), Labelled(dataset, truth), judged
+    first = args.head_first if args.head_first is not None else 0.0 if args.scratch or args.freeze else HEAD_FIRST
+    return RecogniseTask(student, truth, args.freeze, record, first), Labelled(dataset, truth), judged
 
 
 def policy_table(report: dict[str, Any]) -> str:

@@ -69,6 +69,14 @@ class Task(nn.Module):
         """Configuration of what :meth:`export` gives."""
         return self.model.config
 
+    def part_of(self, name: str) -> str:
+        """Which of the parts that learn at rates of their own the parameter ``name`` of the model belongs to."""
+        return ""
+
+    def rate_of(self, part: str, progress: float) -> float:
+        """What the learning rate is multiplied by for ``part`` once ``progress`` in [0, 1) of the steps are done."""
+        return 1.0
+
     def draw(self, batch: Any, generator: torch.Generator, flip: bool) -> tuple[Tensor, ...]:
         """``batch`` with all random numbers of its step (dropout's excepted): the arguments of ``forward``, all on the
         CPU. The order of draws is part of what a resumed run must repeat."""

@@ -28,7 +28,7 @@ from .distributed import PeerGone
 from .feed import BatchOrder, Prefetcher, Prepared, closing_feed, global_seed, step_generator
 from .losses import Losses
 from .settings import TrainSettings
-from .step import GraphedStep, StepOptions, arrange, build_forward, build_optimizer, load_optimizer, move, set_rate
+from .step import GraphedStep, StepOptions, arrange, build_forward, build_optimizer, load_optimizer, move, set_rates
 from .tasks import Task
 
 Scalars = Callable[[int, dict[str, float]], None]
@@ -78,11 +78,17 @@ class Trainer:
         self.task = task.to(self.device)
         arrange(self.task, self.options)
         self.model = task.model
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.parameters = list(trained.values())
+        parts: dict[str, dict[str, torch.nn.Parameter]] = {}
+        for name, p in self.model.named_parameters():
+            if p.requires_grad:
+                parts.setdefault(task.part_of(name), {})[name] = p
+        trained = {name: p for part in parts.values() for name, p in part.items()}
+        self.parts, self.parameters = list(parts), list(trained.values())
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.ema_parameters = [p for name, p in self.ema.named_parameters() if name in trained]
-        self.optimizer = build_optimizer(self.parameters, settings.lr, self.device, self.options)
+        averages = dict(self.ema.named_parameters())
+        self.ema_parameters = [averages[name] for name in trained]
+        values = [list(part.values()) for part in parts.values()]
+        self.optimizer = build_optimizer(values, settings.lr, self.device, self.options)
         self.step, self.saved_step = 0, None
         self._forward = self._graphed = None
         deferred = self.device.type == "cuda" or self.group.size > 1
@@ -167,7 +173,8 @@ class Trainer:
         ready = [move(tensors, self.device, self.options) for tensors in ready]
         self._build()
         self.task.train()
-        set_rate(self.optimizer, self.settings.learning_rate(self.step))
+        rate, progress = self.settings.learning_rate(self.step), self.step / self.settings.steps
+        set_rates(self.optimizer, [rate * self.task.rate_of(part, progress) for part in self.parts])
         if self.options.cuda_graph:
             losses = self._replay(ready)
         else:

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import student_toy
+from golden_rule import fill
 from helpers import images, tiny_pdae, tiny_prior
 from pdae_fast import PDAE, DiffAE, Prior, Student, StudentConfig, UserError, convert
 from pdae_fast.models import Autoencoder
@@ -57,6 +58,14 @@ def test_heads_are_linear_in_the_normalised_map():
     assert out.shape == (3, 2, 32, 32) and torch.equal(parts.predict(x), out.argmax(1))
     small = parts.head.read(F.silu(parts.head.norm(parts.maps(x)[-1])))
     assert torch.equal(out[:, :, 0, 0], small[:, :, 0, 0])  # bilinear: a corner is that of the small map
+    fill(parts.head)  # until something is learned, the deeper maps say nothing
+    maps = parts.maps(x)
+    layers = [(read[0], read[2], m) for read, m in zip(parts.head.deeper, maps[:-1], strict=True)]
+    corner = sum(
+        F.silu(F.group_norm(m, n.num_groups, n.weight, n.bias))[:, :, 0, 0] @ r.weight[:, :, 0, 0].T + r.bias
+        for n, r, m in [*layers, (parts.head.norm, parts.head.read, maps[-1])]
+    )
+    torch.testing.assert_close(parts(x)[:, :, 0, 0], corner, rtol=1e-4, atol=1e-5)
 
 
 def test_it_is_saved_and_known_again_and_is_no_other_model(tmp_path, capsys):

@@ -122,6 +122,22 @@ def test_frozen_recognition_trains_the_head_alone(tmp_path):
     assert not torch.equal(found["head.read.weight"], with_head(start, known).head.read.weight)
 
 
+@pytest.mark.parametrize(("first", "slow"), [(0.0, False), (0.5, True), (0.9, True)])
+def test_the_head_learns_first_and_then_the_rest_more_slowly(tmp_path, first, slow):
+    known = truth("parts")
+    model = with_head(student(), known)
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    learning = trainer(tmp_path, RecogniseTask(model, known, head_first=first), Labelled(Pictures(), known), steps=8)
+    learning.run()
+    moved = {k: float((v - start[k]).abs().max()) for k, v in learning.model.state_dict().items()}
+    head, rest = (max(v for k, v in moved.items() if k.startswith("head.") == own) for own in (True, False))
+    # Eight steps of at most about the rate of 1e-3 each; of the rest none, or half as many of a tenth of it.
+    assert head > 2e-3
+    assert rest == 0 if first == 0.9 else 1e-4 < rest < 6e-4 if slow else rest > 2e-3
+    with pytest.raises(UserError, match="--head-first must be at least 0 and below 1, not 1"):
+        RecogniseTask(model, known, head_first=1.0)
+
+
 def test_a_new_head_takes_the_place_of_the_old_and_points_start_at_their_mean():
     known = truth("points")
     model = with_head(with_head(student(), truth()), known)

@@ -77,7 +77,9 @@ def application(bench: Workbench, hosts: Sequence[str] = ("localhost", "127.0.0.
         turns.close()
 
     async def static(request: Request) -> Response:
-        return Response(page[request.url.path], media_type=PAGE[request.url.path][1], headers={"Cache-Control": "no-cache"})
+        return Response(
+            page[request.url.path], media_type=PAGE[request.url.path][1], headers={"Cache-Control": "no-cache"}
+        )
 
     async def model(request: Request) -> Response:
         return JSONResponse(bench.describe())
@@ -85,7 +87,7 @@ def application(bench: Workbench, hosts: Sequence[str] = ("localhost", "127.0.0.
     async def image(request: Request) -> Response:
         # Not in turn: reading a small file need not wait for a computation.
         key = request.path_params["key"]
-        content = await asyncio.to_thread(lambda: to_png((bench.offered(key)).image[0]))
+        content = await asyncio.to_thread(lambda: to_png(bench.offered(key).image[0]))
         return Response(content, media_type="image/png", headers={"Cache-Control": "max-age=3600"})
 
     async def upload(request: Request) -> Response:
@@ -125,8 +127,8 @@ def application(bench: Workbench, hosts: Sequence[str] = ("localhost", "127.0.0.
 
 def warm_up(bench: Workbench) -> None:
     """Compute what the page opens with, so that the first visitor need not wait for it."""
-    if bench.describe()["autoencoder"] and bench.dataset is not None and len(bench.dataset):
-        picture = bench.picture(f"data-{bench.opening}")
+    if bench.describe()["autoencoder"] and bench.opening:
+        picture = bench.picture(bench.opening[0])
         for recipe in (PREVIEW, recipe_of()):
             bench.latent(picture, recipe)
 

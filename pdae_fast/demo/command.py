@@ -18,7 +18,7 @@ from ..models import load_model
 from ..pipeline import Pipeline
 
 DEFAULT_MODEL = "avatars64"
-OPENING = {"avatars64": 10}  # the bundled image that shows most sliders well
+OPENING = {"avatars64": (10, 15)}  # bundled images that show most sliders, and a path, well
 MOST_CONNECTIONS = 64
 
 
@@ -46,7 +46,7 @@ def workbench(args: argparse.Namespace) -> Any:
     channels, size, _ = model.image_shape
     spec = args.input or [bundled_for(str(args.model), channels)]
     dataset = open_dataset(spec, size, channels, split="test", crop=crop_for(args.crop, model.config))
-    opening = 0 if args.input else OPENING.get(str(args.model), 0)
+    opening = (0, 1) if args.input else OPENING.get(str(args.model), (0, 1))
     return Workbench(pipe, dataset, Path(str(args.model)).name or "model", opening)
 
 
@@ -67,9 +67,8 @@ def main(argv: list[str] | None = None) -> None:
         alone = is_loopback(args.host)
         print(f"model {bench.name}; open http://{host}:{port} in a browser, end with Ctrl-C", flush=True)
         app = application(bench, [*LOOPBACK, host] if alone else ["*"])
-        config = uvicorn.Config(
-            app, log_level="warning", limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=2, server_header=False
-        )
+        bounds = {"limit_concurrency": MOST_CONNECTIONS, "timeout_graceful_shutdown": 2}
+        config = uvicorn.Config(app, log_level="warning", server_header=False, **bounds)
         uvicorn.Server(config).run(sockets=[listener])
 
 

@@ -61,6 +61,7 @@ class Latent(NamedTuple):
 
     x_T: Tensor
     reconstruction: Tensor
+    logits: Tensor | None  # [attributes] of the reconstruction, encoded again
     evaluations: int
     seconds: float
 
@@ -78,12 +79,16 @@ class Workbench:
     """A pipeline with the images that its visitors work on.
 
     pipe: of an autoencoder, or of a prior, which can only be sampled. dataset: images on offer (any of pdae_fast.data;
-    None: none). name: of the model, as the page shows it. opening: the place of the image that the page opens with.
+    None: none). name: of the model, as the page shows it. opening: places of the image that the page opens with, and of
+    the one that a path leads to.
     """
 
-    def __init__(self, pipe: Pipeline, dataset: Any = None, name: str = "model", opening: int = 0) -> None:
+    def __init__(
+        self, pipe: Pipeline, dataset: Any = None, name: str = "model", opening: Sequence[int] = (0, 1)
+    ) -> None:
         self.pipe, self.dataset, self.name = pipe, dataset, name
-        self.opening = opening if dataset is not None and opening < len(dataset) else 0
+        count = 0 if dataset is None else len(dataset)
+        self.opening = [f"data-{i}" for i in opening if i < count]
         self._pictures: OrderedDict[str, Picture] = OrderedDict()
         self._lock = threading.Lock()
         self._draws: OrderedDict[int, few_shot.Draws] = OrderedDict()
@@ -123,7 +128,7 @@ class Workbench:
             "size": model.config.image_size,
             "attributes": self.attributes,
             "pictures": [f"data-{i}" for i in range(min(count, SHOWN))],
-            "opening": f"data-{self.opening}" if count else None,
+            "opening": self.opening,
             "total": count,
             "recipes": [
                 {
@@ -237,12 +242,16 @@ class Workbench:
                 x_T = pipe.invert(picture.image, z)
                 x = pipe.decode(z, x_T)
             check_finite(x, "the reconstruction holds")
-            trunk = cost.evaluations["trunk"]
-            picture.latents[recipe] = Latent(x_T, x, trunk, cost.seconds)
+            logits = self._logits(x) if self.attributes else None
+            picture.latents[recipe] = Latent(x_T, x, logits, cost.evaluations["trunk"], cost.seconds)
             while len(picture.latents) > KEPT_LATENTS:
                 picture.latents.popitem(last=False)
         picture.latents.move_to_end(recipe)
         return picture.latents[recipe]
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """What the classifier says of x [1, C, H, W], encoded again."""
+        return self.pipe.logits(self.pipe.encode(x))[0]
 
     # -- requests --------------------------------------------------------------------------------------------------
 
@@ -303,7 +312,7 @@ class Workbench:
             "attributes": {},
         }
         if scales:
-            before, after = self.pipe.logits(self.pipe.encode(torch.cat([found.reconstruction, x]).clamp(-1, 1)))
+            before, after = found.logits, self._logits(x)
             names = self.pipe.model.config.attributes
             wanted = sum(asked(self.pipe, name, scale) for name, scale in scales.items())
             for name in scales:
@@ -358,9 +367,7 @@ class Workbench:
         seed = as_int("seed", as_seed(seed), 0, MOST_SEED)
         pipe, cost, rate = self._with(recipe, stop), Cost(), None
         with cost.of(pipe):
-            if not isinstance(pipe.model, Autoencoder):
-                x = pipe.sample(count, seed=seed)
-            elif attribute is None and not like:
+            if not isinstance(pipe.model, Autoencoder) or (attribute is None and not like):
                 x = pipe.sample(count, seed=seed)
             else:
                 accept = self._like(like, stop) if like else self._attribute(attribute, bool(without))

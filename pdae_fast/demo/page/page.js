@@ -183,8 +183,8 @@ function show(found, preview, seconds) {
   const evaluations = found.edit_evaluations || found.evaluations;
   $("edit-status").setAttribute("aria-live", preview ? "off" : "polite");
   $("edit-status").textContent =
-    `${preview ? "preview" : "refined"}: ${evaluations} evaluations, ${seconds.toFixed(2)} s; ` +
-    `reconstruction MSE ${found.mse.toExponential(1)}`;
+    `${preview ? "preview" : "refined"}: ${evaluations} evaluations, ${seconds.toFixed(2)} s, MSE ${found.mse.toExponential(1)}`;
+  $("edit-status").title = `MSE of the reconstruction; ${found.recipe}`;
 }
 
 const sliders = {};
@@ -321,9 +321,8 @@ function open(name) {
     $(tab.getAttribute("aria-controls")).hidden = !here;
   }
   $("chooser").hidden = !model.autoencoder;
-  if (name === "interpolate" && !path.a && model.pictures.length > 1) {
-    const other = model.pictures.find((key) => key !== chosen.key);
-    path.b = offered(other);
+  if (name === "interpolate" && !path.a && chosen && model.opening.length > 1) {
+    path.b = offered(model.opening.findLast((key) => key !== chosen.key));
     $("end-b").src = path.b.src;
     setEnd("a");
   }
@@ -332,7 +331,8 @@ function open(name) {
 function recipeText() {
   const found = model.recipes.find((r) => r.name === $("recipe").value);
   const same = !found || $("solver").value === found.solver;
-  $("recipe-text").textContent = same && found ? `${found.text}; ${found.evaluations} evaluations` : "";
+  $("recipe-text").textContent = same && found ? `${found.evaluations} evaluations` : "";
+  $("recipe-text").title = same && found ? found.text : "";
 }
 
 function start() {
@@ -354,7 +354,7 @@ function start() {
   $("solver").onchange = again;
 
   model.attributes.forEach((name, i) => addSlider(name, i ? 0 : 0.12));
-  for (const id of ["reset"]) $(id).hidden = !model.attributes.length;
+  $("reset").hidden = !model.attributes.length;
   $("kind").append(...model.kinds.map((k) => new Option(k === "latent" ? "codes" : k, k)));
   $("which").append(new Option("any", ""));
   if (model.few_shot) $("which").append(new Option("like images that I click", "like"));
@@ -373,8 +373,8 @@ function start() {
   })));
   open(model.autoencoder ? "edit" : "sample");
   wipe();
-  if (model.autoencoder && model.opening) {
-    choose(offered(model.opening));
+  if (model.autoencoder && model.opening.length) {
+    choose(offered(model.opening[0]));
     const pressed = $("strip").querySelector("[aria-pressed=true]");
     if (pressed) $("strip").scrollLeft = pressed.offsetLeft - $("strip").clientWidth / 2;
   }

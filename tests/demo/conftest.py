@@ -1,0 +1,84 @@
+"""A small model on a workbench, and a server of it on a free port of this machine."""
+
+import contextlib
+import http.client
+import json
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from helpers import TINY_FULL, image_folder, tiny_pdae
+from pdae_fast import Pipeline
+from pdae_fast.data import open_dataset
+from pdae_fast.demo.workbench import Workbench
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return image_folder(tmp_path_factory.mktemp("secret-place") / "in", 6)
+
+
+@pytest.fixture(scope="session")
+def pipe():
+    return Pipeline(tiny_pdae(TINY_FULL), "fast", device="cpu", batch_size=4)
+
+
+@pytest.fixture
+def bench(pipe, folder):
+    return Workbench(pipe, open_dataset([folder], 32, 1), "tiny")
+
+
+class Served:
+    """The address of a server, and its answers."""
+
+    def __init__(self, port, app):
+        self.port, self.app, self.url = port, app, f"http://127.0.0.1:{port}"
+
+    def connect(self):
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+
+    def ask(self, method, path, body=None, headers=(), visitor="0123456789abcdef"):
+        with contextlib.closing(self.connect()) as connection:
+            own = {"X-Visitor": visitor} if visitor else {}
+            connection.request(method, path, body, {**own, **dict(headers)})
+            answer = connection.getresponse()
+            content = answer.read()
+        kind = answer.getheader("content-type", "")
+        value = json.loads(content) if kind.startswith("application/json") else content
+        return SimpleNamespace(status=answer.status, value=value, headers=answer.headers, content=content)
+
+    def post(self, what, visitor="0123456789abcdef", **values):
+        return self.ask("POST", f"/api/{what}", json.dumps(values), visitor=visitor)
+
+
+@pytest.fixture
+def serve():
+    uvicorn = pytest.importorskip("uvicorn", reason="needs pip install 'pdae_fast[demo]'")
+    pytest.importorskip("starlette", reason="needs pip install 'pdae_fast[demo]'")
+    from pdae_fast.demo.app import application
+    from pdae_fast.demo.command import listen
+
+    with contextlib.ExitStack() as stack:
+
+        def start(bench):
+            listener = stack.enter_context(listen("127.0.0.1", 0))
+            app = application(bench)
+            server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
+            thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+            thread.start()
+
+            def end():
+                server.should_exit = True
+                thread.join(20)
+                assert not thread.is_alive()
+
+            stack.callback(end)
+            return Served(listener.getsockname()[1], app)
+
+        yield start
+
+
+@pytest.fixture
+def served(serve, bench):
+    return serve(bench)

@@ -11,17 +11,14 @@ import contextlib
 import http.client
 import itertools
 import json
-import threading
 
 import pytest
 import torch
 
+from bench.page import serving
 from bench.tables import RUN
 from bench.timing import Alternation, clock, pedantic
-from pdae_fast import PDAE, Pipeline
-from pdae_fast.data import open_dataset
-from pdae_fast.data.bundled import bundled_for
-from pdae_fast.demo.workbench import Workbench
+from pdae_fast.demo import command
 
 ROUNDS = 30
 BOUND = 0.4  # seconds, median, on two cores
@@ -30,26 +27,20 @@ VISITOR = "0123456789abcdef"
 
 @pytest.fixture
 def server(device):
-    uvicorn = pytest.importorskip("uvicorn", reason="needs pip install 'pdae_fast[demo]'")
-    from pdae_fast.demo.app import application, warm_up
-    from pdae_fast.demo.command import listen
+    pytest.importorskip("uvicorn", reason="needs pip install 'pdae_fast[demo]'")
+    from pdae_fast.demo.app import warm_up
 
-    model = PDAE.from_pretrained("avatars64")
-    dataset = open_dataset([bundled_for("avatars64", 3)], 64, 3)
-    bench = Workbench(Pipeline(model, "fast", device), dataset, "avatars64")
+    bench = command.workbench(command.parser().parse_args(["--device", str(device)]))
     warm_up(bench)
-    with listen("127.0.0.1", 0) as listener:
-        server = uvicorn.Server(uvicorn.Config(application(bench), log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", listener.getsockname()[1])) as connection:
-            yield connection
-        server.should_exit = True
-        thread.join()
+    with (
+        serving(bench) as served,
+        contextlib.closing(http.client.HTTPConnection("127.0.0.1", served.port)) as connection,
+    ):
+        yield connection
 
 
 def test_slider_to_picture(benchmark, server):
-    scale, image = itertools.count(), itertools.count(1)
+    scale, image = itertools.count(), itertools.count(11)
 
     def edit(key: str, preview: bool) -> dict:
         scales = {"sunglasses": (next(scale) % 50 - 25) / 100 + 0.005, "beard": 0.1}
@@ -61,8 +52,8 @@ def test_slider_to_picture(benchmark, server):
         return json.loads(content)
 
     functions = {
-        "preview": lambda: edit("data-0", True),
-        "refined": lambda: edit("data-0", False),
+        "preview": lambda: edit("data-10", True),
+        "refined": lambda: edit("data-10", False),
         "first picture": lambda: edit(f"data-{next(image)}", True),
     }
     alternation = Alternation(functions, torch.device("cpu"), clock)

@@ -22,7 +22,7 @@ OPENING = {"avatars64": (10, 15)}  # bundled images that show most sliders, and 
 MOST_CONNECTIONS = 64
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     p = cli.parser("demo", "A page with sliders, for a browser on this machine.")
     add = p.add_argument
     add("--model", default=DEFAULT_MODEL, help="bundled name, saved directory or foreign checkpoint")
@@ -51,7 +51,7 @@ def workbench(args: argparse.Namespace) -> Any:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     try:
         import starlette  # noqa: F401
         import uvicorn

@@ -3,11 +3,11 @@
 import contextlib
 import http.client
 import json
-import threading
 from types import SimpleNamespace
 
 import pytest
 
+from bench.page import serving
 from helpers import TINY_FULL, image_folder, tiny_pdae
 from pdae_fast import Pipeline
 from pdae_fast.data import open_dataset
@@ -54,29 +54,10 @@ class Served:
 
 @pytest.fixture
 def serve():
-    uvicorn = pytest.importorskip("uvicorn", reason="needs pip install 'pdae_fast[demo]'")
-    pytest.importorskip("starlette", reason="needs pip install 'pdae_fast[demo]'")
-    from pdae_fast.demo.app import application
-    from pdae_fast.demo.command import listen
-
+    for name in ("starlette", "uvicorn"):
+        pytest.importorskip(name, reason="needs pip install 'pdae_fast[demo]'")
     with contextlib.ExitStack() as stack:
-
-        def start(bench):
-            listener = stack.enter_context(listen("127.0.0.1", 0))
-            app = application(bench)
-            server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
-            thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-            thread.start()
-
-            def end():
-                server.should_exit = True
-                thread.join(20)
-                assert not thread.is_alive()
-
-            stack.callback(end)
-            return Served(listener.getsockname()[1], app)
-
-        yield start
+        yield lambda bench: Served(*stack.enter_context(serving(bench)))
 
 
 @pytest.fixture

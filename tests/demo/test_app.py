@@ -225,7 +225,7 @@ def test_the_command_serves_the_bundled_avatars():
 
 def test_a_saved_directory_shows_its_name_alone(tmp_path, pipe, folder):
     pipe.model.save_pretrained(tmp_path / "mine")
-    args = command._parser().parse_args(["--model", str(tmp_path / "mine"), "--input", str(folder)])
+    args = command.parser().parse_args(["--model", str(tmp_path / "mine"), "--input", str(folder)])
     bench = command.workbench(args)
     assert bench.name == "mine" and str(tmp_path) not in json.dumps(bench.describe())
 

@@ -1,102 +1,33 @@
 """The page in a headless Chromium: loading, dragging, uploading, two tabs, a phone, and nothing from outside."""
 
 import base64
-import contextlib
 import json
-import shutil
-import time
 
 import pytest
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="needs pip install 'pdae_fast[dev]' (selenium)")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Chromium and its driver: apt install chromium-driver"),
-]
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
-    "--force-device-scale-factor=1", "--window-size=1280,900",
-]  # fmt: skip
+from bench.page import CHROMIUM, DRIVER, NEEDED, Page, chromium
 
-
-class Page:
-    """The page of a server in a browser, read and handled as by a visitor."""
-
-    def __init__(self, driver, url):
-        self.driver, self.url = driver, url
-
-    def open(self):
-        self.driver.get(self.url)
-        self.until(self.rests)
-
-    def rests(self):
-        """Whether the picture is the refined one of where the sliders are."""
-        busy = self.run("return document.querySelector('#edit .stage').getAttribute('aria-busy')")
-        return busy == "false" and self.status("edit").startswith("refined")
-
-    def __getitem__(self, name):
-        return self.driver.find_element("id", name)
-
-    def run(self, script, *arguments):
-        return self.driver.execute_script(script, *arguments)
-
-    def status(self, kind):
-        return self[f"{kind}-status"].text
-
-    def until(self, condition, seconds=20):
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end, (self["problem"].text, self.driver.get_log("browser"))
-            time.sleep(0.03)
-
-    def source(self, name):
-        return self[name].get_attribute("src")
-
-    def drag(self, name, value, release=True):
-        """Move a slider as a pointer does: input events, and a change where it is let go."""
-        self.run(
-            "const s = arguments[0]; s.value = arguments[1]; s.dispatchEvent(new Event('input', {bubbles: true}));"
-            "if (arguments[2]) s.dispatchEvent(new Event('change', {bubbles: true}));",
-            self[name], value, release,
-        )  # fmt: skip
-
-    def resize(self, width, height=844, mobile=True, scheme="light"):
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        scheme = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", scheme)
-
-    def addresses(self):
-        """Addresses that the browser asked for since the last call."""
-        found = []
-        for entry in self.driver.get_log("performance"):
-            message = json.loads(entry["message"])["message"]
-            if message["method"] == "Network.requestWillBeSent":
-                found.append(message["params"]["request"]["url"])
-        return found
+pytest.importorskip("selenium", reason="needs pip install 'pdae_fast[dev]' (selenium)")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=NEEDED)]
 
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
-    options = webdriver.ChromeOptions()
-    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
-        options.add_argument(flag)
-    options.binary_location = CHROMIUM
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    with contextlib.ExitStack() as stack:
-        stack.callback(driver.quit)
+    with chromium(str(tmp_path_factory.mktemp("profile"))) as driver:
         yield driver
+
+
+def addresses(driver):
+    """Addresses that the browser asked for since the last call."""
+    messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
 
 
 @pytest.fixture
 def page(driver, served):
-    page = Page(driver, served.url)
+    page = Page(driver, served.port)
     page.resize(1280, 900, mobile=False)
-    page.addresses(), driver.get_log("browser")
+    addresses(driver), driver.get_log("browser")
     page.open()
     return page
 
@@ -198,7 +129,7 @@ def test_every_tab_works_and_nothing_leaves_this_machine(page, served):
     page["tab-sample"].click()
     page.driver.find_element("css selector", "#samples button").click()
     page.until(lambda: page["edit"].is_displayed() and page.rests())
-    asked = [url for url in page.addresses() if not url.startswith(("data:", "blob:", "chrome"))]
+    asked = [url for url in addresses(page.driver) if not url.startswith(("data:", "blob:", "chrome"))]
     assert len(asked) > 10 and all(url.startswith(served.url + "/") for url in asked), asked
     assert not page.driver.get_log("browser")
 
@@ -251,7 +182,7 @@ def test_what_is_missing_is_said(driver, serve):
     from pdae_fast import Pipeline
     from pdae_fast.demo.workbench import Workbench
 
-    page = Page(driver, serve(Workbench(Pipeline(tiny_pdae(TINY), "fast", device="cpu"), None, "bare")).url)
+    page = Page(driver, serve(Workbench(Pipeline(tiny_pdae(TINY), "fast", device="cpu"), None, "bare")).port)
     page.resize(1280, 900, mobile=False)
     driver.get(page.url)
     page.until(lambda: "No attribute classifier" in page["missing"].text)

@@ -123,13 +123,13 @@ class Page:
 
 # -- the film ----------------------------------------------------------------------------------------------------------
 
-SIZE = (900, 620)
-STEPS = [k / 100 for k in range(0, 20, 3)]
-MOVES = (("sunglasses", 1), ("beard", 1), ("dark_skin", 1))
+SIZE = (900, 760)
+STEPS = [k / 100 for k in range(3, 18, 3)]
+MOVES = ("sunglasses", "dark_skin")
 
 
 def film(page: Page) -> list[Any]:
-    """Pillow images of three sliders that move one after the other, and of the wipe."""
+    """Pillow images of sliders that move one after the other, and of the wipe."""
     from PIL import Image
 
     frames = []
@@ -137,16 +137,16 @@ def film(page: Page) -> list[Any]:
     def shoot() -> None:
         page.until(page.rests)
         shot = Image.open(io.BytesIO(page.driver.get_screenshot_as_png())).convert("RGB")
-        frames.append(shot.quantize(128, dither=Image.Dither.NONE))
+        frames.append(shot.quantize(96, dither=Image.Dither.NONE))
 
     page.resize(*SIZE, mobile=False)
     page.open()
     page.drag("slider-sunglasses", 0)
     page.drag("wipe", 100)
     shoot()
-    for name, sign in MOVES:
-        for step in STEPS[1:]:
-            page.drag(f"slider-{name}", sign * step)
+    for name in MOVES:
+        for step in STEPS:
+            page.drag(f"slider-{name}", step)
             shoot()
     for share in range(80, -1, -20):
         page.drag("wipe", share)
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     with serving(bench) as served, tempfile.TemporaryDirectory() as profile, chromium(profile) as driver:
         first, *others = film(Page(driver, served.port))
     with atomic_write(args.out) as file:
-        times = [600, *[160] * (len(others) - 1), 1500]
+        times = [600, *[200] * (len(others) - 1), 1500]
         first.save(file, "GIF", save_all=True, append_images=others, duration=times, loop=0, optimize=True)
     print(f"wrote {args.out}, {args.out.stat().st_size >> 10} KiB")
 

@@ -26,7 +26,8 @@ from ..errors import UserError
 from .turns import Busy, Stopped, Turns
 from .workbench import MOST_BYTES, PREVIEW, Workbench, recipe_of
 
-MOST_JSON = 2**16
+MOST_JSON, MOST_UPLOADS = 2**16, 2  # bytes of a request; files that are read at once
+MOST_SECONDS = 30  # until a request is there
 LOG = logging.getLogger(__name__)
 PAGE = {
     "/": ("index.html", "text/html"),
@@ -68,7 +69,7 @@ REQUESTS: dict[str, Handler] = {
 
 def application(bench: Workbench, hosts: Sequence[str] = ("localhost", "127.0.0.1", "[::1]")) -> Starlette:
     """The page and its requests; ``hosts``: names under which it answers, "*" for any."""
-    turns = Turns()
+    turns, uploads = Turns(), asyncio.Semaphore(MOST_UPLOADS)
     page = {path: files(__package__).joinpath("page", name).read_bytes() for path, (name, _) in PAGE.items()}
 
     @asynccontextmanager
@@ -92,9 +93,10 @@ def application(bench: Workbench, hosts: Sequence[str] = ("localhost", "127.0.0.
 
     async def upload(request: Request) -> Response:
         _visitor(request)
-        content = await _body(request, MOST_BYTES)
         name = request.query_params.get("name", "upload")
-        return _answer(await asyncio.to_thread(lambda: _plain(bench.upload(content, name))))
+        async with uploads:
+            content = await _body(request, MOST_BYTES)
+            return _answer(await asyncio.to_thread(lambda: _plain(bench.upload(content, name))))
 
     async def compute(request: Request) -> Response:
         what, visitor = request.path_params["what"], _visitor(request)
@@ -145,12 +147,18 @@ def _visitor(request: Request) -> str:
 
 
 async def _body(request: Request, most: int) -> bytes:
-    content = bytearray()
-    async for part in request.stream():
-        content += part
-        if len(content) > most:
-            raise UserError(f"too large; at most {most >> 20} MiB" if most >= 2**20 else "the request is too large")
-    return bytes(content)
+    async def read() -> bytes:
+        content = bytearray()
+        async for part in request.stream():
+            content += part
+            if len(content) > most:
+                raise UserError(f"too large; at most {most >> 20} MiB" if most >= 2**20 else "the request is too large")
+        return bytes(content)
+
+    try:
+        return await asyncio.wait_for(read(), MOST_SECONDS)
+    except asyncio.TimeoutError:
+        raise UserError(f"the request did not arrive within {MOST_SECONDS} seconds") from None
 
 
 def _values(content: bytes) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The web application on a real server: what it answers, refuses and gives away."""
 
 import base64
+import contextlib
 import io
 import json
 import re
@@ -136,6 +137,19 @@ def test_a_defect_says_nothing_about_the_machine(serve, bench, monkeypatch):
     assert answer.status == 500 and b"secret" not in answer.content and "log" in answer.value["error"]
     assert "content-security-policy" in answer.headers
     assert served.post("inside", image="data-0", times=2).status == 200
+
+
+def test_what_does_not_arrive_is_not_waited_for(served, monkeypatch):
+    from pdae_fast.demo import app
+
+    monkeypatch.setattr(app, "MOST_SECONDS", 0.1)
+    with contextlib.closing(served.connect()) as connection:
+        connection.putrequest("POST", "/api/upload")
+        connection.putheader("X-Visitor", "0123456789abcdef")
+        connection.putheader("Content-Length", "1000")
+        connection.endheaders(b"some")
+        answer = connection.getresponse()
+        assert answer.status == 400 and b"did not arrive" in answer.read()
 
 
 class Slow:

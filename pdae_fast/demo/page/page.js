@@ -320,7 +320,7 @@ function open(name) {
     tab.tabIndex = here ? 0 : -1;
     $(tab.getAttribute("aria-controls")).hidden = !here;
   }
-  $("chooser").hidden = !model.autoencoder;
+  $("chooser").hidden = !model.autoencoder || name === "sample";
   if (name === "interpolate" && !path.a && chosen && model.opening.length > 1) {
     path.b = offered(model.opening.findLast((key) => key !== chosen.key));
     $("end-b").src = path.b.src;

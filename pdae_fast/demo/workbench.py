@@ -38,7 +38,10 @@ from ..samplers.solvers import SOLVERS
 MOST_BYTES, MOST_PIXELS = 2**24, 5 * 10**7  # of an upload
 MOST_IMAGES, MOST_FRAMES, MOST_TIMES, MOST_STEPS, MOST_SEED = 12, 17, 12, 200, 2**31 - 1
 MOST_SCALE = 1.0
-MOST_DRAWS = 4096  # of z, to find images of a kind
+MOST_DRAWS = 2048  # of z, to find images with an attribute
+# The published rejection accepts next to nothing from a handful of positives in hundreds of dimensions: the z that are
+# most alike are taken instead, of so many, by a classifier that its penalty keeps near the direction of the means.
+ALIKE_DRAWS, ALIKE_L2 = 1024, 100.0
 # What is kept.
 KEPT_IMAGES, KEPT_LATENTS = 64, 6
 SHOWN, POOL = 32, 128  # images that the page offers; images that few-shot takes for "any others"
@@ -47,6 +50,8 @@ PREVIEW = Recipe(steps=5, spacing="quadratic", iterations=2)  # while a slider m
 # The first sliders, as far as a classifier has them: those that the bundled one moves most visibly.
 FIRST = ("sunglasses", "beard", "long_hair", "dark_skin", "hat", "dark_background", "eyeglasses", "jacket", "pale_skin",
          "gray_hair", "blond_hair", "brown_hair", "black_hair", "bald", "moustache")  # fmt: skip
+
+LATENT_STEPS = 20  # of the latent DPM; more change little (of avatars64: deviation of z 0.33, at 100 steps 0.36)
 
 Stop = Callable[[int], Any]
 Values = dict[str, Any]
@@ -362,27 +367,48 @@ class Workbench:
         stop: Stop = never,
     ) -> Values:
         """``count`` new images, kept under keys of their own: any; or with (``without``: without) an attribute of the
-        classifier; or like the images of the keys ``like`` (few_shot). ``rate``: the share of the draws accepted."""
+        classifier, as few_shot accepts them (``rate``: the share of the draws); or those of ALIKE_DRAWS that are most
+        like the images of the keys ``like``, by a few-shot classifier."""
         count = as_int("images", count, 1, MOST_IMAGES)
         seed = as_int("seed", as_seed(seed), 0, MOST_SEED)
         pipe, cost, rate = self._with(recipe, stop), Cost(), None
         with cost.of(pipe):
             if not isinstance(pipe.model, Autoencoder) or (attribute is None and not like):
-                x = pipe.sample(count, seed=seed)
+                x = pipe.sample(count, seed=seed, latent_steps=self._latent_steps)
             else:
-                accept = self._like(like, stop) if like else self._attribute(attribute, bool(without))
-                found = few_shot.reject(self._numbered(seed, stop), accept, count, MOST_DRAWS, seed)
-                x, rate = pipe.decode(found.z, None, 0.3, seed=seed, indices=found.numbers), found.rate
+                draw = self._numbered(seed, stop)
+                if like:
+                    alike = self._like(like, stop)
+                    z = draw(0, ALIKE_DRAWS)
+                    numbers = np.argsort(-alike(z), kind="stable")[:count].tolist()
+                    z = z[numbers]
+                else:
+                    z, numbers, rate = self._accepted(draw, self._attribute(attribute, bool(without)), count, seed)
+                x = pipe.decode(z, None, 0.3, seed=seed, indices=numbers)
         check_finite(x, "the sampled images hold")
         return {
             "images": [self.keep(image, f"drawn {seed}/{i}") for i, image in enumerate(x)],
             "rate": rate,
+            "best_of": ALIKE_DRAWS if like else None,
             "evaluations": cost.evaluations["trunk"],
             "seconds": cost.seconds,
         }
 
+    def _accepted(self, draw: Any, p: Any, count: int, seed: int) -> tuple[Tensor, list[int], float]:
+        try:
+            found = few_shot.reject(draw, p, count, MOST_DRAWS, seed)
+        except UserError as error:  # whose advice is for a command
+            why = str(error).partition(";")[0]
+            raise UserError(f"{why}; ask for fewer or for something else") from None
+        return found.z, found.numbers, found.rate
+
+    @property
+    def _latent_steps(self) -> int | None:
+        """Of the latent DPM; None: a Diff-AE's own."""
+        return LATENT_STEPS if isinstance(self.pipe.model, PDAE) else None
+
     def _numbered(self, seed: int, stop: Stop) -> Callable[[int, int], Tensor]:
-        draws = self._draws.setdefault(seed, few_shot.Draws(self.pipe, seed=seed))
+        draws = self._draws.setdefault(seed, few_shot.Draws(self.pipe, self._latent_steps, seed=seed))
         self._draws.move_to_end(seed)
         while len(self._draws) > 4:
             self._draws.popitem(last=False)
@@ -416,7 +442,7 @@ class Workbench:
         if not others:
             raise UserError("every image on offer was chosen: there is nothing to tell them from")
         normal = [((z - mean) / std).numpy() for z in (positives, torch.cat(others))]
-        classifier = few_shot.fit(*normal)
+        classifier = few_shot.fit(*normal, ALIKE_L2)
         return lambda z: few_shot.probability(classifier, ((z - mean) / std).numpy())
 
     def inside(self, key: Any, count: Any, stop: Stop = never) -> Values:

@@ -141,7 +141,7 @@ def test_a_path_is_the_pipelines(bench, pipe, kind):
 
 def test_samples_are_the_pipelines_and_can_be_edited(bench, pipe):
     found = bench.sample(3, 7, FAST)
-    expected = pipe.sample(3, seed=7)
+    expected = pipe.sample(3, seed=7, latent_steps=20)
     torch.testing.assert_close(torch.stack([one["image"] for one in found["images"]]), expected)
     edited = bench.edit(found["images"][1]["key"], {"dark": 0.1}, PREVIEW)
     torch.testing.assert_close(edited["original"], expected[1].clamp(-1, 1))
@@ -151,7 +151,7 @@ def test_samples_are_the_pipelines_and_can_be_edited(bench, pipe):
 @pytest.mark.parametrize("without", [False, True])
 def test_samples_of_an_attribute_are_draws_that_have_it(bench, pipe, without):
     found = bench.sample(2, 0, PREVIEW, "dark", without)
-    z = pipe.sample_latents(256)
+    z = pipe.sample_latents(256, 20)
     place = pipe.model.config.attributes.index("dark")
     x = pipe.with_recipe(PREVIEW).decode(z[:24], None, 0.3, seed=0, indices=range(24))  # they are among the first
     for one in found["images"]:
@@ -161,10 +161,26 @@ def test_samples_of_an_attribute_are_draws_that_have_it(bench, pipe, without):
     assert 0 < found["rate"] <= 1
 
 
+def test_what_is_hardly_ever_drawn_is_said(bench, monkeypatch):
+    monkeypatch.setattr(bench, "_attribute", lambda *arguments: lambda z: np.zeros(len(z)))
+    with pytest.raises(UserError, match="only 0 of 2048 draws") as found:
+        bench.sample(1, 0, PREVIEW, "dark")
+    assert "--" not in str(found.value)
+
+
 @needs_sklearn
-def test_samples_like_a_few_images(bench):
+def test_samples_like_a_few_images_are_the_draws_nearest_to_them(bench, pipe):
     found = bench.sample(2, 0, PREVIEW, like=["data-0", "data-1"])
-    assert len(found["images"]) == 2 and 0 < found["rate"] < 1
+    assert found["best_of"] == 1024 and found["rate"] is None
+    # So strong a penalty leaves the direction from the mean of the others to that of the positives.
+    mean, std = (v.detach() for v in (pipe.model.latent_mean, pipe.model.latent_std))
+    z = (pipe.encode(torch.stack([bench.dataset[i].image for i in range(6)])) - mean) / std
+    draws = pipe.sample_latents(1024, 20)
+    score = (draws - mean) / std @ (z[:2].mean(0) - z[2:].mean(0))
+    best = score.topk(8).indices
+    x = pipe.with_recipe(PREVIEW).decode(draws[best], None, 0.3, seed=0, indices=best.tolist())
+    for one in found["images"]:
+        assert float((x - one["image"]).abs().amax((1, 2, 3)).min()) < 1e-2
     for like in (["data-99"], "data-0", [f"data-{i}" for i in range(6)], ["data-0"] * 99):
         with pytest.raises(UserError):
             bench.sample(2, 0, PREVIEW, like=like)

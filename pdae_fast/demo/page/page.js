@@ -177,7 +177,7 @@ function show(found, preview, seconds) {
     row.arrived.replaceChildren();
     if (!said) continue;
     const share = said.asked ? Math.round((100 * said.arrived) / said.asked) : 0;
-    row.arrived.append("arrived ", make("b", { textContent: `${share} %` }),
+    row.arrived.append("arrived ", make("b", { textContent: `${share < 0 ? "−" : ""}${Math.abs(share)} %` }),
       ` (${signed(said.arrived, 1)} of ${signed(said.asked, 1)}), p ${said.before.toFixed(2)} → ${said.after.toFixed(2)}`);
   }
   const evaluations = found.edit_evaluations || found.evaluations;
@@ -273,7 +273,8 @@ function sample() {
       return tile;
     });
     $("samples").replaceChildren(...tiles);
-    const rate = found.rate === null ? "" : `, ${(100 * found.rate).toFixed(0)} % of the draws accepted`;
+    const rate = found.best_of ? `, the most alike of ${found.best_of} draws`
+      : found.rate === null ? "" : `, ${(100 * found.rate).toFixed(0)} % of the draws accepted`;
     status.textContent = `${found.images.length} images, ${found.seconds.toFixed(1)} s${rate}`;
     $("seed").value = values.seed + 1;
   });

@@ -183,11 +183,7 @@ class Workbench:
             )
         channels, side, _ = self.pipe.model.image_shape
         crop = self.pipe.model.config.crop
-        try:
-            image = load_image(_short(name), side, channels, content=content, crop=crop)
-        except BrokenImage as error:
-            raise UserError(f"{_short(name)}: {error.reason}") from None
-        return self.keep(image, _short(name))
+        return self.keep(load_image(_short(name), side, channels, content=content, crop=crop), _short(name))
 
     def keep(self, image: Tensor, name: str) -> Values:
         """Keep ``image`` [C, H, W] under a new key that cannot be guessed."""

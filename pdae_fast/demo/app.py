@@ -130,7 +130,10 @@ def application(bench: Workbench, hosts: Sequence[str] = ("localhost", "127.0.0.
 def warm_up(bench: Workbench) -> None:
     """Compute what the page opens with, so that the first visitor need not wait for it."""
     if bench.describe()["autoencoder"] and bench.opening:
-        picture = bench.picture(bench.opening[0])
+        try:
+            picture = bench.picture(bench.opening[0])
+        except UserError:  # a broken image, of which the page will say so
+            return
         for recipe in (PREVIEW, recipe_of()):
             bench.latent(picture, recipe)
 

@@ -125,7 +125,7 @@ class Workbench:
             missing.append("No latent DPM, so no samples: python -m pdae_fast.train latent makes one.")
         if isinstance(model, DiffAE):
             missing.append("A Diff-AE has no prior and no G: no paths by trajectory, and nothing without G.")
-        if not count:
+        if autoencoder and not count:
             missing.append("No images on offer: upload one, or start with --input FOLDER.")
         return {
             "name": self.name,

@@ -21,8 +21,9 @@ from PIL import Image
 import pdae_fast
 from helpers import image_folder
 from pdae_fast import cli
+from pdae_fast.data import open_dataset
 from pdae_fast.demo import command
-from pdae_fast.demo.workbench import PREVIEW
+from pdae_fast.demo.workbench import PREVIEW, Workbench
 
 PAGE = Path(pdae_fast.__file__).parent / "demo" / "page"
 FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js", "/icon.svg": "icon.svg"}
@@ -242,6 +243,20 @@ def test_a_saved_directory_shows_its_name_alone(tmp_path, pipe, folder):
     args = command.parser().parse_args(["--model", str(tmp_path / "mine"), "--input", str(folder)])
     bench = command.workbench(args)
     assert bench.name == "mine" and str(tmp_path) not in json.dumps(bench.describe())
+
+
+def test_it_starts_warm_and_with_a_broken_image_too(pipe, bench, tmp_path):
+    from pdae_fast.demo.app import warm_up
+
+    warm_up(bench)
+    before = pipe.evaluations["trunk"]
+    bench.edit("data-0", {}, PREVIEW), bench.edit("data-0", {}, pipe.recipe)
+    assert pipe.evaluations["trunk"] == before
+    image_folder(tmp_path, 2)
+    (tmp_path / "00.png").write_bytes(b"nothing")
+    broken = Workbench(pipe, open_dataset([tmp_path], 32, 1))
+    warm_up(broken)
+    assert broken.describe()["opening"] == ["data-0", "data-1"]
 
 
 def test_mistakes_are_one_line(capsys, tmp_path, monkeypatch):

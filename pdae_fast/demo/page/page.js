@@ -355,7 +355,7 @@ function start() {
   $("solver").onchange = again;
 
   model.attributes.forEach((name, i) => addSlider(name, i ? 0 : 0.12));
-  $("reset").hidden = !model.attributes.length;
+  $("reset").hidden = $("about-arrived").hidden = !model.attributes.length;
   $("kind").append(...model.kinds.map((k) => new Option(k === "latent" ? "codes" : k, k)));
   $("which").append(new Option("any", ""));
   if (model.few_shot) $("which").append(new Option("like images that I click", "like"));

@@ -37,6 +37,7 @@ extras = {
     "openvino": ["openvino"],
     "plot": ["matplotlib"],
     "experiments": ["scikit-learn>=1.4", "matplotlib", "jinja2"],
+    "demo": ["starlette>=1.0", "uvicorn>=0.30", "scikit-learn>=1.4"],
     "parquet": ["pyarrow"],
     "video": ["imageio[ffmpeg]"],
     "train": ["tensorboard"],
@@ -55,12 +56,15 @@ extras = {
         "scipy",
         "torchmetrics>=1.9",
         "diffusers>=0.30",
+        # Drives the page in a browser, where the machine has Chromium.
+        "selenium>=4.20",
         "triton>=3.6; platform_system == 'Linux'",
     ],
 }
 
 # The tests export the bundled model, build engines without a GPU, and check the serving layout against its schema.
 extras["dev"] += [*extras["onnx"], *extras["tensorrt-rtx"], *extras["serving"], *extras["experiments"], *extras["data"]]
+extras["dev"] += extras["demo"]
 
 setup(
     name="pdae_fast",
@@ -73,7 +77,7 @@ setup(
     packages=find_packages(include=["pdae_fast", "pdae_fast.*"]) + [p for folder in MAPPED for p in mapped(folder)],
     package_dir={"pdae_fast": "pdae_fast", **{f"pdae_fast.{folder}": folder for folder in MAPPED}},
     package_data={
-        "pdae_fast": ["py.typed", "pretrained/**/*", "experiments/*.html"],
+        "pdae_fast": ["py.typed", "pretrained/**/*", "experiments/*.html", "demo/page/*"],
         "pdae_fast.kernels": ["native/*.[ch]"],
     },
     # The upper bound keeps a CPU-only machine from resolving to a newer CUDA build with gigabytes of libraries.

@@ -4,7 +4,7 @@ from pdae_fast.data.attributes import Attributes, Labels, labels_for, read_attri
 from pdae_fast.data.avatars import make_avatars
 from pdae_fast.data.folder import ImageFiles
 from pdae_fast.data.idx import FASHION_CLASSES, FashionMNIST, read_idx
-from pdae_fast.data.images import save_grid, save_images
+from pdae_fast.data.images import save_grid, save_images, to_png
 from pdae_fast.data.lmdb_images import LMDBImages
 from pdae_fast.data.preprocess import load_image
 from pdae_fast.data.sample import Batch, BrokenImage, Sample, Subset, collate
@@ -34,4 +34,5 @@ __all__ = [
     "save_grid",
     "save_images",
     "stream",
+    "to_png",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from io import BytesIO
 
 import numpy as np
 import torch
@@ -83,6 +84,13 @@ def save_grid(
             tile = tile.resize((tile_w, tile_h), Image.Resampling.NEAREST)
             grid.paste(tile, (margin + j * step_x, i * step_y))
     _save_png(grid, path)
+
+
+def to_png(image: Tensor, name: str = "image") -> bytes:
+    """The content of the file that `save_images` would write of ``image`` [C, H, W]; UserError for NaN."""
+    file = BytesIO()
+    _to_picture(image, name).save(file, "PNG")
+    return file.getvalue()
 
 
 def _to_picture(image: Tensor, name: str) -> Image.Image:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -30,15 +32,30 @@ def write(path: Path, frames: Tensor, seconds: float = 2.0) -> None:
     """A film of ``frames`` [P, n, C, H, W] in [-1, 1] (clamped), P side by side, there and back in twice ``seconds``,
     to ``path`` (.gif, endless, or .mp4), whole or not at all."""
     pictures = _pictures(frames)
-    rate = max(1.0, len(frames[0]) / seconds)
+    rate = _rate(frames, seconds)
     if path.suffix == ".mp4":
         content = _imageio().imwrite("<bytes>", np.stack(pictures), extension=".mp4", plugin="FFMPEG", fps=rate)
         with atomic_write(path) as file:
             file.write(content)
         return
-    first, *others = [Image.fromarray(picture) for picture in pictures]
     with atomic_write(path) as file:
-        first.save(file, "GIF", save_all=True, append_images=others, duration=round(1000 / rate), loop=0)
+        _save_gif(file, pictures, rate)
+
+
+def gif(frames: Tensor, seconds: float = 2.0) -> bytes:
+    """The content of the GIF that `write` would write."""
+    file = BytesIO()
+    _save_gif(file, _pictures(frames), _rate(frames, seconds))
+    return file.getvalue()
+
+
+def _rate(frames: Tensor, seconds: float) -> float:
+    return max(1.0, len(frames[0]) / seconds)
+
+
+def _save_gif(file: IO[bytes], pictures: Sequence[np.ndarray], rate: float) -> None:
+    first, *others = [Image.fromarray(picture) for picture in pictures]
+    first.save(file, "GIF", save_all=True, append_images=others, duration=round(1000 / rate), loop=0)
 
 
 def _pictures(frames: Tensor) -> list[np.ndarray]:

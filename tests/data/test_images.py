@@ -1,11 +1,12 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from pdae_fast.data import ImageFiles, images, save_grid, save_images
+from pdae_fast.data import ImageFiles, images, save_grid, save_images, to_png
 from pdae_fast.errors import UserError
 
 
@@ -135,3 +136,11 @@ def test_names_of_a_dataset_survive_json_and_saving(tmp_path):
         Image.new("L", (4, 4)).save(tmp_path / "in" / name)
     names = json.loads(json.dumps(ImageFiles(tmp_path / "in", 4).names))
     assert len(set(save_images(torch.zeros(3, 1, 4, 4), tmp_path / "out", names))) == 3
+
+
+def test_to_png_is_the_file_that_save_images_writes(tmp_path):
+    x = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(4)) * 2.4 - 1.2
+    for image, path in zip(x, save_images(x, tmp_path, ["a", "b"]), strict=True):
+        assert to_png(image) == Path(path).read_bytes()
+    with pytest.raises(UserError, match="the image a holds NaN"):
+        to_png(torch.full((1, 2, 2), float("nan")), "a")

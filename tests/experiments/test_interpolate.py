@@ -176,3 +176,10 @@ def test_mp4_without_imageio_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", absent)
     with pytest.raises(UserError, match=r"pip install 'imageio\[ffmpeg\]'"):
         animation.check_format("mp4")
+
+
+def test_a_gif_in_memory_is_the_file(tmp_path):
+    frames = images(10).unflatten(0, (2, 5))
+    animation.write(tmp_path / "a.gif", frames, seconds=1.0)
+    assert animation.gif(frames, seconds=1.0) == (tmp_path / "a.gif").read_bytes()
+    assert animation.gif(frames) != animation.gif(frames, seconds=1.0)

@@ -1,0 +1,1 @@
+"""The page with sliders: edits, paths between images, samples and a look inside, in a browser on this machine."""

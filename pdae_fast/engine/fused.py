@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..models import PDAE, Prior
 from ..samplers.reuse import Reuse
 from ..schedule import Trajectory
@@ -79,6 +80,18 @@ class FusedPlan(Networks):
             free[key] = lent
             while len(free) > KEPT_TRAJECTORIES:
                 free.popitem(last=False)
+
+    def check_memory(self, batch: int) -> None:
+        """As :meth:`Plan.check_memory`; memory of trajectories that nobody runs gives way first."""
+        try:
+            super().check_memory(batch)
+        except UserError:
+            with LENDING:
+                idle = len(self._trajectories)
+                self._trajectories.clear()
+            if not idle:
+                raise
+            super().check_memory(batch)
 
     def describe(self) -> dict[str, object]:
         """As :meth:`Plan.describe`."""

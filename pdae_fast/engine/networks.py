@@ -15,7 +15,7 @@ from .. import kernels
 from ..models import PDAE, Prior, unet_of
 from ..models.layers import AttentionBlock
 from ..models.unet import PDAEDecoder
-from . import rewrites
+from . import graphs, rewrites
 from .attention import resolve_attention
 from .blocks import FusedDecoder, FusedStages, make_skip, repeat
 from .convolution import default_tile, native_bytes, native_layers
@@ -78,9 +78,10 @@ class Networks(Plan):
         self._widths += [] if unet.to_eps is None else [1, 1]
         self._cache = last_level_cache(device)
         self._times: dict[int, Tensor] = {}
-        self._side = torch.cuda.Stream(device) if options.parallel_decoders else None
-        # Of the captured steps: the memory that their graphs share, and why there are none.
-        self.graph_pool = None
+        self._side = graphs.new_stream(device) if options.parallel_decoders else None
+        # Of the captured steps: the memory and stream of all, where they are not every trajectory's own; and why there
+        # are none.
+        self.graph_pool: graphs.Pool | None = None
         self.capture_failure: str | None = None
 
     def _choose_tiles(self, layers: list[nn.Conv2d], dtype: torch.dtype) -> list[nn.Conv2d]:

@@ -59,7 +59,7 @@ def normalise(
     return F.silu(y, inplace=True) if silu else y
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # never given up: captured graphs know them by their addresses
 def _identity(channels: int, device: torch.device) -> Affine:
     with torch.inference_mode(False):  # kept for callers in any mode
         return tuple(make(channels, dtype=torch.float32, device=device) for make in (torch.ones, torch.zeros))

@@ -51,6 +51,8 @@ class DeviceTrajectory:
         has_gradient = codes is not None and plan.gradient is not None
         self.workloads = [workloads(step.t, step.use_gradient and has_gradient) for step in steps]
         self.kept = Kept(static=plan.options.graphs)
+        # Every trajectory has its own, and they die together.
+        self.pool = plan.graph_pool
         self.graphs: dict[Workload, graphs.Graph] = {}
 
     def _step(self, workload: Workload) -> None:
@@ -62,11 +64,11 @@ class DeviceTrajectory:
     def _capture(self, workload: Workload) -> None:
         """Capture one step; on failure the plan says why and runs uncaptured from then on."""
         plan = self.plan
-        if plan.graph_pool is None:
-            plan.graph_pool = torch.cuda.graph_pool_handle()
+        if self.pool is None:
+            self.pool = graphs.Pool(plan.device)
         try:
             self.graphs[workload] = graphs.capture(
-                lambda: self._step(workload), self.index.zero_, plan.device, plan.graph_pool
+                lambda: self._step(workload), self.index.zero_, plan.device, self.pool
             )
         except graphs.CaptureError as error:
             plan.capture_failure = f"off: capture failed ({error})"

@@ -64,15 +64,18 @@ def collapse(weight, bias, scale, shift, batch: int, dtype: torch.dtype) -> tupl
     return weight * scale, bias * scale + shift.to(dtype)
 
 
+def _on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
 def _native(x: Tensor, a: Tensor, b: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """torch's group norm of a dense x with an affine per image, a, b [B, C]: y, and mean and rstd [B,
     groups]."""
     batch, channels, height, width = x.shape
-    on_cpu = x.device.type == "cpu"
-    if not on_cpu:
+    if not _on_cpu(x):
         # CUDA's operator takes neither channels-last maps nor an affine that is wider than the map.
-        x = x.to(a.dtype)
-    if on_cpu and is_channels_last(x):
+        x = x.contiguous().to(a.dtype)
+    if is_channels_last(x):
         images = [_native_channels_last(x[i : i + 1], a[i], b[i], num_groups, eps) for i in range(batch)]
         return images[0] if batch == 1 else tuple(torch.cat(parts) for parts in zip(*images, strict=True))
     # A batch is one image of B * C channels: then an affine a channel is an affine an (image, channel).

@@ -42,9 +42,9 @@ def float32_means_float32() -> Iterator[None]:
 
 
 class _ExactProducts:
-    """Products of float32 are not rounded while at least one thread is inside. cuDNN's switch is :func:`cudnn`'s affair.
+    """Products of float32 are not rounded while at least one thread is inside. cuDNN's switch: see :func:`cudnn`.
 
-    All switches are left alone where none of them says otherwise, which is how PyTorch starts. Where one does, PyTorch's
+    All switches are left alone where none of them says otherwise, which is how PyTorch starts. Where one does, its
     older switch is moved with the newer ones: it refuses products on CUDA while they contradict each other.
     """
 

@@ -112,7 +112,7 @@ def group_norm(x: Tensor, multiplier: Tensor, addend: Tensor, groups: int = NORM
     the affine float32 [1, C], or [B, C] for one an image."""
     own = len(multiplier) > 1
     weight, bias = (None, None) if own else (multiplier[0], addend[0])
-    if x.device.type == "cuda" and not own:  # its operator takes them in the map's dtype alone
+    if x.device.type != "cpu" and not own:  # CUDA's operator takes them in the map's dtype alone
         weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     if scalar_in_half(x, groups):
         y = F.group_norm(x.float(), groups, weight, bias, eps).to(x.dtype)

@@ -34,7 +34,8 @@ class DeviceTrajectory:
         device = plan.device
         with torch.inference_mode():
             float32 = {"dtype": torch.float32, "device": device}
-            self.x = torch.empty(batch, *plan.model.image_shape, **float32)
+            # As the networks read it and answer: nothing has to change layout between them and the update.
+            self.x = torch.empty(batch, *plan.model.image_shape, **float32, memory_format=torch.channels_last)
             self.index = torch.zeros((), dtype=torch.int64, device=device)
             self.rows = plan.time_rows([step.t for step in steps])
             self.coefficients = kernels.ddim_coefficients(
@@ -110,7 +111,7 @@ class DeviceTrajectory:
                 if progress:
                     self._wait(queued)
                     progress()
-            return self.x[:B].clone()
+            return self.x[:B].clone(memory_format=torch.contiguous_format)
 
     def _wait(self, queued: deque[torch.cuda.Event]) -> None:
         if self.x.device.type != "cuda":

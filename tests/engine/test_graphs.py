@@ -44,14 +44,12 @@ def test_a_capture_runs_and_ends_on_its_pools_stream(cuda):
 
 
 def test_a_failed_capture_names_the_first_reason_and_restores_the_stream(cuda):
-    pool = graphs.Pool(GPU)
+    pool, reason = graphs.Pool(GPU), RuntimeError("operation not permitted when stream is capturing")
     try:
-        raise KeyError("what the caller is handling meanwhile")
-    except KeyError:
+        raise RuntimeError("what the caller is handling meanwhile")
+    except RuntimeError:
         with pytest.raises(graphs.CaptureError, match="^operation not permitted when stream is capturing$"):
-            capture(
-                cuda, lambda: cuda.break_capture(RuntimeError("operation not permitted when stream is capturing")), pool
-            )
+            capture(cuda, lambda: cuda.break_capture(reason), pool)
     assert cuda.current is cuda.default
     # The allocator knows that it is over: it frees memory again, and the pool has no users.
     torch.cuda.empty_cache()

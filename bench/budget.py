@@ -30,6 +30,8 @@ from pdae_fast.engine.trajectory import DeviceTrajectory
 from pdae_fast.kernels._launch import Launch
 from pdae_fast.schedule import build_schedule
 
+from .networks import CONFIGS
+
 META = torch.device("meta")
 # What a GPU runs, but for graphs and streams, which change no launch.
 ON_A_GPU = Rewrites(
@@ -146,9 +148,11 @@ def count(model: PDAE, batch: int, options: Rewrites = ON_A_GPU) -> Budget:
 
 
 def empty_model(network: str) -> PDAE:
-    """The preset ``network`` without values."""
+    """The preset, bundled or tiny test ``network`` without values."""
+    config = CONFIGS.get(network) or presets.get(network)
+    config = config or PDAE.from_pretrained(network).config
     with META:
-        return PDAE(presets[network])
+        return PDAE(config)
 
 
 def main() -> None:

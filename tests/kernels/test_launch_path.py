@@ -1,4 +1,4 @@
-"""Every kernel through Triton's true launch path (binding, specialisation, compilation), with a driver without a GPU."""
+"""Every kernel through Triton's true launch path (binding, specialisation, compilation), without a GPU."""
 
 import importlib.util
 import json

@@ -134,7 +134,7 @@ class Counting(TorchDispatchMode):
 
     def run(self, launches: list[Launch]) -> None:
         for launch in launches:
-            self.budget.add(launch.kernel.__name__, [v for v in launch.arguments.values() if isinstance(v, Tensor)])
+            self.budget.add(launch.kernel.fn.__name__, [v for v in launch.arguments.values() if isinstance(v, Tensor)])
 
 
 def count(model: PDAE, batch: int, options: Rewrites = ON_A_GPU) -> Budget:

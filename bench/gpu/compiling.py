@@ -66,7 +66,7 @@ def launches(networks: tuple[str, ...], batches: tuple[int, ...], dtype: torch.d
                 (v.dtype if isinstance(v, torch.Tensor) else v % 16 if v != 1 else "one")
                 for v in launch.arguments.values()
             )
-            key = (launch.kernel.__name__, arguments, tuple(launch.constants.items()), launch.num_warps)
+            key = (launch.kernel.fn.__name__, arguments, tuple(launch.constants.items()), launch.num_warps)
             found.setdefault(key, launch)
 
     with mock.patch("pdae_fast.kernels.group_norm_plan.processors", lambda device: processors):

@@ -32,7 +32,12 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
             raise UserError(f"device {device!r} cannot be used: {reason}; use --device cpu")
         if resolved.index is None:
             # "cuda" and "cuda:0" are not equal, and some calls take no device without an index.
-            return torch.device("cuda", torch.cuda.current_device())
+            try:
+                return torch.device("cuda", torch.cuda.current_device())
+            except RuntimeError as error:  # the first call to the driver
+                if in_forked_process(error):
+                    raise UserError(f"{device} cannot be used in a forked process; start it by spawn") from None
+                raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
         if resolved.index >= torch.cuda.device_count():
             raise UserError(f"device {device!r} does not exist; there are {torch.cuda.device_count()} CUDA devices")
     return resolved

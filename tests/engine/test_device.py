@@ -25,6 +25,22 @@ def test_a_gpu_has_its_index(cuda):
         resolve_device("cuda:2")
 
 
+@pytest.mark.parametrize(
+    "said, expected",
+    [
+        ("Cannot re-initialize CUDA in forked subprocess. To use", "cuda cannot be used in a forked process"),
+        ("CUDA driver initialization failed\nmore", "device 'cuda' cannot be used: CUDA driver initialization failed$"),
+    ],
+)
+def test_a_driver_that_refuses(cuda, monkeypatch, said, expected):
+    def current_device():
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(torch.cuda, "current_device", current_device)
+    with pytest.raises(UserError, match=expected):
+        resolve_device("auto")
+
+
 def test_what_pytorch_holds_and_lends_to_nobody_is_free(cuda, monkeypatch):
     segments = [
         {"device": 0, "total_size": 500, "allocated_size": 200, "segment_pool_id": (0, 0)},

@@ -134,10 +134,13 @@ def _failing_capture(network: str, batch: int, context: Context) -> dict[str, An
 
 
 def _graph(network: str, batch: int, context: Context) -> dict[str, Any]:
-    """The same plan captured, as it is without graphs, and called step by step, taking turns; what capturing costs."""
+    """The same plan captured, as it is without graphs, and called step by step, as it is and with evaluations captured
+    (fields), taking turns; what capturing costs."""
     steps = max(2, timed_steps(batch, context))
     c = case(network, batch, context.device)
-    off = dataclasses.replace(Rewrites.for_device(context.device), graphs=False)
+    usual = Rewrites.for_device(context.device)
+    off, on = dataclasses.replace(usual, graphs=False), dataclasses.replace(usual, captured_fields=True)
+    fields = PlanSide(c, "fused-bfloat16", options=on)
     side, without = PlanSide(c, "fused-bfloat16"), PlanSide(c, "fused-bfloat16", options=off)
     without.trajectory(steps)  # compiles and tunes, so that what remains below is the capture
     first, _ = clock(lambda: side.trajectory(steps), context.device)
@@ -149,6 +152,7 @@ def _graph(network: str, batch: int, context: Context) -> dict[str, Any]:
             "single": lambda: side.plain_trajectory(steps),
             "uncaptured": lambda: without.trajectory(steps),
             "captured": lambda: side.trajectory(steps),
+            "fields": lambda: fields.plain_trajectory(steps),
         },
         context.device,
     )

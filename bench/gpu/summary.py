@@ -31,7 +31,17 @@ PREPARE = ("arch", "kernels", "workers", "slowest_worker_s")
 PROFILE = ("network", "batch", "kernel", "launches", "expected", "kernel_s", "time_fraction", "moved_bytes",
            "reserved_bytes")  # fmt: skip
 CONVOLUTION = ("network", "shape", "count", "median_s", "together_s", "tflop_rate")
-GRAPH = ("network", "batch", "single_s", "uncaptured_s", "captured_s", "ratio", "first_call_extra_s", "error")
+GRAPH = (
+    "network",
+    "batch",
+    "single_s",
+    "uncaptured_s",
+    "captured_s",
+    "fields_s",
+    "ratio",
+    "first_call_extra_s",
+    "error",
+)
 TRAINING = ("network", "batch", "contender", "median_s", "ratio", "ratio_spread", "images_per_s", "memory_bytes",
             "error_losses")  # fmt: skip
 REWRITE = ("network", "batch", "changed", "median_s", "ratio", "ratio_spread", "error")
@@ -39,7 +49,7 @@ REWRITE = ("network", "batch", "changed", "median_s", "ratio", "ratio_spread", "
 SECTIONS = (
     ("peak", "ceilings", ("what", "rate", "unit")),
     ("kernel", tables.TITLES["kernel"], KERNEL),
-    ("graph", "one step: single calls, whole trajectories uncaptured, captured", GRAPH),
+    ("graph", "one step: single calls, whole trajectories uncaptured, captured; single calls captured (fields)", GRAPH),
     ("prepare", "kernels compiled before anything is timed", PREPARE),
     ("convolution", "convolutions of one step by shape, bfloat16 channels-last, cuDNN's fastest", CONVOLUTION),
     ("profile", "one step of the fused bfloat16 plan: launches and time by kernel", PROFILE),

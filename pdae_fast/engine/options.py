@@ -30,6 +30,7 @@ NEEDS = {
     "folded_biases": Needs((("kernels",),), without=("packed_weights",)),
     "parallel_decoders": Needs((("a GPU",),)),
     "graphs": Needs((("a GPU",), ("fused_update",))),
+    "captured_fields": Needs((("graphs",),)),
 }
 
 
@@ -52,6 +53,7 @@ class Rewrites:
     fused_update: time tables, coefficients and the step index live on the device; the DDIM update is one op.
     parallel_decoders: the two decoders as branches on two streams (CUDA, small batches).
     graphs: one step captured as a CUDA graph and replayed (CUDA).
+    captured_fields: single evaluations captured too, for solvers other than DDIM (CUDA; off until measured).
     large_tiles: native convolutions of bfloat16 in tiles of 4x4 pixels, as of float32: an approximation.
     small_tiles: all of them in tiles of 2x2: less memory.
     """
@@ -65,6 +67,7 @@ class Rewrites:
     fused_update: bool = False
     parallel_decoders: bool = False
     graphs: bool = False
+    captured_fields: bool = False
     native_norms: bool = False
     native_convolutions: bool = False
     native_attention: bool = False

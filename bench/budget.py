@@ -36,7 +36,7 @@ META = torch.device("meta")
 # What a GPU runs, but for graphs and streams, which change no launch.
 ON_A_GPU = Rewrites(
     packed_weights=False, phase_upsample=False, kernels=True, split_skips=True, shared_statistics=True,
-    folded_biases=True, fused_update=True,
+    folded_biases=True, shared_products=True, fused_update=True,
 )  # fmt: skip
 OPS = {
     "add_upsample": ("add_upsample", "upsample_add", "residual_add"),
@@ -106,7 +106,7 @@ class Budget:
         return sum(self.moved.values())
 
 
-PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "linear", "scaled_dot_product_attention")
+PRODUCTS = ("mm", "bmm", "addmm", "addmm_", "linear", "scaled_dot_product_attention")
 
 
 class Counting(TorchDispatchMode):
@@ -134,7 +134,10 @@ class Counting(TorchDispatchMode):
 
     def run(self, launches: list[Launch]) -> None:
         for launch in launches:
-            self.budget.add(launch.kernel.fn.__name__, [v for v in launch.arguments.values() if isinstance(v, Tensor)])
+            # An absent bias is another tensor that is never read.
+            absent = ("x_bias",) if launch.constants.get("HAS_BIAS") is False else ()
+            read = [v for k, v in launch.arguments.items() if isinstance(v, Tensor) and k not in absent]
+            self.budget.add(launch.kernel.fn.__name__, read)
 
 
 def count(model: PDAE, batch: int, options: Rewrites = ON_A_GPU) -> Budget:

@@ -97,7 +97,8 @@ def _evictions(network: str, batch: int, context: Context) -> dict[str, Any]:
     error, full = relative(found, expected), max(held[:KEPT_TRAJECTORIES])
     allowed = 1.2 * full + (64 << 20)
     return {
-        "status": "PASS" if max(held) <= allowed and error <= side.tolerance else "FAIL", "error": error, "allowed": side.tolerance,
+        "status": "PASS" if max(held) <= allowed and error <= side.tolerance else "FAIL",
+        "error": error, "allowed": side.tolerance,
         "first_bytes": held[0], "kept_bytes": full, "most_bytes": max(held), **describe(side.plan),
     }  # fmt: skip
 

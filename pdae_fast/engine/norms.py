@@ -19,10 +19,14 @@ from .rewrites import Affine
 
 
 class Skip(NamedTuple):
-    """A map that the trunk leaves for the decoders, and its channel statistics where both decoders share them."""
+    """A map that the trunk leaves for the decoders, and its channel statistics where both decoders share them.
+
+    ``product`` [B * H * W, O] is its part of the 1x1 skip convolution of the one block that reads it, to be used up.
+    """
 
     x: Tensor
     statistics: Tensor | None = None
+    product: Tensor | None = None
 
 
 class Join(NamedTuple):
@@ -79,7 +83,7 @@ def normalise_fused(
     ``x_bias`` [C] is the bias that the convolution before x left out: it is added as x (h of a join) is read.
     """
     multiplier, addend = affine[:2]
-    h, (skip, statistics) = x if isinstance(x, Join) else (x, (None, None))
+    h, (skip, statistics, _) = x if isinstance(x, Join) else (x, (None, None, None))
     if len(multiplier) == 1:
         weight, bias, scale, shift = multiplier[0], addend[0], None, None
     else:

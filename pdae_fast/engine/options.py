@@ -28,6 +28,7 @@ NEEDS = {
     "shared_statistics": Needs((("split_skips",),), without=("native_norms",)),
     # oneDNN adds residuals and biases inside its packed convolutions: nothing is left to fold.
     "folded_biases": Needs((("kernels",),), without=("packed_weights",)),
+    "shared_products": Needs((("split_skips",), ("folded_biases",))),
     "parallel_decoders": Needs((("a GPU",),)),
     "graphs": Needs((("a GPU",), ("fused_update",))),
     "captured_fields": Needs((("graphs",),)),
@@ -49,6 +50,7 @@ class Rewrites:
     split_skips: decoder blocks read h and the skip from where they are; the 1x1 skip convolution is a sum of two
         products.
     shared_statistics: a skip's channel statistics are computed once for both decoders.
+    shared_products: the parts of both decoders' skip convolutions that read one skip are one product.
     folded_biases: convolution biases are added where the result is read next.
     fused_update: time tables, coefficients and the step index live on the device; the DDIM update is one op.
     parallel_decoders: the two decoders as branches on two streams (CUDA, small batches).
@@ -64,6 +66,7 @@ class Rewrites:
     split_skips: bool = False
     shared_statistics: bool = False
     folded_biases: bool = False
+    shared_products: bool = False
     fused_update: bool = False
     parallel_decoders: bool = False
     graphs: bool = False
@@ -90,7 +93,7 @@ class Rewrites:
         if device.type != "cuda":
             return cls(native_norms=True, native_convolutions=True, native_attention=True)
         usable = kernels.triton_status()[0]
-        ops = dict.fromkeys(("kernels", "split_skips", "shared_statistics", "folded_biases"), usable)
+        ops = dict.fromkeys(("kernels", "split_skips", "shared_statistics", "folded_biases", "shared_products"), usable)
         whole = dict.fromkeys(("fused_update", "parallel_decoders", "graphs"), True)
         return cls(packed_weights=False, phase_upsample=False, **ops, **whole)
 

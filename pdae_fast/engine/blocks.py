@@ -125,8 +125,17 @@ class FusedAttention:
                 for layer in (block.qkv, block.proj_out)
             )
 
+        self.bias: Tensor | None = None
+
+    def follow(self, block: FusedResBlock) -> None:
+        """Read what ``block`` just made: it adds the last product's bias in advance, which the norm takes away as it
+        reads, and the product is added to the map itself."""
+        bias = self.block.proj_out.bias.detach().float()
+        block.bias_out, self.bias = block.bias_out + bias, -bias
+
     def __call__(self, x: Tensor) -> Tensor:
-        return rewrites.attention_tokens(self.block, x, self.norm, self.attend, self.projections)
+        norm = self.norm if self.bias is None else functools.partial(self.norm, x_bias=self.bias)
+        return rewrites.attention_tokens(self.block, x, norm, self.attend, self.projections, self.bias is not None)
 
 
 class FusedStages:
@@ -144,7 +153,12 @@ class FusedStages:
                 if isinstance(layer, ResBlock):
                     layers.append((FusedResBlock(layer, options), next(columns)))
                 else:
-                    layers.append((self._plain(layer, options, attend), None))
+                    plain = self._plain(layer, options, attend)
+                    before = layers[-1][0] if layers else None
+                    own = isinstance(before, FusedResBlock) and before.divisor == 1 and options.folded_biases
+                    if own and isinstance(layer, AttentionBlock) and layer.divisor == 1:
+                        plain.follow(before)
+                    layers.append((plain, None))
             self.stages.append(layers)
 
     @staticmethod

@@ -51,7 +51,7 @@ class Rewrites:
         products.
     shared_statistics: a skip's channel statistics are computed once for both decoders.
     shared_products: the parts of both decoders' skip convolutions that read one skip are one product.
-    folded_biases: convolution biases are added where the result is read next.
+    folded_biases: convolution biases are added where the result is read next; an attention's is part of its residual.
     fused_update: time tables, coefficients and the step index live on the device; the DDIM update is one op.
     parallel_decoders: the two decoders as branches on two streams (CUDA, small batches).
     graphs: one step captured as a CUDA graph and replayed (CUDA).

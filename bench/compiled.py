@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,7 +23,8 @@ from torch import Tensor
 from pdae_fast import PDAE, cli
 
 from .baseline import Baseline
-from .contenders import measure
+from .contenders import TIMED, measure
+from .machine import end_with_parent
 from .networks import case
 
 MODES = ("max-autotune", "reduce-overhead", "max-autotune-no-cudagraphs", "default")
@@ -64,6 +67,19 @@ def _freezing():
     return config.patch(freezing=True)
 
 
+@contextlib.contextmanager
+def its_turn(file: Path | None) -> Iterator[None]:
+    """Wait until ``file`` exists, then for whoever is inside already; None: nothing to wait for."""
+    if file is None:
+        yield
+        return
+    while not file.exists():
+        time.sleep(0.2)
+    with open(file, "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(prog="python -m bench.compiled", description=__doc__.splitlines()[0])
     p.add_argument("--network", default="celeba64")
@@ -76,15 +92,23 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--seconds", type=float, default=30.0, help="time for measuring, after compilation")
     p.add_argument("--peak", type=float, help="FLOP/s of a bfloat16 matrix product, if already measured")
     p.add_argument("--out", help="write the rows to this JSON file")
+    p.add_argument("--wait-for", type=Path, metavar="FILE", help="measure when this file exists, one process at a time")
     args = p.parse_args(argv)
+    if args.wait_for:
+        end_with_parent()
     device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     c = case(args.network, args.batch, device)
     opponent = CompiledBaseline(c.model, device, args.mode)
     peaks = {"bfloat16": args.peak} if args.peak else {}
-    rows = measure(
-        c, args.plans, extra={f"compile-{args.mode}": opponent}, steps=args.steps, rounds=args.rounds,
-        seconds=args.seconds, peaks=peaks,
-    )  # fmt: skip
+    if args.wait_for:
+        opponent.step(c.x, *TIMED, c.z)  # compiles
+    with its_turn(args.wait_for):
+        rows = measure(
+            c, args.plans, extra={f"compile-{args.mode}": opponent}, steps=args.steps, rounds=args.rounds,
+            seconds=args.seconds, peaks=peaks,
+        )  # fmt: skip
     for row in rows:
         row["compile_seconds"] = opponent.seconds if row["contender"].startswith("compile-") else None
     if args.out:

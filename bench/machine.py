@@ -6,8 +6,11 @@ import contextlib
 import ctypes
 import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 
 import torch
@@ -17,6 +20,18 @@ from pdae_fast.engine.device import describe_device
 
 from . import ROOT
 from .timing import clock, spread
+
+
+def end_with_parent() -> None:
+    """Let this process end when the one that started it does, however that dies."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -108,8 +108,9 @@ def ddim_update(
 
 
 def _torch_update(x, eps, gradient, coefficients, index, clamp) -> Tensor:
-    # Views of one row broadcast over the batch, or of a row a sample.
-    columns = coefficients[index].reshape(-1, COEFFICIENTS).T[..., None, None, None]
+    # Views of one row broadcast over the batch, or of a row a sample. Indexing by a tensor of no dimension would wait
+    # for it.
+    columns = coefficients.index_select(0, index.reshape(-1)).T[..., None, None, None]
     reciprocal, ratio, sigma, inverse, next_signal, next_noise = columns
     eps = eps.float()
     if gradient is not None:

@@ -64,10 +64,17 @@ def collapse(weight, bias, scale, shift, batch: int, dtype: torch.dtype) -> tupl
     return weight * scale, bias * scale + shift.to(dtype)
 
 
+def _on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
 def _native(x: Tensor, a: Tensor, b: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """torch's group norm of a dense x with an affine per image, a, b [B, C]: y, and mean and rstd [B,
     groups]."""
     batch, channels, height, width = x.shape
+    if not _on_cpu(x):
+        # CUDA's operator takes neither channels-last maps nor an affine that is wider than the map.
+        x = x.contiguous().to(a.dtype)
     if is_channels_last(x):
         images = [_native_channels_last(x[i : i + 1], a[i], b[i], num_groups, eps) for i in range(batch)]
         return images[0] if batch == 1 else tuple(torch.cat(parts) for parts in zip(*images, strict=True))
@@ -80,14 +87,13 @@ def _native(x: Tensor, a: Tensor, b: Tensor, num_groups: int, eps: float) -> tup
 
 
 def _native_channels_last(x: Tensor, a: Tensor, b: Tensor, num_groups: int, eps: float):
-    """`_native` of one image; a, b [C]."""
+    """`_native` of one image on the CPU; a, b [C]."""
     _, channels, height, width = x.shape
     pixels, per_group = height * width, channels // num_groups
-    on_cpu = x.device.type == "cpu"
     if scalar_in_half(x, num_groups):
         x = x.float()
     y, mean, rstd = torch.native_group_norm(x, a, b, 1, channels, pixels, num_groups, eps)
-    if on_cpu and x.element_size() > 2 and (mean * rstd).abs().max() > 2:
+    if x.element_size() > 2 and (mean * rstd).abs().max() > 2:
         # That loop forms E[x^2] - E[x]^2, which at a mean of 5 deviations has lost up to two digits: centre
         # the image first.
         centred = x - mean.view(num_groups, 1).expand(-1, per_group).reshape(1, channels, 1, 1)

@@ -42,14 +42,16 @@ def float32_means_float32() -> Iterator[None]:
 
 
 class _ExactProducts:
-    """Products of float32 are not rounded while at least one thread is inside. cuDNN's switch is the engine's affair.
+    """Products of float32 are not rounded while at least one thread is inside. cuDNN's switch: see :func:`cudnn`.
 
-    All switches are left alone where none of them says otherwise, which is how PyTorch starts.
+    All switches are left alone where none of them says otherwise, which is how PyTorch starts. Where one does, its
+    older switch is moved with the newer ones: it refuses products on CUDA while they contradict each other.
     """
 
     def __init__(self, forked: bool = False) -> None:
         self.lock, self.inside, self.forked, self.used = threading.Lock(), 0, forked, False
         self.found: list[tuple[Any, str]] = []
+        self.legacy = "highest"
 
     def __enter__(self) -> None:
         if self.forked and torch.get_num_threads() > 1:
@@ -63,7 +65,12 @@ class _ExactProducts:
         with self.lock:
             if not self.inside:
                 said = {owner.fp32_precision for owner in (*owners, backends.mkldnn, backends)}
-                self.found = [(owner, owner.fp32_precision) for owner in owners if not said <= {"none", "ieee"}]
+                self.legacy, self.found = _legacy_precision(), []
+                if not said <= {"none", "ieee"} or self.legacy != "highest":
+                    parents = (backends.mkldnn, backends.mkldnn, backends.cudnn)
+                    self.found = [(o, _own(o, parent)) for o, parent in zip(owners, parents, strict=True)]
+                    if self.legacy != "highest":
+                        torch.set_float32_matmul_precision("highest")
                 for owner, _ in self.found:
                     owner.fp32_precision = "ieee"
             self.inside += 1
@@ -72,8 +79,50 @@ class _ExactProducts:
         with self.lock:
             self.inside -= 1
             if not self.inside:
+                if self.legacy != "highest":
+                    torch.set_float32_matmul_precision(self.legacy)
                 for owner, value in self.found:
                     owner.fp32_precision = value
+
+
+def _legacy_precision() -> str:
+    """What `torch.set_float32_matmul_precision` said last; "highest" where the newer switches contradict it."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return "highest"
+
+
+def _own(owner: Any, parent: Any) -> str:
+    """The precision that ``owner`` has of its own; "none" where it is what ``parent`` would give it anyway."""
+    found = owner.fp32_precision
+    return "none" if found == parent.fp32_precision else found
+
+
+@contextlib.contextmanager
+def cudnn(benchmark: bool, exact: bool) -> Iterator[None]:
+    """Convolutions by cuDNN, its algorithms tried out with ``benchmark``, float32 ones not rounded to TF32 with
+    ``exact``. Its other switches are the caller's; all are as they were afterwards."""
+    switches = torch.backends.cudnn
+    before = switches.enabled, switches.benchmark, switches.conv.fp32_precision
+    rounds = exact and before[2] not in ("none", "ieee")
+    try:
+        legacy = switches.allow_tf32 if rounds else None
+    except RuntimeError:  # the caller's switches contradict each other: they do afterwards, too
+        legacy = None
+    try:
+        switches.enabled, switches.benchmark = True, benchmark
+        if legacy:
+            switches.allow_tf32 = False
+        if rounds:
+            switches.conv.fp32_precision = "ieee"
+        yield
+    finally:
+        switches.enabled, switches.benchmark = before[:2]
+        if legacy:
+            switches.allow_tf32 = True
+        if rounds:
+            switches.conv.fp32_precision = before[2]
 
 
 _EXACT = _ExactProducts()

@@ -51,12 +51,18 @@ Cases = Iterable[tuple[str, Callable[[], Result]]]
 
 class CaseLog:
     def __init__(self, out: Path) -> None:
-        self.path, self.failures = out / "rows.jsonl", out / "failures.txt"
+        self.path, self.failures, self._size = out / "rows.jsonl", out / "failures.txt", 0
 
     def write(self, phase: str, case: str, status: str, **values: Any) -> None:
         line = json.dumps(cli.finite({"phase": phase, "case": case, "status": status, **values}), default=str)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+    def grown(self) -> bool:
+        """Whether there are lines that were not there when this was asked last."""
+        size = self.path.stat().st_size if self.path.exists() else 0
+        before, self._size = self._size, size
+        return size > before
 
     def rows(self, phase: str | None = None) -> list[dict[str, Any]]:
         """All finished rows, of one phase or of all."""

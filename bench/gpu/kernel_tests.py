@@ -1,7 +1,7 @@
 """Phase "kernels": every kernel against float64, with the kernels' own tests and on the models' shapes.
 
 The tests of tests/kernels run on a GPU as they are (both layouts, two inputs, split reductions, odd sizes, three
-dtypes, NaN-poisoned outputs, gradients); here they are started, one process a file, and counted. Their shapes are
+dtypes, NaN-poisoned outputs, gradients); here they are shared out among processes, and counted. Their shapes are
 small, so the models' follow.
 """
 
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from .cases import CaseLog, Cases, Context, NotHere
 
 FILES = ("test_ddim_update.py", "test_add_upsample.py", "test_group_norm.py")
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+MOST_SHARDS, SHARE = 8, 0.6
 
 
 def cases(context: Context) -> Cases:
@@ -49,45 +52,65 @@ def cases(context: Context) -> Cases:
 
 
 def _pytest(files: tuple[str, ...], context: Context) -> list[dict[str, Any]]:
-    """The tests of every file, side by side: a row for each file, and one for every test that failed."""
+    """The tests, shared out among processes, since most of their time is compilation: a row for each file, and one for
+    every test that failed. What ended before the time was up counts."""
     if importlib.util.find_spec("pytest") is None:
         raise NotHere("pytest is not installed")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    shards = min(MOST_SHARDS, os.cpu_count() or 1) if context.cuda else 1
     with tempfile.TemporaryDirectory() as folder:
-        running = {}
-        for file in files:
-            # `-p bench` makes pdae_fast.kernels resolve to the checkout before any test is collected.
-            command = [sys.executable, "-m", "pytest", "-p", "bench", "-p", "no:cacheprovider", "-q"]
-            command += [f"tests/kernels/{file}", f"--junitxml={folder}/{file}.xml"]
-            command += ["-k", "test_op and odd"] if context.quick else []
-            with open(f"{folder}/{file}.log", "w") as log:
-                running[file] = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
-        return [_outcome(file, process, Path(folder), context) for file, process in running.items()]
+        running = []
+        for shard in range(shards):
+            # The plugin's package makes pdae_fast.kernels resolve to the checkout before any test is collected.
+            command = [sys.executable, "-m", "pytest", "-p", "bench.gpu.shard", "-p", "no:cacheprovider", "-q"]
+            command += [f"tests/kernels/{file}" for file in files] + (
+                ["-k", "test_op and odd and bf16"] if context.quick else []
+            )
+            own = {"PYTHONPATH": path, "SHARD": f"{shard}/{shards}", "SHARD_LINES": f"{folder}/{shard}.jsonl"}
+            with open(f"{folder}/{shard}.log", "w") as log:
+                running.append(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, **own}))
+        # The models' own shapes follow, and want their share of the time.
+        end = time.time() + SHARE * context.left()
+        try:
+            for process in running:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(1.0, end - time.time()))
+        finally:
+            late = [process for process in running if process.poll() is None]
+            for process in late:
+                process.kill()
+                process.wait()
+        return outcomes(files, Path(folder), bool(late), CaseLog(context.out))
 
 
-def _outcome(file: str, process: subprocess.Popen, folder: Path, context: Context) -> dict[str, Any]:
-    try:
-        process.wait(max(1.0, context.left()))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    report, log = folder / f"{file}.xml", (folder / f"{file}.log").read_text(encoding="utf-8", errors="replace")
-    journal = CaseLog(context.out)
-    if not report.exists():
-        journal.fail("kernels", file, f"pytest ended with {process.returncode} and no report", log[-4000:])
-        return {"status": "FAIL", "reason": f"{file}: no report"}
-    counts = {"passed": 0, "failed": 0, "skipped": 0}
-    for case in xml.etree.ElementTree.parse(report).getroot().iter("testcase"):
-        problem = next((child for child in case if child.tag in ("failure", "error")), None)
-        if problem is not None:
-            counts["failed"] += 1
-            name = f"{file} {case.get('name')}"
-            journal.fail("kernels", name, problem.get("message") or "failed", problem.text or "")
-        else:
-            counts["skipped" if any(child.tag == "skipped" for child in case) else "passed"] += 1
-    failed = counts["failed"] or not counts["passed"]
-    text = f"{file}: " + ", ".join(f"{n} {k}" for k, n in counts.items())
-    return {"status": "FAIL" if failed else "PASS", "reason": text}
+def outcomes(files: tuple[str, ...], folder: Path, late: bool, journal: CaseLog) -> list[dict[str, Any]]:
+    """A row for each of ``files`` from the lines that the processes left in ``folder``; failed tests go to the
+    journal. ``late``: some tests had no time."""
+    lines = [
+        json.loads(line)
+        for path in sorted(folder.glob("*.jsonl"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.endswith("}")
+    ]
+    rows = []
+    for file in files:
+        own = [line for line in lines if f"/{file}::" in f"/{line['test']}"]
+        counts = Counter(line["outcome"] for line in own)
+        for line in own:
+            if line["outcome"] == "failed":
+                message = line["message"]
+                journal.fail("kernels", line["test"], message.splitlines()[-1] if message else "failed", message)
+        text = f"{file}: " + ", ".join(f"{counts[k]} {k}" for k in ("passed", "failed", "skipped"))
+        if late:
+            text += "; the time was up"
+        failed = counts["failed"] or not counts["passed"]
+        if failed and not own:
+            logs = "\n".join(
+                path.read_text(encoding="utf-8", errors="replace")[-2000:] for path in folder.glob("*.log")
+            )
+            journal.fail("kernels", file, "no test of it ended", logs)
+        rows.append({"status": "FAIL" if failed else "PASS", "reason": text})
+    return rows
 
 
 @contextlib.contextmanager

@@ -11,37 +11,46 @@ from pathlib import Path
 
 import torch
 
-from . import environment, kernel_tests, paths, speed, training
+from bench.machine import end_with_parent
+
+from . import compiling, environment, kernel_tests, opponent, paths, profile, side, speed, training
 from .cases import Cases, Context, run_cases
 
 
 @dataclass(frozen=True)
 class Phase:
-    """``seconds`` is what the phase may take of a visit; None: whatever is left."""
+    """``seconds`` is what the phase may take of a visit; None: whatever is left. ``part``: of which call it is."""
 
     title: str
     seconds: float | None
     cases: Callable[[Context], Cases]
+    part: int
+    timed: bool = True  # wants the device for itself
 
 
 PHASES = {
-    "environment": Phase("what is here, and its ceilings", 40, environment.cases),
-    "kernels": Phase("every kernel against float64", 130, kernel_tests.cases),
-    "paths": Phase("every plan against the float32 modules on the CPU", 80, paths.cases),
-    "speed": Phase("steps against the baseline", 80, speed.speed),
-    "operations": Phase("bandwidth of every kernel", 35, speed.operation_bandwidth),
-    "graphs": Phase("captured against uncaptured steps", 30, speed.graphs),
-    "rewrites": Phase("every rewrite turned around, against the defaults", 50, speed.rewrites),
-    "quality": Phase("loss of precision on the bundled model", 35, speed.quality_loss),
-    "startup": Phase("from process start to the first step", 20, speed.start_up),
-    "training": Phase("training steps against the published loop", 50, training.cases),
-    "compile": Phase("steps against torch.compile of the baseline", None, speed.compile_opponent),
+    "environment": Phase("what is here, and its ceilings", 30, environment.cases, 1),
+    "prepare": Phase("all kernels compiled at once", 60, compiling.cases, 1, timed=False),
+    "bars": Phase("the sides of the bars, each in a process of its own", 150, side.cases, 1),
+    "kernels": Phase("every kernel against float64", 110, kernel_tests.cases, 1, timed=False),
+    "quality": Phase("loss of precision on the bundled model", 35, speed.quality_loss, 1, timed=False),
+    "compile": Phase("steps against torch.compile of the baseline", None, opponent.cases, 1),
+    "recompile": Phase("all kernels compiled at once, where part 2 is on another machine", 45, compiling.cases, 2),
+    "profile": Phase("where the time of a step goes", 60, profile.cases, 2),
+    "graphs": Phase("captured against uncaptured steps, evictions, a failing capture", 50, speed.graphs, 2),
+    "speed": Phase("steps against the baseline", 90, speed.speed, 2),
+    "paths": Phase("every plan against the float32 modules on the CPU", 70, paths.cases, 2),
+    "operations": Phase("bandwidth of every kernel", 35, speed.operation_bandwidth, 2),
+    "rewrites": Phase("every rewrite turned around, against the defaults", 45, speed.rewrites, 2),
+    "training": Phase("training steps against the published loop", 45, training.cases, 2),
+    "startup": Phase("from process start to the first step", 20, speed.start_up, 2),
+    "sanitizer": Phase("reads and writes outside of a tensor", None, speed.sanitizer, 2),
 }
 
 
 def main() -> int:
     p = argparse.ArgumentParser()
-    p.add_argument("phase", choices=list(PHASES))
+    p.add_argument("phases", help="names, with commas between them: each of them where the one before ended well")
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--device", required=True)
     p.add_argument("--quick", action="store_true")
@@ -49,13 +58,17 @@ def main() -> int:
     p.add_argument("--networks", nargs="+", required=True)
     p.add_argument("--batches", nargs="+", type=int, required=True)
     args = p.parse_args()
+    end_with_parent()
     context = Context(
         args.out, torch.device(args.device), args.quick, time.time() + args.seconds, tuple(args.networks),
         tuple(args.batches),
     )  # fmt: skip
     if context.cuda:
         torch.cuda.set_device(context.device)
-    return run_cases(args.phase, PHASES[args.phase].cases(context), context)
+    for name in args.phases.split(","):
+        if code := run_cases(name, PHASES[name].cases(context), context):
+            return code
+    return 0
 
 
 if __name__ == "__main__":

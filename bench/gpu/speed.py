@@ -1,47 +1,38 @@
-"""Phases that time: "speed" (steps against the baseline), "operations" (bandwidth), "graphs", "quality", "startup"
-and "compile" (the second opponent, in processes that can be stopped)."""
+"""Phases that time: "speed" (steps against the baseline, taking turns), "operations" (bandwidth), "graphs", "rewrites",
+"quality" and "startup"; and "sanitizer", which looks for what a kernel reads or writes where nothing is its own."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import os
-import signal
-import subprocess
+import shutil
 import sys
 import traceback
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import ROOT, quality, startup
-from bench.compiled import MODES
+from bench import quality, startup
 from bench.contenders import CHECKED, PlanSide, check, default_steps, measure, relative
 from bench.machine import copy_bandwidth
 from bench.networks import case
 from bench.operations import operations, prepare, row
 from bench.timing import Alternation, clock
+from pdae_fast.engine.fused import KEPT_TRAJECTORIES
 from pdae_fast.engine.options import Rewrites
 
 from .cases import CaseLog, Cases, Context, NotHere
 from .paths import describe, need_xformers, variants
+from .side import measured_peaks, run_command
 
 SIDES = ("eager-bfloat16", "fused-float32", "fused-float16", "fused-bfloat16")
 CPU_SIDES = ("eager-bfloat16", "fused-float32", "fused-bfloat16")
-FALLBACK_SHARE = 0.35  # of the time left that stays for a cheaper mode if max-autotune takes too long to compile
-MIN_COMPILE_SECONDS = 40.0
+TRAJECTORIES = range(3, 15)  # steps of those that are captured one after the other: more than are kept
 
 
-def _peaks(context: Context) -> dict[str, float]:
-    """The matrix-product peaks that the first phase measured."""
-    rows = CaseLog(context.out).rows("environment")
-    return {
-        r["case"].removeprefix("matmul "): r["rate"] for r in rows if r["case"].startswith("matmul ") and "rate" in r
-    }
-
-
-def _steps(batch: int, context: Context) -> int:
+def timed_steps(batch: int, context: Context) -> int:
     if context.quick:
         return 2
     return default_steps(context.device) if batch <= 8 else min(4, default_steps(context.device))
@@ -56,8 +47,8 @@ def speed(context: Context) -> Cases:
 def _speed(network: str, batch: int, context: Context) -> list[dict[str, Any]]:
     failures: dict[str, Exception] = {}
     rows = measure(
-        case(network, batch, context.device), SIDES if context.cuda else CPU_SIDES, steps=_steps(batch, context),
-        rounds=3 if context.quick else 20, seconds=6.0, peaks=_peaks(context),
+        case(network, batch, context.device), SIDES if context.cuda else CPU_SIDES, steps=timed_steps(batch, context),
+        rounds=3 if context.quick else 20, seconds=6.0, peaks=measured_peaks(context),
         failures=failures,
     )  # fmt: skip
     for name, error in failures.items():
@@ -88,13 +79,69 @@ def graphs(context: Context) -> Cases:
     for network in context.networks:
         for batch in context.batches:
             yield f"{network} batch {batch}", lambda network=network, batch=batch: _graph(network, batch, context)
+    yield "captures and evictions", lambda: _evictions(context.networks[0], min(context.batches), context)
+    yield "a capture that fails", lambda: _failing_capture(context.networks[0], min(context.batches), context)
+
+
+def _evictions(network: str, batch: int, context: Context) -> dict[str, Any]:
+    """More trajectories than are kept, captured one after the other: memory stays bounded, and results right."""
+    if not context.cuda:
+        raise NotHere("nothing is captured on the CPU")
+    side, held = PlanSide(case(network, batch, context.device), "fused-bfloat16"), []
+    expected = side.trajectory(TRAJECTORIES[0])
+    for steps in [*TRAJECTORIES, TRAJECTORIES[0]]:
+        found = side.trajectory(steps)
+        torch.cuda.synchronize(context.device)
+        torch.cuda.empty_cache()
+        held.append(torch.cuda.memory_reserved(context.device))
+    error, full = relative(found, expected), max(held[:KEPT_TRAJECTORIES])
+    allowed = 1.2 * full + (64 << 20)
+    return {
+        "status": "PASS" if max(held) <= allowed and error <= side.tolerance else "FAIL",
+        "error": error, "allowed": side.tolerance,
+        "first_bytes": held[0], "kept_bytes": full, "most_bytes": max(held), **describe(side.plan),
+    }  # fmt: skip
+
+
+def _failing_capture(network: str, batch: int, context: Context) -> dict[str, Any]:
+    """A step that waits for the device where it is captured: the reason is named, and everything works afterwards."""
+    if not context.cuda:
+        raise NotHere("nothing is captured on the CPU")
+    side = PlanSide(case(network, batch, context.device), "fused-float32")
+    expected, advance = side.plain_trajectory(3), side.plan.advance
+    stream = torch.cuda.current_stream(context.device)
+
+    def breaking(x: Any, *arguments: Any) -> Any:
+        if torch.cuda.is_current_stream_capturing():
+            x.sum().item()
+        return advance(x, *arguments)
+
+    side.plan.advance = breaking
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = side.trajectory(3)
+    side.plan.advance = advance
+    torch.cuda.empty_cache()  # refused while the allocator takes the capture for underway
+    again = PlanSide(side.case, "fused-float32")
+    error = max(relative(found, expected), relative(again.trajectory(3), expected))
+    reason = str(side.plan.capture_failure)
+    sound = [
+        error <= 5 * side.tolerance,
+        torch.cuda.current_stream(context.device) == stream,
+        any("capture failed" in str(w.message) for w in said),
+        "captur" in reason and again.plan.capture_failure is None,
+    ]
+    return {"status": "PASS" if all(sound) else "FAIL", "error": error, "reason": f"{reason}; {sound}"}
 
 
 def _graph(network: str, batch: int, context: Context) -> dict[str, Any]:
-    """The same plan captured, as it is without graphs, and called step by step, taking turns; what capturing costs."""
-    steps = max(2, _steps(batch, context))
+    """The same plan captured, as it is without graphs, and called step by step, as it is and with evaluations captured
+    (fields), taking turns; what capturing costs."""
+    steps = max(2, timed_steps(batch, context))
     c = case(network, batch, context.device)
-    off = dataclasses.replace(Rewrites.for_device(context.device), graphs=False)
+    usual = Rewrites.for_device(context.device)
+    off, on = dataclasses.replace(usual, graphs=False), dataclasses.replace(usual, captured_fields=True)
+    fields = PlanSide(c, "fused-bfloat16", options=on)
     side, without = PlanSide(c, "fused-bfloat16"), PlanSide(c, "fused-bfloat16", options=off)
     without.trajectory(steps)  # compiles and tunes, so that what remains below is the capture
     first, _ = clock(lambda: side.trajectory(steps), context.device)
@@ -106,6 +153,7 @@ def _graph(network: str, batch: int, context: Context) -> dict[str, Any]:
             "single": lambda: side.plain_trajectory(steps),
             "uncaptured": lambda: without.trajectory(steps),
             "captured": lambda: side.trajectory(steps),
+            "fields": lambda: fields.plain_trajectory(steps),
         },
         context.device,
     )
@@ -148,7 +196,7 @@ def _default_side(network: str, batch: int, device: torch.device) -> PlanSide:
 def _rewrite(network: str, batch: int, label: str, keywords: dict[str, Any], context: Context) -> dict[str, Any]:
     if keywords.get("attention") == "xformers":
         need_xformers(context)
-    steps = _steps(batch, context)
+    steps = timed_steps(batch, context)
     default = _default_side(network, batch, context.device)
     side = PlanSide(default.case, default.name, **keywords)
     apart = relative(side.step(*CHECKED), default.step(*CHECKED))
@@ -205,63 +253,18 @@ def start_up(context: Context) -> Cases:
     )
 
 
-def compile_opponent(context: Context) -> Cases:
-    """The bars first: batch 1 and the largest batch of every network, then the rest while there is time."""
-    if context.quick:
-        yield "(all)", _not_compiled
-        return
-    ends = [b for b in (context.batches[0], context.batches[-1])]
-    order = [(n, b) for b in dict.fromkeys(ends) for n in context.networks]
-    order += [(n, b) for n in context.networks for b in context.batches if b not in ends]
-    for network, batch in order:
-        yield f"{network} batch {batch}", lambda network=network, batch=batch: _compile(network, batch, context)
+def sanitizer(context: Context) -> Cases:
+    for file in ("test_add_upsample.py", "test_ddim_update.py"):
+        yield f"memcheck of {file}", lambda file=file: _memcheck(file, context)
 
 
-def _not_compiled() -> None:
-    raise NotHere("a quick visit does not wait for a compiler; try `python -m bench.compiled --network tiny`")
-
-
-def _compile(network: str, batch: int, context: Context) -> list[dict[str, Any]]:
-    """max-autotune within most of the time left, else a mode that compiles faster, else a note that there was none."""
-    modes = (MODES[0], "reduce-overhead")
-    notes = []
-    for i, mode in enumerate(modes):
-        last = i == len(modes) - 1
-        limit = context.left() * (1 if last else 1 - FALLBACK_SHARE)
-        if limit < MIN_COMPILE_SECONDS:
-            notes.append(f"{mode}: only {limit:.0f} s left")
-            continue
-        try:
-            rows = compile_in_process(network, batch, mode, limit, context)
-        except subprocess.TimeoutExpired:
-            notes.append(f"{mode} did not compile in {limit:.0f} s")
-            continue
-        return [{"status": "INFO", "table": "compiled", "note": "; ".join(notes) or None, **r} for r in rows]
-    raise NotHere("; ".join(notes))
-
-
-def compile_in_process(network: str, batch: int, mode: str, limit: float, context: Context) -> list[dict[str, Any]]:
-    """The rows of `bench.compiled`; subprocess.TimeoutExpired when it takes longer than ``limit`` seconds."""
-    out = context.out / ".compiled.json"
-    command = [
-        *(sys.executable, "-m", "bench.compiled", "--network", network, "--batch", str(batch)),
-        *("--device", str(context.device), "--mode", mode, "--steps", str(_steps(batch, context)), "--out", str(out)),
-        *("--rounds", "20", "--seconds", "6"),
-    ]
-    if peak := _peaks(context).get("bfloat16"):
-        command += ["--peak", str(peak)]
-    # A process group of its own: the compiler's workers have to end with it.
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        output, _ = process.communicate(timeout=limit)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    if process.returncode or not out.exists():
-        raise RuntimeError(f"bench.compiled ended with {process.returncode}:\n{output[-3000:]}")
-    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
-    out.unlink()
-    return rows
+def _memcheck(file: str, context: Context) -> dict[str, Any]:
+    """A kernel's own tests of odd sizes under compute-sanitizer, which sees reads and writes outside of a tensor."""
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not context.cuda or not Path(tool).exists():
+        raise NotHere("no CUDA device" if not context.cuda else "compute-sanitizer is not installed")
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "pytest", "-p", "bench"]
+    command += ["-p", "no:cacheprovider", "-q", "-x", "-k", "test_op and odd", f"tests/kernels/{file}"]
+    output = run_command(command, max(10.0, context.left()))
+    summary = [line for line in output.splitlines() if "ERROR SUMMARY" in line or " passed" in line]
+    return {"status": "PASS", "reason": "; ".join(summary)}

@@ -59,6 +59,9 @@ class FusedResBlock:
         self.skip = None
         if not isinstance(skip, nn.Identity):
             self.skip = SplitSkip(skip) if options.split_skips else convolution(skip, options.packed_weights)
+        if options.shared_products and self.skip is not None:
+            # Added with the other one, so that the products have none.
+            self.bias_out, self.skip.bias = self.bias_out + self.skip.bias.float(), None
 
     def __call__(self, x: Tensor | Join, affine: Affine) -> Tensor:
         h = self.norm_in(x)
@@ -102,7 +105,10 @@ class SplitSkip:
     def __call__(self, x: Tensor | Join) -> Tensor:
         h, skip = (x.h, x.skip.x) if isinstance(x, Join) else (x, None)
         B, C, H, W = h.shape
-        y = F.linear(h.permute(0, 2, 3, 1).reshape(-1, C), self.weight[:, :C], self.bias)
+        rows = h.permute(0, 2, 3, 1).reshape(-1, C)
+        if isinstance(x, Join) and x.skip.product is not None:
+            return x.skip.product.addmm_(rows, self.weight[:, :C].T).view(B, H, W, -1).permute(0, 3, 1, 2)
+        y = F.linear(rows, self.weight[:, :C], self.bias)
         if skip is not None:
             y.addmm_(skip.permute(0, 2, 3, 1).reshape(-1, skip.shape[1]), self.weight[:, C:].T)
         return y.view(B, H, W, -1).permute(0, 3, 1, 2)
@@ -119,8 +125,17 @@ class FusedAttention:
                 for layer in (block.qkv, block.proj_out)
             )
 
+        self.bias: Tensor | None = None
+
+    def follow(self, block: FusedResBlock) -> None:
+        """Read what ``block`` just made: it adds the last product's bias in advance, which the norm takes away as it
+        reads, and the product is added to the map itself."""
+        bias = self.block.proj_out.bias.detach().float()
+        block.bias_out, self.bias = block.bias_out + bias, -bias
+
     def __call__(self, x: Tensor) -> Tensor:
-        return rewrites.attention_tokens(self.block, x, self.norm, self.attend, self.projections)
+        norm = self.norm if self.bias is None else functools.partial(self.norm, x_bias=self.bias)
+        return rewrites.attention_tokens(self.block, x, norm, self.attend, self.projections, self.bias is not None)
 
 
 class FusedStages:
@@ -138,7 +153,12 @@ class FusedStages:
                 if isinstance(layer, ResBlock):
                     layers.append((FusedResBlock(layer, options), next(columns)))
                 else:
-                    layers.append((self._plain(layer, options, attend), None))
+                    plain = self._plain(layer, options, attend)
+                    before = layers[-1][0] if layers else None
+                    own = isinstance(before, FusedResBlock) and before.divisor == 1 and options.folded_biases
+                    if own and isinstance(layer, AttentionBlock) and layer.divisor == 1:
+                        plain.follow(before)
+                    layers.append((plain, None))
             self.stages.append(layers)
 
     @staticmethod
@@ -205,6 +225,30 @@ def make_skip(x: Tensor, share: bool, last_level_cache: int) -> Skip:
     if share and x.numel() * x.element_size() > last_level_cache:
         return Skip(x, kernels.channel_stats(x))
     return Skip(x)
+
+
+class SharedProducts:
+    """The parts of the 1x1 skip convolutions that read what the trunk leaves: of two decoders in one matrix product, so
+    that a map is read once."""
+
+    def __init__(self, decoders: tuple[FusedDecoder, FusedDecoder]) -> None:
+        self.decoders, self.weights = decoders, {}
+
+    def __call__(self, skips: list[Skip]) -> tuple[list[Skip], list[Skip]]:
+        """The skips, all or the outer ones, for one decoder and for the other."""
+        both = [self._products(i, skip) for i, skip in enumerate(skips)]
+        first, second = ([skip._replace(product=p[k]) for skip, p in zip(skips, both, strict=True)] for k in (0, 1))
+        return first, second
+
+    def _products(self, i: int, skip: Skip) -> Tensor:
+        """[2, B * H * W, O]"""
+        C = skip.x.shape[1]
+        if i not in self.weights:
+            # The last stage of a decoder reads the first skip.
+            blocks = [decoder.stages[len(decoder.stages) - 1 - i][0][0] for decoder in self.decoders]
+            self.weights[i] = torch.stack([block.skip.weight[:, -C:].T for block in blocks])
+        rows = skip.x.permute(0, 2, 3, 1).reshape(-1, C)
+        return torch.bmm(rows.expand(2, -1, -1), self.weights[i])
 
 
 def repeat(skips: list[Skip], count: int) -> list[Skip]:

@@ -16,9 +16,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """ "auto" is the first CUDA device, else the CPU. UserError when the device asked for is not usable."""
+    """ "auto" is the current CUDA device, else the CPU. A CUDA device comes back with its index: "cuda" is the current
+    one. UserError when the device asked for is not usable."""
     if isinstance(device, str) and device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
     except (RuntimeError, TypeError):
@@ -29,7 +30,15 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         if not torch.cuda.is_available():
             reason = "this PyTorch is a CPU build" if torch.version.cuda is None else "no usable GPU was found"
             raise UserError(f"device {device!r} cannot be used: {reason}; use --device cpu")
-        if resolved.index is not None and resolved.index >= torch.cuda.device_count():
+        if resolved.index is None:
+            # "cuda" and "cuda:0" are not equal, and some calls take no device without an index.
+            try:
+                return torch.device("cuda", torch.cuda.current_device())
+            except RuntimeError as error:  # the first call to the driver
+                if in_forked_process(error):
+                    raise UserError(f"{device} cannot be used in a forked process; start it by spawn") from None
+                raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+        if resolved.index >= torch.cuda.device_count():
             raise UserError(f"device {device!r} does not exist; there are {torch.cuda.device_count()} CUDA devices")
     return resolved
 
@@ -100,10 +109,21 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
+def _reserved_and_idle(device: torch.device) -> int:
+    """Bytes that PyTorch has reserved and lent to nobody: free to it, if to no other process. What captured graphs hold
+    is idle only in between."""
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    for segment in torch.cuda.memory_snapshot():
+        of_graphs = tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0)
+        if of_graphs and segment["device"] == device.index:
+            idle -= segment["total_size"] - segment["allocated_size"]
+    return max(0, idle)
+
+
 def available_memory(device: torch.device) -> int:
     """Bytes that may still be allocated on ``device``."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info(device)[0] + _reserved_and_idle(device)
     try:
         with open("/proc/meminfo", encoding="utf-8") as file:
             line = next(line for line in file if line.startswith("MemAvailable"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -10,13 +11,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..models import PDAE, Prior
 from ..samplers.reuse import Reuse
 from ..schedule import Trajectory
 from .networks import Conditioning, Networks
 from .options import Rewrites
-from .reuse import Kept, Workloads
-from .trajectory import DeviceTrajectory
+from .reuse import Kept, Workload, Workloads
+from .trajectory import DeviceEvaluation, DeviceTrajectory, OnDevice
 
 KEPT_TRAJECTORIES = 8
 # Of all plans, so that a plan can be copied: locks cannot.
@@ -39,7 +41,7 @@ class FusedPlan(Networks):
         attention: str = "auto",
     ) -> None:
         super().__init__(model, device, dtype, options, attention)
-        self._trajectories: OrderedDict[tuple, DeviceTrajectory] = OrderedDict()
+        self._trajectories: OrderedDict[tuple, OnDevice] = OrderedDict()
 
     def reusing(self, reuse: Reuse) -> FusedPlan:
         """As :meth:`Plan.reusing`."""
@@ -63,15 +65,29 @@ class FusedPlan(Networks):
 
         A ragged last batch is padded into buffers of up to four times its size rather than captured anew.
         """
+        make = functools.partial(DeviceTrajectory, self, batch, codes, steps, clamp)
+        with self._lent(make, batch, codes, clamp is not None, steps) as run:
+            yield run
+
+    @contextlib.contextmanager
+    def evaluation(self, batch: int, codes: Conditioning | None, width: int) -> Iterator[DeviceEvaluation]:
+        """The same for one evaluation at a time, whose row of the time tables has ``width`` columns."""
+        with self._lent(functools.partial(DeviceEvaluation, self, batch, codes, width), batch, codes) as run:
+            yield run
+
+    @contextlib.contextmanager
+    def _lent(
+        self, make: Callable[[], OnDevice], batch: int, codes: Conditioning | None, *what: object
+    ) -> Iterator[OnDevice]:
         K = None if codes is None or codes.weights is None else len(codes.weights)
-        kind = (codes is not None, K, clamp is not None, steps)
+        kind = (codes is not None, K, *what)
         with LENDING:
             free = self._trajectories
             fitting = [key for key in free if key[2:] == kind and batch <= key[0] <= 4 * batch]
             key = min(fitting, key=lambda key: key[0], default=None)
             lent = None if key is None else free.pop(key)
         if lent is None:
-            lent = DeviceTrajectory(self, batch, codes, steps, clamp)
+            lent = make()
             key = (batch, id(lent), *kind)
         yield lent
         # Not where the call failed: what it left half is not looked into.
@@ -79,6 +95,18 @@ class FusedPlan(Networks):
             free[key] = lent
             while len(free) > KEPT_TRAJECTORIES:
                 free.popitem(last=False)
+
+    def check_memory(self, batch: int) -> None:
+        """As :meth:`Plan.check_memory`; memory of trajectories that nobody runs gives way first."""
+        try:
+            super().check_memory(batch)
+        except UserError:
+            with LENDING:
+                idle = len(self._trajectories)
+                self._trajectories.clear()
+            if not idle:
+                raise
+            super().check_memory(batch)
 
     def describe(self) -> dict[str, object]:
         """As :meth:`Plan.describe`."""
@@ -108,15 +136,32 @@ class FusedField:
         plan = self.plan
         workload = self.workloads(t, use_gradient and self.codes is not None and plan.gradient is not None)
         with plan.precision():
-            eps, gradient = plan.evaluate(x, plan.time_rows([t], self.labels), self.codes, workload, self.kept)
+            eps, gradient = self._evaluate(x, plan.time_rows([t], self.labels), workload)
             # The side stream's memory goes back here, before another thread may be given it.
             eps = eps.to(torch.float32, copy=plan.options.parallel_decoders)
         plan.count(len(x), self.codes, workload)
         return eps, None if gradient is None else gradient.float()
 
+    def _evaluate(self, x: Tensor, row: Tensor, workload: Workload) -> tuple[Tensor, Tensor | None]:
+        return self.plan.evaluate(x, row, self.codes, workload, self.kept)
+
 
 class DeviceField(FusedField):
-    """A field that carries x along whole trajectories without the host in between."""
+    """A field that carries x along whole trajectories without the host in between.
+
+    Called step by step it runs captured evaluations, where they are switched on, from its second call on.
+    """
+
+    calls = 0
+
+    def _evaluate(self, x: Tensor, row: Tensor, workload: Workload) -> tuple[Tensor, Tensor | None]:
+        plan = self.plan
+        self.calls += 1
+        # What a `Reuse` keeps is this field's own, and a graph's memory is not.
+        if self.calls == 1 or not plan.options.captured_fields or plan.reuse.keeps or plan.capture_failure:
+            return super()._evaluate(x, row, workload)
+        with plan.evaluation(len(x), self.codes, row.shape[1]) as run:
+            return run(x, row, self.codes, workload)
 
     def integrate(
         self, x: Tensor, steps: Trajectory, clamp: float | None, progress: Callable[[], None] | None

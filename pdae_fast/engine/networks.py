@@ -15,9 +15,9 @@ from .. import kernels
 from ..models import PDAE, Prior, unet_of
 from ..models.layers import AttentionBlock
 from ..models.unet import PDAEDecoder
-from . import rewrites
+from . import graphs, rewrites
 from .attention import resolve_attention
-from .blocks import FusedDecoder, FusedStages, make_skip, repeat
+from .blocks import FusedDecoder, FusedStages, SharedProducts, make_skip, repeat
 from .convolution import default_tile, native_bytes, native_layers
 from .device import last_level_cache
 from .norms import Skip
@@ -75,15 +75,18 @@ class Networks(Plan):
                 if isinstance(unet, PDAEDecoder)
                 else None
             )
+        shared = options.shared_products and self.gradient is not None
+        self._products = SharedProducts((self.eps, self.gradient)) if shared else None
         self._parts = [part for part in (self.trunk, self.eps, self.gradient) if part is not None]
         # Columns of a row of the tables: those of every part, then the two factors that make eps of the output.
         self._widths = [width for part in self._parts for width in part.table.row_widths]
         self._widths += [] if unet.to_eps is None else [1, 1]
         self._cache = last_level_cache(device)
         self._times: dict[int, Tensor] = {}
-        self._side = torch.cuda.Stream(device) if options.parallel_decoders else None
-        # Of the captured steps: the memory that their graphs share, and why there are none.
-        self.graph_pool = None
+        self._side = graphs.new_stream(device) if options.parallel_decoders else None
+        # Of the captured steps: the memory and stream of all, where they are not every trajectory's own; and why there
+        # are none.
+        self.graph_pool: graphs.Pool | None = None
         self.capture_failure: str | None = None
 
     def _choose_tiles(self, layers: list[nn.Conv2d], dtype: torch.dtype) -> list[nn.Conv2d]:
@@ -197,15 +200,18 @@ class Networks(Plan):
         """
         affines, run_gradient = self._affines(row, codes), workload.gradient == "run"
         skips = self._features(x, affines[0], workload, kept, self.options.shared_statistics and run_gradient)
+        own = skips
+        if self._products is not None and run_gradient and codes.weights is None:
+            own, skips = self._products(skips)
         if self._side is None or not run_gradient or len(x) * x.shape[2] * x.shape[3] > PARALLEL_PIXELS:
-            eps = self._decode_eps(x, row, skips, affines, workload, kept)
+            eps = self._decode_eps(x, row, own, affines, workload, kept)
             gradient = self._decode_gradient(skips, affines, codes, workload, kept) if run_gradient else None
         else:
             # The side stream waits for the trunk and is waited for: memory that either frees is not reused too early.
             main = torch.cuda.current_stream(self.device)
             self._side.wait_stream(main)
             with torch.cuda.stream(self._side):
-                eps = self._decode_eps(x, row, skips, affines, workload, kept)
+                eps = self._decode_eps(x, row, own, affines, workload, kept)
             gradient = self._decode_gradient(skips, affines, codes, workload, kept)
             main.wait_stream(self._side)
         if run_gradient and self.reuse.gradient > 1:

@@ -19,10 +19,14 @@ from .rewrites import Affine
 
 
 class Skip(NamedTuple):
-    """A map that the trunk leaves for the decoders, and its channel statistics where both decoders share them."""
+    """A map that the trunk leaves for the decoders, and its channel statistics where both decoders share them.
+
+    ``product`` [B * H * W, O] is its part of the 1x1 skip convolution of the one block that reads it, to be used up.
+    """
 
     x: Tensor
     statistics: Tensor | None = None
+    product: Tensor | None = None
 
 
 class Join(NamedTuple):
@@ -59,7 +63,7 @@ def normalise(
     return F.silu(y, inplace=True) if silu else y
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # never given up: captured graphs know them by their addresses
 def _identity(channels: int, device: torch.device) -> Affine:
     with torch.inference_mode(False):  # kept for callers in any mode
         return tuple(make(channels, dtype=torch.float32, device=device) for make in (torch.ones, torch.zeros))
@@ -79,7 +83,7 @@ def normalise_fused(
     ``x_bias`` [C] is the bias that the convolution before x left out: it is added as x (h of a join) is read.
     """
     multiplier, addend = affine[:2]
-    h, (skip, statistics) = x if isinstance(x, Join) else (x, (None, None))
+    h, (skip, statistics, _) = x if isinstance(x, Join) else (x, (None, None, None))
     if len(multiplier) == 1:
         weight, bias, scale, shift = multiplier[0], addend[0], None, None
     else:

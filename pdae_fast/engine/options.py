@@ -28,8 +28,10 @@ NEEDS = {
     "shared_statistics": Needs((("split_skips",),), without=("native_norms",)),
     # oneDNN adds residuals and biases inside its packed convolutions: nothing is left to fold.
     "folded_biases": Needs((("kernels",),), without=("packed_weights",)),
+    "shared_products": Needs((("split_skips",), ("folded_biases",))),
     "parallel_decoders": Needs((("a GPU",),)),
     "graphs": Needs((("a GPU",), ("fused_update",))),
+    "captured_fields": Needs((("graphs",),)),
 }
 
 
@@ -48,10 +50,12 @@ class Rewrites:
     split_skips: decoder blocks read h and the skip from where they are; the 1x1 skip convolution is a sum of two
         products.
     shared_statistics: a skip's channel statistics are computed once for both decoders.
-    folded_biases: convolution biases are added where the result is read next.
+    shared_products: the parts of both decoders' skip convolutions that read one skip are one product.
+    folded_biases: convolution biases are added where the result is read next; an attention's is part of its residual.
     fused_update: time tables, coefficients and the step index live on the device; the DDIM update is one op.
     parallel_decoders: the two decoders as branches on two streams (CUDA, small batches).
     graphs: one step captured as a CUDA graph and replayed (CUDA).
+    captured_fields: single evaluations captured too, for solvers other than DDIM (CUDA; off until measured).
     large_tiles: native convolutions of bfloat16 in tiles of 4x4 pixels, as of float32: an approximation.
     small_tiles: all of them in tiles of 2x2: less memory.
     """
@@ -62,9 +66,11 @@ class Rewrites:
     split_skips: bool = False
     shared_statistics: bool = False
     folded_biases: bool = False
+    shared_products: bool = False
     fused_update: bool = False
     parallel_decoders: bool = False
     graphs: bool = False
+    captured_fields: bool = False
     native_norms: bool = False
     native_convolutions: bool = False
     native_attention: bool = False
@@ -87,7 +93,7 @@ class Rewrites:
         if device.type != "cuda":
             return cls(native_norms=True, native_convolutions=True, native_attention=True)
         usable = kernels.triton_status()[0]
-        ops = dict.fromkeys(("kernels", "split_skips", "shared_statistics", "folded_biases"), usable)
+        ops = dict.fromkeys(("kernels", "split_skips", "shared_statistics", "folded_biases", "shared_products"), usable)
         whole = dict.fromkeys(("fused_update", "parallel_decoders", "graphs"), True)
         return cls(packed_weights=False, phase_upsample=False, **ops, **whole)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config import UNetConfig
 from ..errors import UserError
-from ..isolation import float32_means_float32
+from ..isolation import cudnn, float32_means_float32
 from ..models import PDAE, Prior, unet_of
 from ..models.unet import UNet
 from ..samplers.reuse import NOTHING, Reuse
@@ -88,9 +88,8 @@ class Plan:
         with contextlib.ExitStack() as context:
             context.enter_context(float32_means_float32())
             if self.device.type == "cuda":
-                flags = {"enabled": True, "benchmark": self.tunes, "allow_tf32": self.dtype is not torch.float32}
                 context.enter_context(one_at_a_time(self.device))
-                context.enter_context(torch.backends.cudnn.flags(**flags))
+                context.enter_context(cudnn(benchmark=self.tunes, exact=self.dtype is torch.float32))
             yield
 
     def count_evaluations(self, **images: int) -> None:

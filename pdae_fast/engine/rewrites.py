@@ -111,6 +111,8 @@ def group_norm(x: Tensor, multiplier: Tensor, addend: Tensor, groups: int = NORM
     the affine float32 [1, C], or [B, C] for one an image."""
     own = len(multiplier) > 1
     weight, bias = (None, None) if own else (multiplier[0], addend[0])
+    if x.device.type != "cpu" and not own:  # CUDA's operator takes them in the map's dtype alone
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     if scalar_in_half(x, groups):
         y = F.group_norm(x.float(), groups, weight, bias, eps).to(x.dtype)
     else:
@@ -159,10 +161,12 @@ def attention_tokens(
     norm: Callable[[Tensor], Tensor],
     attend: Callable[..., Tensor] = sdpa,
     projections: tuple[Convolution, Convolution] | None = None,
+    in_place: bool = False,
 ) -> Tensor:
     """The attention block on channels-last maps, whose [B, H*W, C] tokens need no transpose; ``norm`` is its GN.
 
-    ``projections`` are its two matrix products as 1x1 convolutions of maps; the second one adds its residual.
+    ``projections`` are its two matrix products as 1x1 convolutions of maps; the second one adds its residual. With
+    ``in_place`` the residual is x itself, used up, which has the second one's bias already.
     """
     B, C, H, W = x.shape
     maps = norm(x)
@@ -177,6 +181,10 @@ def attention_tokens(
     else:
         q, k, v = rows.view(B, H * W, block.heads, 3, d).unbind(3)
     h = attend(q, k, v).reshape(B, H, W, C)
+    if in_place:
+        rows = x.permute(0, 2, 3, 1).reshape(-1, C)  # x itself where it is channels-last
+        rows.addmm_(h.view(-1, C), block.proj_out.weight[:, :, 0].T)
+        return rows.view(B, H, W, C).permute(0, 3, 1, 2)
     if projections is None:
         y = x + F.linear(h, block.proj_out.weight[:, :, 0], block.proj_out.bias).permute(0, 3, 1, 2)
     else:

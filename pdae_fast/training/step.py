@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..engine.graphs import CaptureError, capture
+from ..engine.graphs import CaptureError, Pool, capture
 from ..errors import UserError
 from ..kernels import group_norm
 from ..models.layers import ResBlock, Stage
@@ -231,7 +231,7 @@ class GraphedStep:
         self, losses: Passes, optimizer: torch.optim.Optimizer, device: torch.device, capture: Callable = capture
     ) -> None:
         self.losses, self.optimizer, self.device, self._capture = losses, optimizer, device, capture
-        self.graph = None
+        self.graph = self.pool = None
         self.inputs: list[tuple[Tensor, ...]] = []
         self.result: Tensor | None = None
 
@@ -249,9 +249,9 @@ class GraphedStep:
             return
         self.inputs = [tuple(v.clone() for v in tensors) for tensors in batches]
         before = self._snapshot()
-        pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self.pool = self.pool or (Pool(self.device) if self.device.type == "cuda" else None)
         try:
-            self.graph = self._capture(self._step, lambda: self._restore(before), self.device, pool)
+            self.graph = self._capture(self._step, lambda: self._restore(before), self.device, self.pool)
         except CaptureError as error:
             raise UserError(f"--cuda-graph: this step cannot be captured ({error}); leave the option out") from None
         # The warm-up trained on the first batches; the run has not.

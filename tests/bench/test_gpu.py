@@ -1,8 +1,12 @@
 """The visit to a GPU: phases that fail or die, what the report says of them, and all of it on the CPU, tiny."""
 
 import csv
+import dataclasses
+import importlib.util
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
 import time
@@ -13,9 +17,12 @@ import torch
 
 from bench import tables
 from bench.gpu import __main__ as visit
-from bench.gpu import kernel_tests, paths, summary
+from bench.gpu import compiling, kernel_tests, opponent, paths, profile, summary
 from bench.gpu.cases import CaseLog, Context, NotHere, run_cases
+from bench.gpu.phase import PHASES
+from bench.networks import TINY
 from pdae_fast import cli
+from pdae_fast.engine.cost import network_costs
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,8 +207,6 @@ def test_memory_is_poisoned_and_put_back():
 
 
 def test_a_wrong_kernel_and_a_wrong_gradient_fail(tmp_path):
-    import dataclasses
-
     operation = next(iter(kernel_tests.operations(1, torch.float32, tiny=True)))
     assert kernel_tests._check(operation, context(tmp_path))["status"] == "PASS"
     wrong = dataclasses.replace(operation, ours=lambda **values: operation.ours(**values) * 1.001)
@@ -239,6 +244,181 @@ def test_a_used_folder_and_a_missing_gpu_are_refused(tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(cli.UserError, match="use --device cpu"):
             visit.main(["--out", str(tmp_path / "new")])
+
+
+# -- sides and opponents in processes of their own ---------------------------------------------------------------------
+
+
+def test_sides_that_were_measured_alone_get_their_ratio():
+    rows = [
+        {"phase": "bars", "case": name, "status": "INFO", "table": "step", "network": network, "batch": 64,
+         "contender": name, "median_s": seconds, "spread_s": [seconds, 2 * seconds], "peak_fraction": 0.6}
+        for network, name, seconds in (
+            ("celeba64", "baseline", 1.0), ("celeba64", "fused-bfloat16", 0.1), ("ffhq128", "fused-bfloat16", 0.1),
+        )
+    ]  # fmt: skip
+    found = summary.collect(rows)
+    ours = {r["network"]: r for r in found["step"] if r["contender"] == "fused-bfloat16"}
+    assert ours["celeba64"]["ratio"] == 10 and ours["celeba64"]["ratio_spread"] == [5, 20]
+    assert "ratio" not in ours["ffhq128"]  # killed before its baseline: the row still counts
+    bars = {what.split(":")[0]: (what, holds) for what, holds in summary.bars(rows, found) if "x the base" in what}
+    assert bars["celeba64 batch 64"][1] and bars["ffhq128 batch 64"][1] is None
+    # They are the last word, also beside rows of sides that took turns; and torch.compile is held against them.
+    turns = {**rows[1], "phase": "speed", "ratio": 2.0, "ratio_spread": [2, 2]}
+    compiled = {**rows[0], "phase": "compile", "table": "compiled", "contender": "compile-x", "median_s": 0.2}
+    rows = [*rows, turns, {**compiled, "ratio": 5.0}]
+    said = [what for what, _ in summary.bars(rows, summary.collect(rows)) if what.startswith("celeba64 batch 64")]
+    assert "10.00x" in said[0] and "2.00x" in said[1]
+
+
+OPPONENT = """
+import json, pathlib, sys, time
+out, go, how = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), sys.argv[3]
+if how == "dies":
+    sys.exit(5)
+while how == "waits" and not go.exists():
+    time.sleep(0.01)
+if how != "hangs":
+    out.write_text(json.dumps({"rows": [{"contender": "compile-max-autotune", "early": go.exists()}]}))
+else:
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", ["waits", "dies", "hangs"])
+def test_an_opponent_that_was_started_early(tmp_path, how):
+    own = Context(tmp_path, CPU, False, time.time() + (2 if how == "hangs" else 60), ("tiny",), (1, 8))
+
+    def command(network, batch, mode, context, *options):
+        assert (network, batch, mode) == ("tiny", 8, "max-autotune")
+        path = str(tmp_path / f".compiled-{network}-{batch}.json")
+        return [sys.executable, "-c", OPPONENT, path, str(tmp_path / ".go"), how]
+
+    early = opponent.Early(own, command)
+    (process,) = early.running.values()
+    assert not list(tmp_path.glob("*.json"))  # nothing is timed before its phase
+    if how == "dies":
+        process.wait()
+        early.look()
+        with pytest.raises(RuntimeError, match="ended with 5"):
+            opponent.compile_case("tiny", 8, own, command)
+    elif how == "hangs":
+        with pytest.raises(NotHere, match="did not compile in 1 s; reduce-overhead: only"):
+            opponent.compile_case("tiny", 8, own, command)
+    else:
+        assert opponent.compile_case("tiny", 8, own, command)[0]["early"]
+    early.end()
+    assert process.poll() is not None and {p.name for p in tmp_path.iterdir()} == {"log.txt"}
+
+
+# -- what the kernels' own tests, the compiler and the profiler say ----------------------------------------------------
+
+
+def test_the_kernels_tests_count_as_far_as_they_came(tmp_path):
+    lines = [
+        {"test": "tests/kernels/test_a.py::one", "outcome": "passed"},
+        {"test": "tests/kernels/test_a.py::two", "outcome": "skipped"},
+        {"test": "tests/kernels/test_b.py::three", "outcome": "failed", "message": "a\nE  assert 1 == 2"},
+    ]
+    (tmp_path / "0.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"test": "tests/ker')
+    (tmp_path / "0.log").write_text("the end of a log")
+    journal = CaseLog(tmp_path)
+    found = kernel_tests.outcomes(("test_a.py", "test_b.py", "test_c.py"), tmp_path, True, journal)
+    assert [row["status"] for row in found] == ["PASS", "FAIL", "FAIL"]
+    assert found[0]["reason"] == "test_a.py: 1 passed, 0 failed, 1 skipped; the time was up"
+    assert [r["reason"] for r in journal.rows()] == ["E assert 1 == 2", "no test of it ended"]
+    assert "the end of a log" in (tmp_path / "failures.txt").read_text()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_all_kernels_of_a_step_are_compiled_before(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    ((_, case),) = compiling.cases(dataclasses.replace(context(tmp_path), batches=(1,)))
+    found = case()
+    assert found["arch"] == "sm_90" and found["kernels"] > 10 and found["workers"] == 1
+
+
+def test_the_profile_has_every_convolution(tmp_path):
+    cases = dict(profile.cases(context(tmp_path)))
+    assert list(cases) == ["tiny batch 2", "tiny batch 1", "convolutions of tiny batch 2"]
+    rows = cases["tiny batch 1"]()
+    assert rows[0]["kernel"] == "(all)" and 0.9 < sum(r["time_fraction"] for r in rows[1:]) <= 1.001
+    rows = cases["convolutions of tiny batch 2"]()
+    flops = sum(r["tflop_rate"] * 1e12 * r["together_s"] for r in rows)
+    # All multiplications but those of 1x1 convolutions that run as matrix products, attention and projections.
+    assert 0.8 < flops / (2 * 2 * network_costs(TINY).full) < 1
+
+
+# -- killed ------------------------------------------------------------------------------------------------------------
+
+
+def visitors(out):
+    """Processes of the visit to ``out``."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(out).encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return [pid for pid in found if pid != os.getpid()]
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
+def test_a_visit_that_is_killed_reports_what_it_found(tmp_path, capsys):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "bench.gpu", "--out", str(out), "--device", "cpu", "--quick"]
+    process, end = (
+        subprocess.Popen([*command, "--only", "bars"], cwd=ROOT, stdout=subprocess.DEVNULL),
+        time.time() + 120,
+    )
+    while not CaseLog(out).started("bars"):
+        assert time.time() < end and process.poll() is None
+        time.sleep(0.02)
+    time.sleep(random.uniform(0, 2))  # now a process of a process of its own runs the first side
+    process.kill()
+    process.wait()
+    while visitors(out):  # nothing goes on behind its back
+        assert time.time() < end
+        time.sleep(0.05)
+    rows = CaseLog(out).rows()
+    assert visit.main(["--out", str(out), "--device", "cpu", "--report"]) == 0
+    report = capsys.readouterr().out
+    assert report == (out / "report.txt").read_text() and "matmul bfloat16" in report
+    assert report.rstrip().split("\n")[-1].startswith("----") and len(CaseLog(out).rows()) == len(rows)
+
+
+def test_a_visit_that_is_asked_to_end_reports_what_it_found(tmp_path, monkeypatch):
+    def run_phase(names, options, seconds, journal, look):
+        journal.write("environment", "matmul bfloat16", "INFO", table="peak", rate=1e12, unit="FLOP/s")
+        look()
+        assert "matmul bfloat16" in (tmp_path / "report.txt").read_text()  # also without an end
+        (tmp_path / "report.txt").unlink()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setattr(visit, "run_phase", run_phase)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        visit.main(["--out", str(tmp_path), "--device", "cpu"])
+    assert "matmul bfloat16" in (tmp_path / "report.txt").read_text() and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_second_part_adds_to_the_first(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(visit, "run_phase", lambda names, *_, **__: ran.append(names.split(",")))
+    CaseLog(tmp_path).write("bars", "a", "PASS")
+    for part in ("1", "2"):
+        if part == "1":
+            with pytest.raises(cli.UserError, match="already holds a visit"):
+                visit.main(["--out", str(tmp_path), "--device", "cpu", "--part", part])
+            continue
+        assert visit.main(["--out", str(tmp_path), "--device", "cpu", "--part", part]) == 0
+    assert visit.main(["--out", str(tmp_path / "new"), "--device", "cpu", "--part", "1"]) == 0
+    second, first = ran
+    assert first[:3] == ["environment", "prepare", "bars"] and second[:3] == ["environment", "recompile", "profile"]
+    assert set(first) & set(second) == {"environment"} and set(first) | set(second) == set(PHASES)
+    assert all(phase.seconds is None or phase.seconds <= 150 for phase in PHASES.values())
 
 
 @pytest.mark.slow

@@ -48,6 +48,7 @@ extras = {
     "dev": [
         "pytest>=8",
         "pytest-benchmark>=5",
+        "pytest-xdist>=3.5",
         "hypothesis>=6",
         "ruff>=0.15",
         "pyyaml",

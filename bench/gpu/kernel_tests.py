@@ -67,6 +67,7 @@ def _pytest(files: tuple[str, ...], context: Context) -> list[dict[str, Any]]:
                 ["-k", "test_op and odd and bf16"] if context.quick else []
             )
             own = {"PYTHONPATH": path, "SHARD": f"{shard}/{shards}", "SHARD_LINES": f"{folder}/{shard}.jsonl"}
+            own["PYTEST_ADDOPTS"] = ""  # of whoever runs this; they may start processes of their own
             with open(f"{folder}/{shard}.log", "w") as log:
                 running.append(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, **own}))
         # The models' own shapes follow, and want their share of the time.

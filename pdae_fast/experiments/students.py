@@ -1,7 +1,8 @@
 """What distillation buys: one small network, started in several ways, taught with few labels.
 
-Every arm is the same network with the same head, the same labelled images and the same steps of fine-tuning; arms
-differ in what it learned before, without labels: nothing (scratch, and "longer", which gets the steps of distillation
+Every arm is the same network with the same head, the same labelled images and the same steps of fine-tuning, in the
+first half of which the head learns alone where there is something to keep; arms differ in what the network learned
+before, without labels: nothing (scratch, and "longer", which gets the steps of distillation
 on top), the teacher's features at one time, at times drawn at random, by a policy (which alone sees the labels of the
 labelled images), or at all of them, or to reconstruct pixels, a control. Everything is drawn anew with every seed:
 weights, order, and which images are labelled; arms are compared seed by seed. "frozen" reads the maps of the student,
@@ -72,8 +73,7 @@ BATCH, TUNE_BATCH = 64, 20
 # Steps of distillation and of fine-tuning, quick and full; images of 32 px are cheap.
 STEPS = {"points": ((100, 100), (600, 300)), "parts": ((100, 100), (600, 300)), "classes": ((200, 300), (1000, 1000))}
 RATE = 1e-3  # of distillation
-# Of fine-tuning from scratch and of what was distilled: the best of each, on held-out training images.
-TUNE_RATES = {"points": (5e-4, 5e-4), "parts": (1e-2, 1e-2), "classes": (1e-2, 1e-2)}
+TUNE_RATES = {"points": 5e-4, "parts": 1e-2, "classes": 1e-2}  # the best for scratch, on held-out training images
 GRID = 4  # classes are read from maps averaged to it
 RESULTS, POLICY = "results.jsonl", "policy.json"
 
@@ -210,8 +210,9 @@ class Runs:
         """How good ``student``, which knows nothing yet where it is ``fresh``, is on the test images once it has
         learned from ``known``."""
         learned = RecogniseTask(with_head(student, known, seed), known, head_first=0.0 if fresh else HEAD_FIRST)
-        rate = TUNE_RATES[task.name][not fresh]
-        trainer = self._train(learned, Labelled(task.learn, known), name, steps, TUNE_BATCH, rate, seed)
+        trainer = self._train(
+            learned, Labelled(task.learn, known), name, steps, TUNE_BATCH, TUNE_RATES[task.name], seed
+        )
         return evaluate(trainer.ema, task.test, task.truth)[MEASURES[task.name]]
 
 

@@ -216,7 +216,7 @@ class TracedNetworks(nn.Module):
 
     def rows(self, times: list[int]) -> list[tuple[Tensor, ...]]:
         """What the norms of the two or three parts need of ``times``, each [S, sum C]; see AffineTable.at_times."""
-        emb = time_embeddings(self.unet[0], torch.tensor(times), self.label)
+        emb = time_embeddings(self.unet[0], torch.tensor(times), self.label, torch.float64)
         return [table.at_times(emb) for table in self.tables]
 
 

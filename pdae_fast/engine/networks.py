@@ -28,9 +28,6 @@ from .rewrites import Affine
 
 # Pixels of a batch up to which the two decoders leave most of a large GPU idle when they run one after the other.
 PARALLEL_PIXELS = 2**16
-# Rows of every product that makes time tables. Another number of rows is rounded otherwise, and a time's row may not
-# depend on which others were asked for before it or with it.
-ROWS = 16
 
 
 class Conditioning(NamedTuple):
@@ -142,19 +139,15 @@ class Networks(Plan):
             self._times.update(zip(missing, self._rows(missing).split(1), strict=True))
 
     def _rows(self, times: list[int], labels: Tensor | None = None) -> Tensor:
-        count = max(len(times), 1 if labels is None else len(labels))
-        return torch.cat([self._block(times, labels, range(i, min(i + ROWS, count))) for i in range(0, count, ROWS)])
-
-    def _block(self, times: list[int], labels: Tensor | None, rows: range) -> Tensor:
-        padded = [rows[i % len(rows)] for i in range(ROWS)]
-        times = [times[i % len(times)] for i in padded]
-        labels = None if labels is None else labels[[i % len(labels) for i in padded]]
-        emb = rewrites.time_embeddings(self.unet, torch.tensor(times, device=self.device), labels)
+        t = torch.tensor(times, device=self.device)
+        # In double precision, rounded once: a product of one row is rounded otherwise than one of many, and what a
+        # time gives may not depend on which others were asked for before it or with it.
+        emb = rewrites.time_embeddings(self.unet, t, labels, torch.float64)
         columns = [values for part in self._parts for values in part.table.at_times(emb)]
         if self.unet.to_eps is not None:
             factors = torch.from_numpy(self.unet.to_eps[times]).to(self.device, torch.float32)
-            columns.append(factors)
-        return torch.cat(columns, dim=1)[: len(rows)]
+            columns.append(factors.expand(len(emb), 2))
+        return torch.cat(columns, dim=1)
 
     @torch.inference_mode()
     def time_rows(self, times: Iterable[int], labels: Tensor | None = None) -> Tensor:

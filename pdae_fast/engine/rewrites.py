@@ -68,12 +68,13 @@ class AffineTable:
         return weight, bias
 
     def at_times(self, emb: Tensor) -> tuple[Tensor, ...]:
-        """emb [S, D] -> multiplier and addend [S, sum C] on the normalised h, or the offset [S, sum C] to h."""
-        rows = F.linear(F.silu(emb), *self.time)
+        """emb [S, D] -> multiplier and addend [S, sum C] on the normalised h, or the offset [S, sum C] to h: float32,
+        computed in the dtype of ``emb``."""
+        rows = F.linear(F.silu(emb), *(v.to(emb.dtype) for v in self.time))
         if not self.scale_shift:
-            return (rows,)
+            return (rows.float(),)
         scale, shift = rows.chunk(2, dim=1)
-        return self.weight * (1 + scale), self.bias * (1 + scale) + shift
+        return (self.weight * (1 + scale)).float(), (self.bias * (1 + scale) + shift).float()
 
     @property
     def row_widths(self) -> list[int]:
@@ -98,12 +99,14 @@ class AffineTable:
         return Affine(multiplier, addend, offset)
 
 
-def time_embeddings(unet: UNet, times: Tensor, labels: Tensor | None = None) -> Tensor:
-    """float32 [S, time_width] for int64 times [S], and labels [S]."""
+def time_embeddings(
+    unet: UNet, times: Tensor, labels: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """``dtype`` [S, time_width] for int64 times [S], and labels [S]; or [B, time_width] for one time and labels [B]."""
     first, _, second = unet.time_embed
-    h = F.linear(time_features(unet.config, times), first.weight.float(), first.bias.float())
-    emb = F.linear(F.silu(h), second.weight.float(), second.bias.float())
-    return emb if labels is None else emb + unet.class_emb.weight.float()[labels]
+    h = F.linear(time_features(unet.config, times).to(dtype), first.weight.to(dtype), first.bias.to(dtype))
+    emb = F.linear(F.silu(h), second.weight.to(dtype), second.bias.to(dtype))
+    return emb if labels is None else emb + unet.class_emb.weight.to(dtype)[labels]
 
 
 def group_norm(x: Tensor, multiplier: Tensor, addend: Tensor, groups: int = NORM_GROUPS, eps: float = 1e-5) -> Tensor:

@@ -83,7 +83,7 @@ def check_whole(
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError):
         whole = False
     if not whole:
-        raise UserError(f"{path}: damaged, its optimizer is not that of step {step}; {RESTORE}")
+        raise UserError(f"{path}: damaged, its optimizer is not that of step {step!s:.40}; {RESTORE}")
     for state, parameter in zip(states, trained, strict=True):
         for key in ("exp_avg", "exp_avg_sq") if state is not None else ():
             _check_tensor(path, f"optimizer {key}", state.get(key), parameter)

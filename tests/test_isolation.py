@@ -38,15 +38,21 @@ def said():
     return found | {"flags": (flags.enabled, flags.benchmark, flags.deterministic, flags.benchmark_limit)}
 
 
+def say_nothing():
+    """The newer switches as they are when PyTorch starts."""
+    for at in (("generic", "all"), ("cuda", "all"), ("mkldnn", "matmul"), ("mkldnn", "conv"), ("cuda", "matmul")):
+        torch._C._set_fp32_precision_setter(*at, "none")
+
+
 @pytest.fixture
 def as_it_starts():
+    say_nothing()  # whatever an earlier test left: "highest", said aloud, is another state than nothing
     legacy, before = torch.get_float32_matmul_precision(), said()
     allowed, flags = torch.backends.cudnn.allow_tf32, before["flags"]
     yield
     torch.set_float32_matmul_precision(legacy)
     torch.backends.cudnn.allow_tf32 = allowed
-    for at in (("generic", "all"), ("cuda", "all"), ("mkldnn", "matmul"), ("mkldnn", "conv"), ("cuda", "matmul")):
-        torch._C._set_fp32_precision_setter(*at, "none")
+    say_nothing()
     torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = flags[:3]
     assert said() == before
 

@@ -11,14 +11,16 @@ import contextlib
 import http.client
 import itertools
 import json
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from bench.page import serving
 from bench.tables import RUN
 from bench.timing import Alternation, clock, pedantic
-from pdae_fast.demo import command
 
 ROUNDS = 30
 BOUND = 0.4  # seconds, median, on two cores
@@ -28,15 +30,15 @@ VISITOR = "0123456789abcdef"
 @pytest.fixture
 def server(device):
     pytest.importorskip("uvicorn", reason="needs pip install 'pdae_fast[demo]'")
-    from pdae_fast.demo.app import warm_up
-
-    bench = command.workbench(command.parser().parse_args(["--device", str(device)]))
-    warm_up(bench)
-    with (
-        serving(bench) as served,
-        contextlib.closing(http.client.HTTPConnection("127.0.0.1", served.port)) as connection,
-    ):
-        yield connection
+    command = [sys.executable, "-m", "pdae_fast.demo", "--port", "0", "--device", str(device)]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **threads}) as process:
+        try:
+            port = int(re.search(r":(\d+) in a browser", process.stdout.readline())[1])
+            with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
+                yield connection
+        finally:
+            process.terminate()
 
 
 def test_slider_to_picture(benchmark, server):

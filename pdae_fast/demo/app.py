@@ -67,9 +67,11 @@ REQUESTS: dict[str, Handler] = {
 }
 
 
-def application(bench: Workbench, hosts: Sequence[str] = ("localhost", "127.0.0.1", "[::1]")) -> Starlette:
+def application(
+    bench: Workbench, hosts: Sequence[str] = ("localhost", "127.0.0.1", "[::1]"), turns: Turns | None = None
+) -> Starlette:
     """The page and its requests; ``hosts``: names under which it answers, "*" for any."""
-    turns, uploads = Turns(), asyncio.Semaphore(MOST_UPLOADS)
+    turns, uploads = turns or Turns(), asyncio.Semaphore(MOST_UPLOADS)
     page = {path: files(__package__).joinpath("page", name).read_bytes() for path, (name, _) in PAGE.items()}
 
     @asynccontextmanager

@@ -58,15 +58,21 @@ def main(argv: list[str] | None = None) -> None:
     except ImportError:
         raise UserError("the page needs starlette and uvicorn: pip install 'pdae_fast[demo]'") from None
     from .app import application, warm_up
+    from .turns import Turns
 
-    with listen(args.host, args.port) as listener:
+    def ready() -> Any:
         bench = workbench(args)
         warm_up(bench)
+        return bench
+
+    with listen(args.host, args.port) as listener:
+        turns = Turns()
+        bench = turns.first(ready)
         port = listener.getsockname()[1]
         host = f"[{args.host}]" if ":" in args.host else args.host
         alone = is_loopback(args.host)
         print(f"model {bench.name}; open http://{host}:{port} in a browser, end with Ctrl-C", flush=True)
-        app = application(bench, [*LOOPBACK, host] if alone else ["*"])
+        app = application(bench, [*LOOPBACK, host] if alone else ["*"], turns)
         bounds = {"limit_concurrency": MOST_CONNECTIONS, "timeout_graceful_shutdown": 2}
         config = uvicorn.Config(app, log_level="warning", server_header=False, **bounds)
         uvicorn.Server(config).run(sockets=[listener])

@@ -1,5 +1,6 @@
 """The web application on a real server: what it answers, refuses and gives away."""
 
+import asyncio
 import base64
 import contextlib
 import io
@@ -276,6 +277,25 @@ def test_mistakes_are_one_line(capsys, tmp_path, monkeypatch):
     assert "no_model" in refused("--port", "0", "--model", "no_model", "--input", str(tmp_path / "in"))
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert "pip install 'pdae_fast[demo]'" in refused("--port", "0")
+
+
+def test_one_thread_computes_from_the_start(bench, monkeypatch):
+    """Loading and the opening picture too: teams of OpenMP for two threads slow each other down."""
+    uvicorn, threads = pytest.importorskip("uvicorn", reason="needs pip install 'pdae_fast[demo]'"), []
+
+    def recorded(*values):
+        threads.append(threading.current_thread().name)
+        return bench
+
+    monkeypatch.setattr(command, "workbench", recorded)
+    monkeypatch.setattr("pdae_fast.demo.app.warm_up", recorded)
+
+    def serve(server, sockets):
+        asyncio.run(server.config.app.state.turns.run("v", "edit", recorded))
+
+    monkeypatch.setattr(uvicorn.Server, "run", serve)
+    command.main(["--port", "0"])
+    assert len(threads) == 3 and set(threads) == {threads[0]} and threads[0].startswith("demo")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "0.0.0.0", "192.168.0.9", "example.org"])

@@ -230,8 +230,8 @@ def describe_policy(model: Distiller, task: StudentTask, data: FeatureSet) -> di
 # -- recognition -------------------------------------------------------------------------------------------------------
 
 
-# Of a start that knows something, the share of the steps in which the head learns alone. Few labelled images would spoil
-# the maps that parts are read from; points gain little by it, and classes lose in a short run.
+# Of a start that knows something, the share of the steps in which the head learns alone. Few labelled images would
+# spoil the maps that parts are read from; points gain little by it, and classes lose in a short run.
 HEAD_FIRST = {"classes": 0.0, "points": 0.0, "parts": 0.5}
 TRUNK_RATE = 0.1
 

@@ -1,7 +1,7 @@
 """What distillation buys: one small network, started in several ways, taught with few labels.
 
-Every arm is the same network with the same head, the same labelled images and the same steps of fine-tuning (of parts,
-the head learns alone in the first half where there are maps to keep); arms differ in what the network learned before,
+Every arm is the same network with the same head, the same labelled images and the same steps of fine-tuning (with
+--full, the head of a distilled one learns alone in the first half); arms differ in what the network learned before,
 without labels: nothing (scratch, and "longer", which gets the steps of distillation on top), the teacher's features at
 one time, at times drawn at random, by a policy (which alone sees the labels of the labelled images), or at all of them,
 or to reconstruct pixels, a control. Everything is drawn anew with every seed: weights, order, and which images are
@@ -209,7 +209,8 @@ class Runs:
     ) -> float:
         """How good ``student``, which knows nothing yet where it is ``fresh``, is on the test images once it has
         learned from ``known``."""
-        first = 0.0 if fresh else HEAD_FIRST[task.name]
+        # A short distillation leaves little to keep.
+        first = HEAD_FIRST if self.args.full and not fresh else 0.0
         learned = RecogniseTask(with_head(student, known, seed), known, head_first=first)
         trainer = self._train(
             learned, Labelled(task.learn, known), name, steps, TUNE_BATCH, TUNE_RATES[task.name], seed

@@ -211,7 +211,7 @@ def _student_options(p: argparse.ArgumentParser, task: str) -> None:
             type=float,
             metavar="SHARE",
             help="of the steps, in which the head alone learns; then all does, what was learned before at a tenth of "
-            "the rate (default: 0.5 for parts; 0, all at one rate, otherwise and with --scratch)",
+            "the rate (default: 0.5; 0, all at one rate, with --scratch)",
         )
         _holdout_option(p)
         return

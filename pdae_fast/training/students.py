@@ -230,10 +230,7 @@ def describe_policy(model: Distiller, task: StudentTask, data: FeatureSet) -> di
 # -- recognition -------------------------------------------------------------------------------------------------------
 
 
-# Of a start that knows something, the share of the steps in which the head learns alone. Few labelled images would
-# spoil the maps that parts are read from; points gain little by it, and classes lose in a short run.
-HEAD_FIRST = {"classes": 0.0, "points": 0.0, "parts": 0.5}
-TRUNK_RATE = 0.1
+HEAD_FIRST, TRUNK_RATE = 0.5, 0.1
 
 
 class RecogniseTask(Task):
@@ -369,7 +366,7 @@ def recognise_task(
         start = Student(start.config)
     record = {"start": weights_fingerprint(start)[:16], "held-out images": len(judged[1].indices)}
     student = with_head(start, truth, args.seed)
-    usual = 0.0 if args.scratch or args.freeze else HEAD_FIRST[truth.task]
+    usual = 0.0 if args.scratch or args.freeze else HEAD_FIRST
     first = usual if args.head_first is None else args.head_first
     return RecogniseTask(student, truth, args.freeze, record, first), Labelled(dataset, truth), judged
 

@@ -12,7 +12,7 @@ COMMANDS = {
     "encode": "write the latents of images to one file",
     "interpolate": "make images between images",
     "manipulate": "edit attributes of images",
-    "demo": "open a page with sliders in a browser",
+    "demo": "serve a page with sliders for a browser",
     "sample": "sample new images",
     "few_shot": "sample a class of which only a few images are labelled",
     "evaluate": "measure reconstructions for several numbers of steps",

@@ -79,6 +79,7 @@ def test_from_a_teacher_to_a_student_that_predicts(tmp_path, data, teacher, comp
 
     teach = ("recognise", "--data", data, "--init-from", out, "--task", "classes", "--labels", 9)
     assert run(*teach, "--out", taught, *SMALL[:-1]) == 0
+    assert json.loads((taught / "train.json").read_text())["--head-first"] == 0.5
     report = json.loads((taught / "metrics.json").read_text())
     printed = capsys.readouterr().out
     assert report["part"] == "held out" and f"accuracy {report['accuracy']:.4f}\n30 images" in printed
@@ -93,7 +94,9 @@ def test_from_a_teacher_to_a_student_that_predicts(tmp_path, data, teacher, comp
     assert torch.equal(kept, student.trunk.stem.weight)
     assert run(*teach, "--out", tmp_path / "scratch", "--scratch", "--freeze", *SMALL) == 0
     assert not torch.equal(Student.from_pretrained(tmp_path / "scratch").trunk.stem.weight, student.trunk.stem.weight)
+    assert "--head-first" not in json.loads((tmp_path / "scratch" / "train.json").read_text())
     assert run(*teach, "--out", taught, *SMALL, "--resume") == 0
+    assert run(*teach, "--out", taught, *SMALL, "--resume", "--head-first", 0) == 2
 
 
 @pytest.mark.parametrize("estimator", ["exact", "reinforce"])

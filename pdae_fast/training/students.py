@@ -253,8 +253,9 @@ class RecogniseTask(Task):
     ) -> None:
         if not 0 <= head_first < 1:
             raise UserError(f"--head-first must be at least 0 and below 1, not {head_first}")
-        record = {"labels": truth.digest(), "--freeze": freeze, "--head-first": head_first, **(record or {})}
-        super().__init__(student, record)
+        record = {"labels": truth.digest(), "--freeze": freeze, **(record or {})}
+        # What is off is not recorded: runs from before it existed can be resumed.
+        super().__init__(student, record | ({"--head-first": head_first} if head_first else {}))
         self.scale, self.head_first = truth.scale, head_first
         student.trunk.requires_grad_(not freeze)
         student.pyramid.requires_grad_(not freeze and truth.task == "parts")

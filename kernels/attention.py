@@ -12,7 +12,7 @@ from torch import Tensor
 from ._native import Unavailable, matrix_abilities, threaded
 
 ATTENTION = struct.Struct("4P12qd")  # struct attention
-WIDTH = 16  # what a head's columns have to be a multiple of
+WIDTH = 8  # what a head's columns have to be a multiple of
 # RMS error of a result, relative to it, that the self-check allows.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 

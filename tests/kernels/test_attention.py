@@ -14,6 +14,8 @@ SHAPES = {
     "one-token": (1, 1, 1, 16),
     "fewer-than-a-panel": (2, 5, 3, 16),
     "odd": (2, 45, 2, 48),
+    "half-a-vector": (2, 37, 3, 8),
+    "no-whole-vectors": (2, 64, 4, 24),
     "whole-panels": (1, 64, 4, 64),
     "wide": (1, 70, 1, 400),
     "long": (1, 1029, 1, 32),
@@ -116,7 +118,8 @@ def test_what_fits():
     q, k, v = rows(SHAPES["odd"], torch.float32, 2).unbind(2)
     assert attention_fits(q, k, v) and not attention_fits(q.double(), k.double(), v.double())
     assert not attention_fits(q, k, v.contiguous()) and not attention_fits(q, k[:, :9], v)
-    assert not attention_fits(*(t[..., :40] for t in (q, k, v)))  # no whole vectors
+    assert attention_fits(*(t[..., :40] for t in (q, k, v)))
+    assert not attention_fits(*(t[..., :41] for t in (q, k, v)))
     assert not attention_fits(*(t[..., ::3] for t in (q, k, v)))
     assert attention_native(q[:0], k[:0], v[:0]).shape == (0, *q.shape[1:])
 

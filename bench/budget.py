@@ -39,11 +39,10 @@ ON_A_GPU = Rewrites(
     folded_biases=True, shared_products=True, fused_update=True,
 )  # fmt: skip
 OPS = {
-    "add_upsample": ("add_upsample", "upsample_add", "residual_add"),
+    "add_upsample": ("add_upsample", "upsample_add", "residual_add", "add_with_stats"),
     "ddim_update": ("ddim_update",),
-    "group_norm": ("group_norm", "channel_stats", "group_norm_apply"),
+    "group_norm": ("group_norm", "channel_stats", "group_norm_apply", "partial_stats"),
 }
-L2 = 50 << 20  # bytes of an H100's; above it a map's statistics are worth a launch of their own
 
 
 @contextlib.contextmanager
@@ -68,7 +67,6 @@ def meta_plan(model: PDAE, dtype: torch.dtype = torch.bfloat16, options: Rewrite
 
     with mock.patch.object(plans, "owned", owned):
         plan = FusedPlan(model, META, dtype, options)
-    plan._cache = L2
     return plan
 
 

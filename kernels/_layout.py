@@ -47,3 +47,24 @@ def to_layout(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
 def empty_image(x: torch.Tensor, shape: tuple, dtype: torch.dtype | None = None) -> torch.Tensor:
     """An uninitialised [B, C, H, W] tensor of `shape` in x's layout, device and (unless given) dtype."""
     return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format(is_channels_last(x)))
+
+
+def count_splits(pixels: int, wanted: int) -> int:
+    """The number of splits, none empty, when pixels are cut into at most `wanted` of equal length but the last."""
+    chunk = -(-pixels // wanted)
+    return -(-pixels // chunk)
+
+
+def check_partial(op: str, x: torch.Tensor, part: int, splits: int) -> None:
+    """Raise ValueError unless partial statistics of `part` channels, a power of two up to 32 that divides those of
+    x, and of `splits` splits of its pixels exist."""
+    if part < 1 or part & (part - 1) or part > 32 or x.shape[1] % part:
+        raise ValueError(f"{op}: {x.shape[1]} channels do not fall into parts of {part}")
+    pixels = x.shape[2] * x.shape[3]
+    if splits < 1 or count_splits(pixels, splits) != splits:
+        raise ValueError(f"{op}: {pixels} pixels do not fall into {splits} splits")
+
+
+def empty_partial(x: torch.Tensor, part: int, splits: int) -> torch.Tensor:
+    """Uninitialised float32 [B, C / part, splits, 2]: partial statistics of x."""
+    return torch.empty((x.shape[0], x.shape[1] // part, splits, 2), dtype=torch.float32, device=x.device)

@@ -3,8 +3,9 @@
 A ResBlock ends in h + x, h being a convolution's output. cuDNN adds a convolution's bias in a pass of its own:
 `residual_add` takes that bias along instead. The up ResBlock of an ADM U-Net ends in h + upsample2x(x):
 `upsample_add` reads x at its own size, so the four times larger upsampled residual is never written.
-`add_upsample` is upsample2x(h + residual), for an addition that is only read upsampled. All are differentiable,
-keep the layout of h, add in float32 and round once.
+`add_upsample` is upsample2x(h + residual), for an addition that is only read upsampled. These are differentiable,
+keep the layout of h, add in float32 and round once. For inference `add_with_stats` also leaves what the GroupNorm
+that reads the result needs to know of it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._launch import run
-from ._layout import check_image, check_like, empty_image, is_channels_last, to_layout
+from ._layout import (
+    check_image,
+    check_like,
+    check_partial,
+    empty_image,
+    empty_partial,
+    is_channels_last,
+    to_layout,
+)
 from ._triton import MAX_IMAGE_ELEMENTS, fallback_reason
+from .group_norm_torch import torch_partial_stats
 
 
 def add_upsample_reference(h: Tensor, residual: Tensor) -> Tensor:
@@ -68,6 +78,17 @@ def upsample_add(h: Tensor, residual: Tensor, bias: Tensor | None = None) -> Ten
     return _upsample_add(h, residual, bias)
 
 
+def add_with_stats(h: Tensor, residual: Tensor, bias: Tensor | None, part: int, splits: int) -> tuple[Tensor, Tensor]:
+    """(y, partial statistics of y): y as `residual_add` makes it, or where residual is half as high and wide as
+    `upsample_add` does; the statistics as `partial_stats`. Not differentiable.
+
+    Raises ValueError as these do.
+    """
+    _check("add_with_stats", h, residual, 1 if residual.shape == h.shape else 2, bias)
+    check_partial("add_with_stats", h, part, splits)
+    return _add_with_stats(h, residual, bias, part, splits)
+
+
 def _check(op: str, h: Tensor, residual: Tensor, factor: int, bias: Tensor | None = None) -> None:
     check_image(op, "h", h)
     check_image(op, "residual", residual)
@@ -116,6 +137,13 @@ def _torch_upsample_add(h: Tensor, residual: Tensor, bias: Tensor | None) -> Ten
     wide = torch.promote_types(h.dtype, torch.float32)
     total = _upsample(torch.add(residual, bias.to(wide).view(-1, 1, 1)), channels_last).add_(h)
     return total.to(h.dtype)
+
+
+def _torch_add_with_stats(
+    h: Tensor, residual: Tensor, bias: Tensor | None, part: int, splits: int
+) -> tuple[Tensor, Tensor]:
+    y = (_torch_residual_add if residual.shape == h.shape else _torch_upsample_add)(h, residual, bias)
+    return y, torch_partial_stats(y, part, splits, None)
 
 
 def _bias_gradient(ctx, grad: Tensor) -> Tensor | None:
@@ -216,3 +244,26 @@ def _residual_add_backward(ctx, grad):
 
 
 _residual_add.register_autograd(_residual_add_backward, setup_context=_keep_bias_dtype)
+
+
+@torch.library.custom_op("pdae_fast::add_with_stats", mutates_args=(), device_types="cpu")
+def _add_with_stats(h: Tensor, residual: Tensor, bias: Tensor | None, part: int, splits: int) -> tuple[Tensor, Tensor]:
+    return _torch_add_with_stats(h, residual, bias, part, splits)
+
+
+@_add_with_stats.register_kernel("cuda")
+def _add_with_stats_cuda(h, residual, bias, part, splits):
+    if fallback_reason(h):
+        return _torch_add_with_stats(h, residual, bias, part, splits)
+    from .add_upsample_triton import add_stats_launches
+
+    channels_last = is_channels_last(h)
+    out, partial = empty_image(h, h.shape), empty_partial(h, part, splits)
+    h, residual = to_layout(h, channels_last), to_layout(residual, channels_last)
+    run(add_stats_launches(h, residual, None if bias is None else bias.contiguous(), out, partial))
+    return out, partial
+
+
+@_add_with_stats.register_fake
+def _(h, residual, bias, part, splits):
+    return empty_image(h, h.shape), empty_partial(h, part, splits)

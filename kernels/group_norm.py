@@ -23,13 +23,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._launch import run
-from ._layout import check_image, check_like, empty_image, is_channels_last, to_layout
+from ._launch import processors, run
+from ._layout import (
+    check_image,
+    check_like,
+    check_partial,
+    count_splits,
+    empty_image,
+    empty_partial,
+    is_channels_last,
+    to_layout,
+)
 from ._triton import fallback_reason
 from .group_norm_native import group_norm_native, native_fits, native_status
-from .group_norm_torch import collapse, torch_apply, torch_backward, torch_forward, torch_stats, wide_dtype
+from .group_norm_torch import (
+    collapse,
+    torch_apply,
+    torch_backward,
+    torch_forward,
+    torch_partial_stats,
+    torch_stats,
+    wide_dtype,
+)
 
 MAX_GROUP_CHANNELS = 4096  # a group's channels must fit one tile of the kernels
+# Of partial statistics: programs of one split of an image that a processor holds, when an image has four blocks of
+# channels; the fewest pixels that are worth a program; and the most that a norm should have to merge.
+SPLITS_RESIDENT, MIN_SPLIT, MAX_SPLITS = 1, 64, 32
 
 
 def group_norm(
@@ -74,6 +94,28 @@ def channel_stats(x: Tensor, x_bias: Tensor | None = None) -> Tensor:
     return _channel_stats(x, x_bias)
 
 
+def partial_stats(x: Tensor, part: int, splits: int, x_bias: Tensor | None = None) -> Tensor:
+    """Float32 [B, C / part, splits, 2]: as `channel_stats` does, of every `part` channels together, and of every
+    ceil(H * W / splits) pixels in their order apart. One launch, where `channel_stats` may take two.
+
+    Raises ValueError as that does, and for what `check_partial` refuses.
+    """
+    check_image("partial_stats", "x", x)
+    check_partial("partial_stats", x, part, splits)
+    if x_bias is not None:
+        check_like("partial_stats", "x_bias", x_bias, (x.shape[1],), x.device)
+    return _partial_stats(x, part, splits, x_bias)
+
+
+def stats_splits(batch: int, pixels: int, device: torch.device) -> int:
+    """The splits of partial statistics with which ``batch`` maps of ``pixels`` each keep a device busy, and that a
+    norm merges from cache for little."""
+    if device.type == "cpu":
+        return 1
+    wanted = max(1, min(SPLITS_RESIDENT * processors(device) // batch, pixels // MIN_SPLIT, MAX_SPLITS))
+    return count_splits(pixels, 1 << wanted.bit_length() - 1)
+
+
 def group_norm_apply(
     x: Tensor,
     stats: Tensor,
@@ -88,7 +130,8 @@ def group_norm_apply(
     stats2: Tensor | None = None,
     x_bias: Tensor | None = None,
 ) -> Tensor:
-    """`group_norm` with the statistics given: stats = channel_stats(x, x_bias), stats2 = channel_stats(x2).
+    """`group_norm` with the statistics given: stats = channel_stats(x, x_bias), stats2 = channel_stats(x2); or
+    partial statistics of both, of one part, which divides a group and both inputs, and one number of splits.
     Not differentiable.
 
     Raises ValueError as `group_norm` does, for statistics of another shape, and when only one of x2 and
@@ -97,9 +140,15 @@ def group_norm_apply(
     _check("group_norm_apply", x, weight, bias, num_groups, scale, shift, x2, x_bias)
     if (x2 is None) != (stats2 is None):
         raise ValueError("group_norm_apply: x2 and stats2 go together, got only one of them")
+    shape, part = (2,), 1
+    if stats.dim() == 4 and stats.shape[1]:
+        shape, part = (stats.shape[2], 2), max(1, x.shape[1] // stats.shape[1])
+        check_partial("group_norm_apply", x, part, stats.shape[2])
+        if len(weight) // num_groups % part:
+            raise ValueError(f"group_norm_apply: statistics of {part} channels do not make up a group")
     for name, image, table in (("stats", x, stats), ("stats2", x2, stats2)):
         if image is not None:
-            check_like("group_norm_apply", name, table, (image.shape[0], image.shape[1], 2), x.device)
+            check_like("group_norm_apply", name, table, (image.shape[0], image.shape[1] // part, *shape), x.device)
     return _group_norm_apply(x, stats, weight, bias, num_groups, eps, scale, shift, silu, x2, stats2, x_bias)
 
 
@@ -295,6 +344,28 @@ def _channel_stats_cuda(x, x_bias=None):
 @_channel_stats.register_fake
 def _(x, x_bias=None):
     return x.new_empty((*x.shape[:2], 2), dtype=torch.float32)
+
+
+@torch.library.custom_op("pdae_fast::partial_stats", mutates_args=(), device_types="cpu")
+def _partial_stats(x: Tensor, part: int, splits: int, x_bias: Tensor | None = None) -> Tensor:
+    return torch_partial_stats(x, part, splits, x_bias)
+
+
+@_partial_stats.register_kernel("cuda")
+def _partial_stats_cuda(x, part, splits, x_bias=None):
+    if fallback_reason(x):
+        return torch_partial_stats(x, part, splits, x_bias)
+    from .group_norm_plan import partial_stats_launches
+
+    partial = empty_partial(x, part, splits)
+    x_bias = None if x_bias is None else x_bias.contiguous()
+    run(partial_stats_launches(to_layout(x, is_channels_last(x)), x_bias, partial))
+    return partial
+
+
+@_partial_stats.register_fake
+def _(x, part, splits, x_bias=None):
+    return empty_partial(x, part, splits)
 
 
 @torch.library.custom_op("pdae_fast::group_norm_apply", mutates_args=(), device_types="cpu")

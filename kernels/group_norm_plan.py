@@ -97,7 +97,7 @@ def _reduction(x: torch.Tensor, channels: int, per_group: int = 1) -> tuple[tupl
 @dataclass(frozen=True)
 class Statistics:
     """What `apply_kernel` merges: `table` [B, channels / part, splits, 2] of (mean, M2), `chunk` pixels a split;
-    or, with `table2`, one [B, C, 2] of each input. A bias of x is in the means already."""
+    or, with `table2`, one of each input. A bias of x is in the means already."""
 
     table: torch.Tensor
     table2: torch.Tensor | None
@@ -117,16 +117,42 @@ def _statistics(x, x_bias, x2, per_group: int) -> tuple[Launch, Statistics]:
     pair = _biased_pair(x, x2, x_bias)
     channels = pair["c1"] + pair["c2"]
     grid, constants, splits = _reduction(x, channels, per_group)
-    part = _part(per_group, constants["BLOCK_C"])
+    part, chunk = _part(per_group, constants["BLOCK_C"]), constants["STEPS"] * constants["BLOCK_S"]
     partial = torch.empty((x.shape[0], channels // part, splits, 2), dtype=torch.float32, device=x.device)
     launch = Launch(
         stats_kernel,
         grid,
-        {**pair, "partial": partial, "splits": splits},
+        {**pair, "partial": partial, "splits": splits, "chunk": chunk},
         {"PART": part, "HAS_BIAS": x_bias is not None, "HAS_X2": x2 is not None, **constants},
         _warps(constants["BLOCK_C"] * constants["BLOCK_S"]),
     )
-    return launch, Statistics(partial, None, part, splits, constants["STEPS"] * constants["BLOCK_S"])
+    return launch, Statistics(partial, None, part, splits, chunk)
+
+
+def partial_blocks(x: torch.Tensor, part: int, chunk: int) -> tuple[dict, int]:
+    """(constants, warps) of programs that read `chunk` pixels of some channels of x and merge every `part` of
+    them."""
+    channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
+    blocks = _blocks(channels, min(chunk, pixels), is_channels_last(x), REDUCTION_TILE, 32)
+    if blocks["BLOCK_C"] < part:
+        blocks = {"BLOCK_C": part, "BLOCK_S": max(1, blocks["BLOCK_S"] * blocks["BLOCK_C"] // part)}
+    constants = {
+        "PART": part, **blocks, "STEPS": cdiv(chunk, blocks["BLOCK_S"]), "CHANNELS_LAST": is_channels_last(x),
+    }  # fmt: skip
+    return constants, _warps(blocks["BLOCK_C"] * blocks["BLOCK_S"])
+
+
+def partial_stats_launches(x: torch.Tensor, x_bias: torch.Tensor | None, partial: torch.Tensor) -> list[Launch]:
+    """Write partial [B, C / part, splits, 2] (mean, M2) of x [B, C, H, W] + x_bias [C], for the part and the splits
+    that its shape says."""
+    batch, channels, splits = x.shape[0], x.shape[1], partial.shape[2]
+    pair = _biased_pair(x, None, x_bias)
+    chunk = cdiv(pair["pixels"], splits)
+    constants, warps = partial_blocks(x, channels // partial.shape[1], chunk)
+    arguments = {**pair, "partial": partial, "splits": splits, "chunk": chunk}
+    grid = (splits, cdiv(channels, constants["BLOCK_C"]), batch)
+    constants = {"HAS_BIAS": x_bias is not None, "HAS_X2": False, **constants}
+    return [Launch(stats_kernel, grid, arguments, constants, warps)]
 
 
 def channel_stats_launches(x: torch.Tensor, x_bias: torch.Tensor | None, stats: torch.Tensor) -> list[Launch]:
@@ -147,8 +173,10 @@ def channel_stats_launches(x: torch.Tensor, x_bias: torch.Tensor | None, stats: 
 
 
 def given_statistics(x: torch.Tensor, stats: torch.Tensor, stats2: torch.Tensor | None) -> Statistics:
-    """Channel statistics [B, C, 2], contiguous float32, of each input, for `apply_launches`."""
-    return Statistics(stats, stats2, 1, 1, x.shape[2] * x.shape[3])
+    """Channel statistics [B, C, 2], or partial ones [B, C / part, splits, 2] of one part and one number of splits,
+    contiguous float32, of each input, for `apply_launches`."""
+    splits = stats.shape[2] if stats.dim() == 4 else 1
+    return Statistics(stats, stats2, x.shape[1] // stats.shape[1], splits, cdiv(x.shape[2] * x.shape[3], splits))
 
 
 def apply_launches(

@@ -129,13 +129,30 @@ def torch_stats(x: Tensor, x_bias: Tensor | None) -> Tensor:
     return torch.stack([mean if x_bias is None else mean + x_bias.to(mean.dtype), m2], 2).float()
 
 
+def torch_partial_stats(x: Tensor, part: int, splits: int, x_bias: Tensor | None) -> Tensor:
+    wide = x.to(wide_dtype(x.dtype))
+    wide = wide if x_bias is None else wide + x_bias.to(wide.dtype).view(-1, 1, 1)
+    wide = wide.flatten(2).reshape(x.shape[0], x.shape[1] // part, part, -1)
+    found = []
+    for piece in wide.split(-(-wide.shape[3] // splits), 3):
+        mean = piece.mean((2, 3), keepdim=True)
+        found.append(torch.stack([mean[:, :, 0, 0], (piece - mean).square_().sum((2, 3))], 2))
+    return torch.stack(found, 2).float()
+
+
 def torch_apply(x, stats, weight, bias, num_groups, eps, scale, shift, silu, x2, stats2, x_bias) -> Tensor:
     batch, _, height, width = x.shape
+    pixels, channels = height * width, x.shape[1] + (0 if x2 is None else x2.shape[1])
+    splits = stats.shape[2] if stats.dim() == 4 else 1
     stats = stats if stats2 is None else torch.cat([stats, stats2], 1)
-    channels = stats.shape[1]
-    grouped = stats.to(wide_dtype(x.dtype)).view(batch, num_groups, -1, 2)
-    mean = grouped[..., 0].mean(2, keepdim=True)
-    variance = (grouped[..., 1] / (height * width) + (grouped[..., 0] - mean).square()).mean(2, keepdim=True)
+    level, m2 = stats.to(wide_dtype(x.dtype)).view(batch, num_groups, -1, splits, 2).unbind(4)
+    chunk = -(-pixels // splits)
+    # Of a group's elements each split has as many as it has pixels.
+    share = torch.full((splits,), chunk / pixels, dtype=level.dtype, device=x.device)
+    share[-1:] = (pixels - (splits - 1) * chunk) / pixels
+    mean = (level * share).sum(3).mean(2, keepdim=True)
+    spread = (share * (level - mean[..., None]).square()).sum(3).mean(2, keepdim=True)
+    variance = m2.sum((2, 3)).unsqueeze(2) / (channels // num_groups * pixels) + spread
     a, b = collapse(weight, bias, scale, shift, batch, mean.dtype)
     a = (a.reshape(batch, num_groups, -1) * torch.rsqrt(variance + eps)).view(batch, channels, 1, 1)
     mean = mean.expand(-1, -1, channels // num_groups).reshape(batch, channels, 1, 1)

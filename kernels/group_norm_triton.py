@@ -202,35 +202,15 @@ def fused_kernel(
 
 
 @triton.jit
-def stats_kernel(
-    x1, x2, x_bias, partial, c1, c2, pixels, splits,
-    PART: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_X2: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, STEPS: tl.constexpr,
-):  # fmt: skip
-    """partial [B, (C1 + C2) / PART, splits, 2]: (mean, M2) of each run of PART channels over one split of the
-    pixels. PART divides BLOCK_C and C1 + C2. Grid (splits, channel blocks, batch)."""
-    split = tl.program_id(0)
-    image = tl.program_id(2).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    channels = c1 + c2
-    real = channel < channels
-    lane_s = tl.arange(0, BLOCK_S)
-    lane_mean = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
-    lane_m2 = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
-    for step in tl.range(STEPS, loop_unroll_factor=LOADS // 2 if HAS_X2 else LOADS):
-        pixel = (split * STEPS + step) * BLOCK_S + lane_s
-        valid = real[:, None] & (pixel < pixels)[None, :]
-        tile = _load(x1, x2, image, channel, pixel, valid, c1, c2, pixels, HAS_X2, CHANNELS_LAST)
-        lane_mean, lane_m2 = _welford(tile, valid, lane_mean, lane_m2, step + 1.0)
-    first = split * (STEPS * BLOCK_S)
-    count = _lane_count(first + lane_s, pixels, BLOCK_S, STEPS)
-    mean, m2 = _chan(tl.broadcast_to(count, [BLOCK_C, BLOCK_S]), lane_mean, lane_m2)
-    bias = _channel_bias(x_bias, channel, channel < c1, HAS_BIAS)
+def store_partial(
+    partial, image, mean, m2, size, bias, channels, split, splits, PART: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Store the (mean, M2) of `size` pixels of each channel [BLOCK_C], with bias [BLOCK_C] added to the means, to
+    partial [B, channels / PART, splits, 2]: runs of PART channels merged. PART divides BLOCK_C and channels."""
     row = tl.program_id(1) * (BLOCK_C // PART) + tl.arange(0, BLOCK_C // PART)
     if PART == 1:
         mean += bias
     else:
-        size = tl.minimum(pixels - first, STEPS * BLOCK_S).to(tl.float32)
         bias = tl.reshape(bias, [BLOCK_C // PART, PART])
         mean = tl.reshape(mean, [BLOCK_C // PART, PART])
         merged = tl.sum(mean + bias, 1) * (1.0 / PART)
@@ -243,6 +223,36 @@ def stats_kernel(
     at = partial + ((image * rows + row) * splits + split) * 2
     tl.store(at, mean, row < rows)
     tl.store(at + 1, m2, row < rows)
+
+
+@triton.jit
+def stats_kernel(
+    x1, x2, x_bias, partial, c1, c2, pixels, splits, chunk,
+    PART: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_X2: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """partial [B, (C1 + C2) / PART, splits, 2]: (mean, M2) of each run of PART channels over one split of `chunk`
+    pixels, which STEPS * BLOCK_S cover. Grid (splits, channel blocks, batch)."""
+    split = tl.program_id(0)
+    image = tl.program_id(2).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channels = c1 + c2
+    real = channel < channels
+    lane_s = tl.arange(0, BLOCK_S)
+    first = split * chunk
+    size = tl.minimum(pixels - first, chunk)
+    lane_mean = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
+    lane_m2 = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
+    for step in tl.range(STEPS, loop_unroll_factor=LOADS // 2 if HAS_X2 else LOADS):
+        lane = step * BLOCK_S + lane_s
+        pixel = first + lane
+        valid = real[:, None] & (lane < size)[None, :]
+        tile = _load(x1, x2, image, channel, pixel, valid, c1, c2, pixels, HAS_X2, CHANNELS_LAST)
+        lane_mean, lane_m2 = _welford(tile, valid, lane_mean, lane_m2, step + 1.0)
+    count = _lane_count(lane_s, size, BLOCK_S, STEPS)
+    mean, m2 = _chan(tl.broadcast_to(count, [BLOCK_C, BLOCK_S]), lane_mean, lane_m2)
+    bias = _channel_bias(x_bias, channel, channel < c1, HAS_BIAS)
+    store_partial(partial, image, mean, m2, size.to(tl.float32), bias, channels, split, splits, PART, BLOCK_C)
 
 
 @triton.jit
@@ -280,9 +290,10 @@ def _group_column(
     valid = (channel < c1 + c2)[:, None] & (column < parts * splits)[None, :]
     count = tl.where(column < parts * splits, tl.minimum(pixels - split * chunk, chunk) * PART, 0)
     if HAS_STATS2:
-        first, second = valid & (row < c1), valid & (row >= c1)
-        address1 = stats1 + (image * c1 + row) * 2
-        address2 = stats2 + (image * c2 + row - c1) * 2
+        rows1 = c1 // PART
+        first, second = valid & (row < rows1), valid & (row >= rows1)
+        address1 = stats1 + ((image * rows1 + row) * splits + split[None, :]) * 2
+        address2 = stats2 + ((image * (c2 // PART) + row - rows1) * splits + split[None, :]) * 2
         # A row belongs to one input only: the other's lanes are all zero.
         mean = tl.load(address1, first, other=0.0) + tl.load(address2, second, other=0.0)
         m2 = tl.load(address1 + 1, first, other=0.0) + tl.load(address2 + 1, second, other=0.0)
@@ -305,7 +316,7 @@ def apply_kernel(
     Grid (pixel blocks, channel blocks, batch).
 
     stats1 is [B, (C1 + C2) / PART, splits, 2] as `stats_kernel` writes it, the bias in it; with HAS_STATS2,
-    stats1 is [B, C1, 2] and stats2 [B, C2, 2], PART and splits being 1. Every program merges what it needs,
+    stats1 is [B, C1 / PART, splits, 2] and stats2 [B, C2 / PART, splits, 2]. Every program merges what it needs,
     from cache: cheaper than a launch between. MERGES * BLOCK_M covers the columns to merge.
     """
     image = tl.program_id(2).to(tl.int64)

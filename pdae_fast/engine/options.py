@@ -49,7 +49,8 @@ class Rewrites:
     native_attention: attention in native code (CPU), where no other backend is asked for.
     split_skips: decoder blocks read h and the skip from where they are; the 1x1 skip convolution is a sum of two
         products.
-    shared_statistics: a skip's channel statistics are computed once for both decoders.
+    shared_statistics: a map's statistics are computed once for all norms that read it: with the addition that makes it
+        (where biases are folded), or apart.
     shared_products: the parts of both decoders' skip convolutions that read one skip are one product.
     folded_biases: convolution biases are added where the result is read next; an attention's is part of its residual.
     fused_update: time tables, coefficients and the step index live on the device; the DDIM update is one op.

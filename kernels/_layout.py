@@ -26,6 +26,28 @@ def check_like(op: str, name: str, x: torch.Tensor, shape: tuple, device: torch.
         raise ValueError(f"{op}: {name} is on {x.device}, expected {device}")
 
 
+def check_rows(op: str, name: str, rows: torch.Tensor, channels: int, x: torch.Tensor) -> None:
+    """Raise ValueError unless `rows` is a vector of so many channels, or has one for every equal share of x's images in
+    their order: [S, channels], S a divisor of x's batch."""
+    lead = () if rows.dim() != 2 or not len(rows) or len(x) % len(rows) else (len(rows),)
+    check_like(op, name, rows, (*lead, channels), x.device)
+
+
+def unit_rows(rows: torch.Tensor | None) -> torch.Tensor | None:
+    """`rows` with unit stride along the channels."""
+    return rows if rows is None or rows.stride(-1) == 1 else rows.contiguous()
+
+
+def spread(rows: torch.Tensor, batch: int) -> torch.Tensor:
+    """[C] as it is, [S, C] as one row an image."""
+    return rows if rows.dim() == 1 else rows.repeat_interleave(batch // len(rows), 0)
+
+
+def gathered(rows: torch.Tensor, shape: tuple) -> torch.Tensor:
+    """One row an image summed to the `shape` that `spread` was given: the transpose of that."""
+    return rows.reshape(shape[0] if len(shape) == 2 else 1, -1, rows.shape[1]).sum(1).view(shape)
+
+
 def is_channels_last(x: torch.Tensor) -> bool:
     """The layout an op answers in: channels-last when channels are the fastest axis and NCHW would need a
     copy.

@@ -19,10 +19,14 @@ from ._layout import (
     check_image,
     check_like,
     check_partial,
+    check_rows,
     empty_image,
     empty_partial,
+    gathered,
     is_channels_last,
+    spread,
     to_layout,
+    unit_rows,
 )
 from ._triton import MAX_IMAGE_ELEMENTS, fallback_reason
 from .group_norm_torch import torch_partial_stats
@@ -37,7 +41,7 @@ def add_upsample_reference(h: Tensor, residual: Tensor) -> Tensor:
 def residual_add_reference(h: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
     """h + residual + bias, in float32 (float64 for float64 inputs)."""
     total = h.to(torch.promote_types(h.dtype, torch.float32)) + residual
-    return total if bias is None else total + bias.to(total.dtype)[:, None, None]
+    return total if bias is None else total + spread(bias, len(h)).to(total.dtype)[..., None, None]
 
 
 def upsample_add_reference(h: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -57,8 +61,8 @@ def add_upsample(h: Tensor, residual: Tensor) -> Tensor:
 
 
 def residual_add(h: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
-    """h + residual, both [B, C, H, W] of one dtype, + bias [C] of any floating dtype, or None: in h's dtype and
-    layout.
+    """h + residual, both [B, C, H, W] of one dtype, + bias of any floating dtype, [C], or [S, C] with a row for every
+    B / S images in turn, or None: in h's dtype and layout.
 
     NCHW or channels-last; other stride patterns are copied first. Raises ValueError for wrong shapes, dtypes
     or devices.
@@ -68,8 +72,8 @@ def residual_add(h: Tensor, residual: Tensor, bias: Tensor | None = None) -> Ten
 
 
 def upsample_add(h: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
-    """h [B, C, 2H, 2W] plus the nearest 2x upsampling of residual [B, C, H, W], of one dtype, + bias [C] of any
-    floating dtype, or None: in h's dtype and layout.
+    """h [B, C, 2H, 2W] plus the nearest 2x upsampling of residual [B, C, H, W], of one dtype, + bias as of
+    `residual_add`, or None: in h's dtype and layout.
 
     NCHW or channels-last; other stride patterns are copied first. Raises ValueError for wrong shapes, dtypes
     or devices.
@@ -98,7 +102,7 @@ def _check(op: str, h: Tensor, residual: Tensor, factor: int, bias: Tensor | Non
     if residual.dtype != h.dtype:
         raise ValueError(f"{op}: residual is {residual.dtype} but h is {h.dtype}")
     if bias is not None:
-        check_like(op, "bias", bias, (h.shape[1],), h.device)
+        check_rows(op, "bias", bias, h.shape[1], h)
 
 
 def _sum_windows(grad: Tensor) -> Tensor:
@@ -125,7 +129,9 @@ def _torch_residual_add(h: Tensor, residual: Tensor, bias: Tensor | None) -> Ten
     if bias is None:
         return torch.add(h, residual, out=empty_image(h, h.shape))
     wide = torch.promote_types(h.dtype, torch.float32)
-    total = torch.add(h, bias.to(wide).view(-1, 1, 1)).add_(residual)  # promoted: a vector is no scalar
+    total = torch.add(h, spread(bias, len(h)).to(wide)[..., None, None]).add_(
+        residual
+    )  # promoted: a vector is no scalar
     return to_layout(total.to(h.dtype), is_channels_last(h))
 
 
@@ -135,7 +141,7 @@ def _torch_upsample_add(h: Tensor, residual: Tensor, bias: Tensor | None) -> Ten
         return _upsample(residual, channels_last).add_(h)
     # The bias is added where there are a quarter of the pixels.
     wide = torch.promote_types(h.dtype, torch.float32)
-    total = _upsample(torch.add(residual, bias.to(wide).view(-1, 1, 1)), channels_last).add_(h)
+    total = _upsample(torch.add(residual, spread(bias, len(h)).to(wide)[..., None, None]), channels_last).add_(h)
     return total.to(h.dtype)
 
 
@@ -149,11 +155,13 @@ def _torch_add_with_stats(
 def _bias_gradient(ctx, grad: Tensor) -> Tensor | None:
     if ctx.bias_dtype is None or not ctx.needs_input_grad[2]:  # in this order: an absent bias has no entry
         return None
-    return grad.sum((0, 2, 3), dtype=torch.promote_types(grad.dtype, torch.float32)).to(ctx.bias_dtype)
+    per_image = grad.sum((2, 3), dtype=torch.promote_types(grad.dtype, torch.float32))
+    return gathered(per_image, ctx.bias_shape).to(ctx.bias_dtype)
 
 
 def _keep_bias_dtype(ctx, inputs, output) -> None:
     ctx.bias_dtype = None if inputs[2] is None else inputs[2].dtype
+    ctx.bias_shape = None if inputs[2] is None else inputs[2].shape
 
 
 @torch.library.custom_op("pdae_fast::add_upsample", mutates_args=(), device_types="cpu")
@@ -199,8 +207,8 @@ def _upsample_add_cuda(h, residual, bias=None):
 
     channels_last = is_channels_last(h)
     out = empty_image(h, h.shape)
-    bias = None if bias is None else bias.contiguous()
-    run(upsample_launches(to_layout(h, channels_last), to_layout(residual, channels_last), out, bias))
+    h, residual = to_layout(h, channels_last), to_layout(residual, channels_last)
+    run(upsample_launches(h, residual, out, unit_rows(bias)))
     return out
 
 
@@ -230,7 +238,7 @@ def _residual_add_cuda(h, residual, bias=None):
     channels_last = is_channels_last(h)
     out = empty_image(h, h.shape)
     h, residual = to_layout(h, channels_last), to_layout(residual, channels_last)
-    run(residual_launches(h, residual, bias.contiguous(), out))
+    run(residual_launches(h, residual, unit_rows(bias), out))
     return out
 
 
@@ -260,7 +268,7 @@ def _add_with_stats_cuda(h, residual, bias, part, splits):
     channels_last = is_channels_last(h)
     out, partial = empty_image(h, h.shape), empty_partial(h, part, splits)
     h, residual = to_layout(h, channels_last), to_layout(residual, channels_last)
-    run(add_stats_launches(h, residual, None if bias is None else bias.contiguous(), out, partial))
+    run(add_stats_launches(h, residual, unit_rows(bias), out, partial))
     return out, partial
 
 

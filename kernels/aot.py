@@ -131,11 +131,12 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple]:
                 x, given, vector, vector, 32, 1e-5, affine, affine, True, x2, table(512), y, table(8, 32), table(8, 32)
             ),
         )
-        parts = given_statistics(x, table(8, 128, 16, 2), table(8, 128, 16, 2))
+        # Two networks on one batch: a row of the vectors for each, and a second input that both read.
+        parts, rows, x2 = given_statistics(x, table(8, 128, 16, 2), table(4, 128, 16, 2)), table(2, 1024), x2[:4]
         yield (
             f"{layout}, given partial statistics",
             *apply_launches(
-                x, parts, vector, vector, 32, 1e-5, affine, affine, True, x2, None, y, table(8, 32), table(8, 32)
+                x, parts, rows, rows, 32, 1e-5, affine, affine, True, x2, table(2, 512), y, table(8, 32), table(8, 32)
             ),
         )
         table3, grad, x = table(3, 8, 192), image(8, 192, 64, last), image(8, 128, 64, last)
@@ -147,7 +148,7 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple]:
         yield f"{layout}, upsample then sum", *upsample_launches(high, low, high)
         yield f"{layout}, upsample, sum and bias", *upsample_launches(high, low, high, table(192))
         yield f"{layout}, sum and bias", *residual_launches(high, high, table(192), high)
-        yield f"{layout}, sum and statistics", *add_stats_launches(high, high, table(192), high, table(8, 96, 16, 2))
+        yield f"{layout}, sum and statistics", *add_stats_launches(high, high, table(2, 192), high, table(8, 96, 16, 2))
         yield f"{layout}, upsample and statistics", *add_stats_launches(high, low, None, high, table(8, 48, 2, 2))
     # No extent a multiple of 16: scalar accesses, and more addresses in registers.
     yield "odd sizes, in registers", *norm(1, 300, 212, 15, True, "fused")

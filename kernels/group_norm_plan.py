@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from triton import cdiv
 
-from ._launch import Launch, power_of_two, processors
+from ._launch import Launch, power_of_two, processors, row_share
 from ._layout import is_channels_last
 from .group_norm_gradient_triton import gradient_input_kernel, gradient_sums_kernel
 from .group_norm_triton import apply_kernel, fused_kernel, merge_splits_kernel, stats_kernel
@@ -43,7 +43,18 @@ def _pair(x: torch.Tensor, x2: torch.Tensor | None) -> dict:
 
 
 def _biased_pair(x: torch.Tensor, x2: torch.Tensor | None, x_bias: torch.Tensor | None) -> dict:
-    return {**_pair(x, x2), "x_bias": x if x_bias is None else x_bias}
+    """The same for kernels that add x_bias, and that read x2's images again where x has more."""
+    share, stride = row_share(x_bias, x)
+    return {
+        **_pair(x, x2), "images2": len(x if x2 is None else x2),
+        "x_bias": x if x_bias is None else x_bias, "bias_share": share, "bias_stride": stride,
+    }  # fmt: skip
+
+
+def _inner(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> dict:
+    """Kernel arguments of weight and bias, which have one row stride."""
+    share, stride = row_share(weight, x)
+    return {"weight": weight, "bias": bias, "share": share, "weight_stride": stride}
 
 
 def _outer(x: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None) -> dict:
@@ -192,7 +203,7 @@ def apply_launches(
     table2 = statistics.table if statistics.table2 is None else statistics.table2
     arguments = {
         **pair, "stats1": statistics.table, "stats2": table2, "splits": statistics.splits, "chunk": statistics.chunk,
-        "weight": weight, "bias": bias, **_outer(x, scale, shift),
+        **_inner(x, weight, bias), **_outer(x, scale, shift),
         "y": y, "mean_out": mean, "rstd_out": rstd, "eps": eps,
     }  # fmt: skip
     constants = {
@@ -233,7 +244,7 @@ def group_norm_launches(
     pair = _biased_pair(x, x2, x_bias)
     block_s = min(power_of_two(pair["pixels"]), GROUP_TILE // block_c)
     arguments = {
-        **pair, "weight": weight, "bias": bias, **_outer(x, scale, shift),
+        **pair, **_inner(x, weight, bias), **_outer(x, scale, shift),
         "y": y, "mean_out": mean, "rstd_out": rstd, "eps": eps,
     }  # fmt: skip
     constants = {

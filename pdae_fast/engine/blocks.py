@@ -74,6 +74,8 @@ class FusedResBlock:
         if affine.offset is not None:
             if len(affine.offset) == 1:
                 bias = affine.offset[0]
+            elif self.bias_out is not None and self.bias_out.dim() == 2:  # of stacked blocks, a row for each
+                bias = affine.offset
             else:
                 h = h.add_(affine.offset[:, :, None, None])
         h = self.norm_out(h, affine, x_bias=bias, overwrite=True)
@@ -243,6 +245,10 @@ class SharedProducts:
         both = [self._products(i, skip) for i, skip in enumerate(skips)]
         first, second = ([skip._replace(product=p[k]) for skip, p in zip(skips, both, strict=True)] for k in (0, 1))
         return first, second
+
+    def stacked(self, skips: list[Skip]) -> list[Skip]:
+        """The skips for both decoders as one."""
+        return [skip._replace(product=self._products(i, skip)) for i, skip in enumerate(skips)]
 
     def _products(self, i: int, skip: Skip) -> Tensor:
         """[2, B * H * W, O]"""

@@ -24,6 +24,7 @@ from .options import Rewrites
 from .plan import Plan
 from .reuse import Kept, Workload
 from .rewrites import Affine
+from .stacked import CannotStack, StackedDecoders
 
 # Pixels of a batch up to which the two decoders leave most of a large GPU idle when they run one after the other.
 PARALLEL_PIXELS = 2**16
@@ -74,6 +75,13 @@ class Networks(Plan):
             )
         shared = options.shared_products and self.gradient is not None
         self._products = SharedProducts((self.eps, self.gradient)) if shared else None
+        self._stacked = None
+        if options.stacked_decoders and self.gradient is not None:
+            try:
+                with torch.inference_mode():
+                    self._stacked = StackedDecoders((self.eps, self.gradient))
+            except CannotStack:
+                self.options = dataclasses.replace(options, stacked_decoders=False)
         self._parts = [part for part in (self.trunk, self.eps, self.gradient) if part is not None]
         # Columns of a row of the tables: those of every part, then the two factors that make eps of the output.
         self._widths = [width for part in self._parts for width in part.table.row_widths]
@@ -192,10 +200,15 @@ class Networks(Plan):
         """
         affines, run_gradient = self._affines(row, codes), workload.gradient == "run"
         skips = self._features(x, affines[0], workload, kept)
-        own = skips
-        if self._products is not None and run_gradient and codes.weights is None:
+        own, single = skips, run_gradient and codes.weights is None
+        stacked = single and self._stacked is not None and self.reuse.deep == 1 and len(row) == 1
+        if self._products is not None and single and not stacked:
             own, skips = self._products(skips)
-        if self._side is None or not run_gradient or len(x) * x.shape[2] * x.shape[3] > PARALLEL_PIXELS:
+        if stacked:
+            affine = self._stacked.affine(affines[1:], len(x))
+            eps, gradient = self._stacked(self._products.stacked(skips), affine)
+            eps = self._as_eps(eps, x, row)
+        elif self._side is None or not run_gradient or len(x) * x.shape[2] * x.shape[3] > PARALLEL_PIXELS:
             eps = self._decode_eps(x, row, own, affines, workload, kept)
             gradient = self._decode_gradient(skips, affines, codes, workload, kept) if run_gradient else None
         else:
@@ -260,7 +273,9 @@ class Networks(Plan):
     def _decode_eps(
         self, x: Tensor, row: Tensor, skips: list[Skip], affines: list[Affine], workload: Workload, kept: Kept
     ) -> Tensor:
-        out = self._decode(self.eps, "deep eps", skips, 1, affines[1], workload, kept)
+        return self._as_eps(self._decode(self.eps, "deep eps", skips, 1, affines[1], workload, kept), x, row)
+
+    def _as_eps(self, out: Tensor, x: Tensor, row: Tensor) -> Tensor:
         out = out[:, : self.unet.config.input_channel]
         if self.unet.to_eps is None:
             return out

@@ -61,11 +61,13 @@ def statistics_of(x: Tensor, part: int, x_bias: Tensor | None = None) -> Tensor:
     return kernels.partial_stats(x, part, splits, x_bias)
 
 
-def add(h: Tensor, residual: Tensor, bias: Tensor | None, part: int) -> Tensor | Skip:
+def add(h: Tensor, residual: Tensor, bias: Tensor, part: int) -> Tensor | Skip:
     """h + residual + bias, the residual upsampled where it is half as high and wide; with ``part``, which is not 0, and
     its statistics."""
     if part:
-        splits = kernels.stats_splits(len(h), h.shape[2] * h.shape[3], h.device)
+        # Of stacked networks the maps are split as the skips, which are not stacked.
+        images = len(h) // (len(bias) if bias.dim() == 2 else 1)
+        splits = kernels.stats_splits(images, h.shape[2] * h.shape[3], h.device)
         return Skip(*kernels.add_with_stats(h, residual, bias, part, splits))
     return (kernels.residual_add if residual.shape == h.shape else kernels.upsample_add)(h, residual, bias)
 
@@ -97,12 +99,6 @@ def normalise(
     return F.silu(y, inplace=True) if silu else y
 
 
-@functools.cache  # never given up: captured graphs know them by their addresses
-def _identity(channels: int, device: torch.device) -> Affine:
-    with torch.inference_mode(False):  # kept for callers in any mode
-        return tuple(make(channels, dtype=torch.float32, device=device) for make in (torch.ones, torch.zeros))
-
-
 def normalise_fused(
     x: Tensor | Skip | Join,
     affine: Affine | tuple[Tensor, Tensor],
@@ -119,11 +115,7 @@ def normalise_fused(
     """
     multiplier, addend = affine[:2]
     h, (skip, theirs, _), own = x if isinstance(x, Join) else (bare(x), Skip(None), getattr(x, "statistics", None))
-    if len(multiplier) == 1:
-        weight, bias, scale, shift = multiplier[0], addend[0], None, None
-    else:
-        weight, bias = _identity(multiplier.shape[1], multiplier.device)
-        scale, shift = multiplier, addend
+    weight, bias = (multiplier[0], addend[0]) if len(multiplier) == 1 else (multiplier, addend)
     if skip is not None and (own is None) != (theirs is None):
         if multiplier.shape[1] // groups * h.shape[2] * h.shape[3] <= SMALL_GROUP:
             own = None
@@ -132,8 +124,8 @@ def normalise_fused(
         else:
             theirs = kernels.partial_stats(skip, h.shape[1] // own.shape[1], own.shape[2])
     if own is None:
-        return kernels.group_norm(h, weight, bias, groups, eps, scale, shift, silu, skip, x_bias=x_bias)
-    return kernels.group_norm_apply(h, own, weight, bias, groups, eps, scale, shift, silu, skip, theirs, x_bias=x_bias)
+        return kernels.group_norm(h, weight, bias, groups, eps, None, None, silu, skip, x_bias=x_bias)
+    return kernels.group_norm_apply(h, own, weight, bias, groups, eps, None, None, silu, skip, theirs, x_bias=x_bias)
 
 
 def normalise_native(

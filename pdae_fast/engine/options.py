@@ -29,6 +29,7 @@ NEEDS = {
     # oneDNN adds residuals and biases inside its packed convolutions: nothing is left to fold.
     "folded_biases": Needs((("kernels",),), without=("packed_weights",)),
     "shared_products": Needs((("split_skips",), ("folded_biases",))),
+    "stacked_decoders": Needs((("shared_products",),), without=("phase_upsample", "native_convolutions")),
     "parallel_decoders": Needs((("a GPU",),)),
     "graphs": Needs((("a GPU",), ("fused_update",))),
     "captured_fields": Needs((("graphs",),)),
@@ -54,6 +55,7 @@ class Rewrites:
     shared_products: the parts of both decoders' skip convolutions that read one skip are one product.
     folded_biases: convolution biases are added where the result is read next; an attention's is part of its residual.
     fused_update: time tables, coefficients and the step index live on the device; the DDIM update is one op.
+    stacked_decoders: two decoders of one structure run as one on twice the images, where both run at every evaluation.
     parallel_decoders: the two decoders as branches on two streams (CUDA, small batches).
     graphs: one step captured as a CUDA graph and replayed (CUDA).
     captured_fields: single evaluations captured too, for solvers other than DDIM (CUDA; off until measured).
@@ -68,6 +70,7 @@ class Rewrites:
     shared_statistics: bool = False
     folded_biases: bool = False
     shared_products: bool = False
+    stacked_decoders: bool = False
     fused_update: bool = False
     parallel_decoders: bool = False
     graphs: bool = False
@@ -94,7 +97,8 @@ class Rewrites:
         if device.type != "cuda":
             return cls(native_norms=True, native_convolutions=True, native_attention=True)
         usable = kernels.triton_status()[0]
-        ops = dict.fromkeys(("kernels", "split_skips", "shared_statistics", "folded_biases", "shared_products"), usable)
+        names = "kernels split_skips shared_statistics folded_biases shared_products stacked_decoders"
+        ops = dict.fromkeys(names.split(), usable)
         whole = dict.fromkeys(("fused_update", "parallel_decoders", "graphs"), True)
         return cls(packed_weights=False, phase_upsample=False, **ops, **whole)
 

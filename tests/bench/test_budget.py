@@ -8,12 +8,12 @@ from bench.budget import Budget, Counting, count, cuda_functions, empty_model
 # One DDIM step with G in bfloat16: kernels of this project, convolutions, matrix products and attention, launches in
 # all, and GB that have to move. A step that needs less may tighten its line; one that needs more has to say why.
 BUDGETS = {
-    ("celeba64", 1): (161, 93, 69, 345, 0.42),
-    ("celeba64", 8): (161, 93, 69, 345, 1.87),
-    ("celeba64", 64): (174, 93, 69, 358, 13.66),
-    ("ffhq128", 1): (205, 115, 78, 424, 1.41),
-    ("ffhq128", 8): (205, 115, 78, 424, 9.11),
-    ("ffhq128", 64): (220, 115, 78, 439, 71.13),
+    ("celeba64", 1): (100, 93, 49, 264, 0.42),
+    ("celeba64", 8): (102, 93, 49, 266, 1.86),
+    ("celeba64", 64): (116, 93, 49, 280, 13.61),
+    ("ffhq128", 1): (128, 115, 55, 323, 1.39),
+    ("ffhq128", 8): (134, 115, 55, 329, 9.01),
+    ("ffhq128", 64): (144, 115, 55, 339, 70.16),
 }
 
 

@@ -42,7 +42,7 @@ ON_A_GPU = Rewrites(
     folded_biases=True, shared_products=True, stacked_decoders=True, fused_update=True,
 )  # fmt: skip
 OPS = {
-    "convolution": ("convolutions",),
+    "convolution": ("convolution_into",),
     "add_upsample": ("add_upsample", "upsample_add", "residual_add", "add_with_stats"),
     "ddim_update": ("ddim_update",),
     "group_norm": ("group_norm", "channel_stats", "group_norm_apply", "partial_stats"),

@@ -18,7 +18,7 @@ from .add_upsample import (
 )
 from .attention import attention_fits, attention_native, attention_status
 from .buffers import Buffers, empty_map
-from .convolution import convolutions
+from .convolution import convolution_into
 from .ddim_update import ddim_coefficients, ddim_update, ddim_update_reference
 from .group_norm import channel_stats, group_norm, group_norm_apply, partial_stats, stats_splits
 from .group_norm_native import NATIVE_DTYPES, group_norm_native, native_fits, native_status
@@ -35,7 +35,7 @@ __all__ = [
     "attention_native",
     "attention_status",
     "channel_stats",
-    "convolutions",
+    "convolution_into",
     "ddim_coefficients",
     "ddim_update",
     "ddim_update_reference",

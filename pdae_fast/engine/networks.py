@@ -26,7 +26,8 @@ from .reuse import Kept, Workload
 from .rewrites import Affine
 from .stacked import CannotStack, StackedDecoders
 
-# Pixels of a batch up to which the two decoders leave most of a large GPU idle when they run one after the other.
+# Pixels of a batch up to which the two decoders leave most of a large GPU idle when they run one after the other; of
+# stacked ones, the convolutions.
 PARALLEL_PIXELS = 2**16
 
 
@@ -200,15 +201,16 @@ class Networks(Plan):
         """
         affines, run_gradient = self._affines(row, codes), workload.gradient == "run"
         skips = self._features(x, affines[0], workload, kept)
+        large = len(x) * x.shape[2] * x.shape[3] > PARALLEL_PIXELS
         own, single = skips, run_gradient and codes.weights is None
         stacked = single and self._stacked is not None and self.reuse.deep == 1 and len(row) == 1
         if self._products is not None and single and not stacked:
             own, skips = self._products(skips)
         if stacked:
-            affine = self._stacked.affine(affines[1:], len(x))
-            eps, gradient = self._stacked(self._products.stacked(skips), affine)
+            affine, side = self._stacked.affine(affines[1:], len(x)), None if large else self._side
+            eps, gradient = self._stacked(self._products.stacked(skips), affine, side)
             eps = self._as_eps(eps, x, row)
-        elif self._side is None or not run_gradient or len(x) * x.shape[2] * x.shape[3] > PARALLEL_PIXELS:
+        elif self._side is None or not run_gradient or large:
             eps = self._decode_eps(x, row, own, affines, workload, kept)
             gradient = self._decode_gradient(skips, affines, codes, workload, kept) if run_gradient else None
         else:

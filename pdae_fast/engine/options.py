@@ -56,7 +56,8 @@ class Rewrites:
     folded_biases: convolution biases are added where the result is read next; an attention's is part of its residual.
     fused_update: time tables, coefficients and the step index live on the device; the DDIM update is one op.
     stacked_decoders: two decoders of one structure run as one on twice the images, where both run at every evaluation.
-    parallel_decoders: the two decoders as branches on two streams (CUDA, small batches).
+    parallel_decoders: the two decoders, of stacked ones the convolutions, as branches on two streams (CUDA, small
+        batches).
     graphs: one step captured as a CUDA graph and replayed (CUDA).
     captured_fields: single evaluations captured too, for solvers other than DDIM (CUDA; off until measured).
     large_tiles: native convolutions of bfloat16 in tiles of 4x4 pixels, as of float32: an approximation.

@@ -1,11 +1,13 @@
 """Two decoders of one structure as one, on twice the images: those of the first decoder, then those of the other.
 
 What is the same for both, norms, additions, resampling and attention, is one launch; matrix products are batched, and
-convolutions are one for each half, into one map. Skips are as the trunk left them: each is read for both halves.
+convolutions are one for each half, into one map, on small maps side by side. Skips are as the trunk left them: each is
+read for both halves.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 
@@ -39,8 +41,16 @@ def stacked_norm(norms: Sequence[functools.partial]) -> functools.partial:
     return functools.partial(norms[0], affine=affine)
 
 
+class Branches:
+    """Where the halves of small maps' convolutions run side by side: on a GPU's stream ``side``, or nowhere."""
+
+    side: torch.cuda.Stream | None = None
+
+
 class StackedConvolution:
-    def __init__(self, convs: Sequence[PlainConvolution | UpsampledConvolution]) -> None:
+    """Each half of the images by its own weights, into one map."""
+
+    def __init__(self, convs: Sequence[PlainConvolution | UpsampledConvolution], branches: Branches) -> None:
         alike(*map(type, convs))
         self.interpolate = isinstance(convs[0], UpsampledConvolution)
         if self.interpolate:
@@ -49,11 +59,27 @@ class StackedConvolution:
             raise CannotStack
         alike(*((conv.weight.shape, conv.stride, conv.padding) for conv in convs))
         self.weights = [conv.weight for conv in convs]
-        self.stride, self.padding = convs[0].stride, convs[0].padding
+        self.stride, self.padding, self.branches = convs[0].stride, convs[0].padding, branches
 
     def __call__(self, x: Tensor) -> Tensor:
         x = F.interpolate(x, scale_factor=2, mode="nearest") if self.interpolate else x
-        return kernels.convolutions(x, self.weights, self.stride, self.padding)
+        size = self.weights[0].shape[2] - 2 * self.padding
+        shape = (len(x), len(self.weights[0]), *((side - size) // self.stride + 1 for side in x.shape[2:]))
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        first, *others = zip(*(t.chunk(len(self.weights)) for t in (x, y)), self.weights, strict=True)
+        # The side waits for what is read and is waited for: memory that either frees is not reused too early.
+        side, main = self.branches.side, None
+        if side is not None:
+            main = torch.cuda.current_stream(x.device)
+            side.wait_stream(main)
+        with contextlib.nullcontext() if side is None else torch.cuda.stream(side):
+            for given, found, weight in others:
+                kernels.convolution_into(given, weight, found, self.stride, self.padding)
+        given, found, weight = first
+        kernels.convolution_into(given, weight, found, self.stride, self.padding)
+        if side is not None:
+            main.wait_stream(side)
+        return y
 
 
 class StackedSkip:
@@ -94,7 +120,7 @@ class StackedAttention:
         return found.view(B, H, W, C).permute(0, 3, 1, 2)
 
 
-def stacked_block(blocks: Sequence[FusedResBlock]) -> FusedResBlock:
+def stacked_block(blocks: Sequence[FusedResBlock], branches: Branches) -> FusedResBlock:
     first = blocks[0]
     alike(*((b.resample, b.divisor, b.part, b.skip is None, b.bias_out.shape, b.norm_out.keywords) for b in blocks))
     if first.divisor != 1:
@@ -102,21 +128,21 @@ def stacked_block(blocks: Sequence[FusedResBlock]) -> FusedResBlock:
     block = object.__new__(FusedResBlock)
     block.__dict__.update(vars(first))
     block.norm_in = stacked_norm([b.norm_in for b in blocks])
-    block.conv_in = StackedConvolution([b.conv_in for b in blocks])
-    block.conv_out = StackedConvolution([b.conv_out for b in blocks])
+    block.conv_in = StackedConvolution([b.conv_in for b in blocks], branches)
+    block.conv_out = StackedConvolution([b.conv_out for b in blocks], branches)
     block.skip = None if first.skip is None else StackedSkip([b.skip for b in blocks])
     # What is added before the second norm is in its affine.
     block.bias_in, block.bias_out = None, torch.stack([b.bias_out for b in blocks])
     return block
 
 
-def stacked_layer(layers: Sequence[Callable]) -> Callable:
+def stacked_layer(layers: Sequence[Callable], branches: Branches) -> Callable:
     alike(*map(type, layers))
     if isinstance(layers[0], FusedResBlock):
-        return stacked_block(layers)
+        return stacked_block(layers, branches)
     if isinstance(layers[0], FusedAttention):
         return StackedAttention(layers)
-    return StackedConvolution(layers)
+    return StackedConvolution(layers, branches)
 
 
 class StackedDecoders(FusedDecoder):
@@ -125,12 +151,12 @@ class StackedDecoders(FusedDecoder):
     def __init__(self, decoders: Sequence[FusedDecoder]) -> None:
         alike(*(decoder.table.columns for decoder in decoders))
         alike(*(len(decoder.stages) for decoder in decoders))
-        self.decoders, self.split = decoders, True
+        self.decoders, self.split, self.branches = decoders, True, Branches()
         self.stages = []
         for stages in zip(*(decoder.stages for decoder in decoders), strict=True):
             alike(*map(len, stages))
             layers = [list(zip(*layer, strict=True)) for layer in zip(*stages, strict=True)]
-            self.stages.append([(stacked_layer(parts), columns[0]) for parts, columns in layers])
+            self.stages.append([(stacked_layer(parts, self.branches), columns[0]) for parts, columns in layers])
         self.norm = stacked_norm([decoder.norm for decoder in decoders])
         # What is added to h where time is not: the biases of the convolutions.
         self.biases = [
@@ -153,8 +179,9 @@ class StackedDecoders(FusedDecoder):
         known = zip(offsets, self.biases.split(1), strict=True)
         return Affine(multiplier, addend, torch.cat([bias if offset is None else offset for offset, bias in known]))
 
-    def __call__(self, skips: list[Skip], affine: Affine) -> list[Tensor]:
-        """What each decoder's head makes, [B, C, H, W]."""
+    def __call__(self, skips: list[Skip], affine: Affine, side: torch.cuda.Stream | None = None) -> list[Tensor]:
+        """What each decoder's head makes, [B, C, H, W]; with a ``side`` stream convolutions run side by side."""
+        self.branches.side = side
         h = self.norm(self._join(1, self._middle(skips[-1], affine), skips, affine))
         parts = h.chunk(len(self.decoders))
         return [decoder.head(part) for decoder, part in zip(self.decoders, parts, strict=True)]

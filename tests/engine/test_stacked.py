@@ -1,5 +1,6 @@
 """Both decoders as one on twice the images: the same numbers as the modules, by fewer launches."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -100,6 +101,55 @@ def test_fewer_launches():
         counts.append([calls.names.count(name) for name in norms_and_sums] + [of_a_decoder])
     (*stacked, blocks_of_one), (*apart, _) = counts
     assert sum(apart) - sum(stacked) > 3 * blocks_of_one
+
+
+def test_convolutions_side_by_side(monkeypatch):
+    """The other half is queued on the side stream, after it has waited and before it is waited for."""
+    events = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            events.append(f"{self.name} waits for {other.name}")
+
+    main, side = Stream("main"), Stream("side")
+
+    @contextlib.contextmanager
+    def stream(found):
+        events.append(f"on {found.name}")
+        yield
+        events.append("back")
+
+    into = kernels.convolution_into
+    monkeypatch.setattr(kernels, "convolution_into", lambda *args: (events.append("convolution"), into(*args)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    model, plan = build(CONFIGS["fashion32"])
+    x, z = noise(2, *model.image_shape), noise(2, 8, seed=1)
+    expected = plan.field(z)(x, 17, True)
+    alone, events[:] = len(events), []
+    plan._side = side
+    found = plan.field(z)(x, 17, True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    pair = ["side waits for main", "on side", "convolution", "back", "convolution", "main waits for side"]
+    assert alone > 10 and events == pair * (alone // 2)
+    events.clear()
+    monkeypatch.setattr("pdae_fast.engine.networks.PARALLEL_PIXELS", 2 * 32 * 32 - 1)
+    plan.field(z)(x, 17, True)
+    assert events == ["convolution"] * alone
+
+
+def test_a_convolution_into_a_half():
+    x, weight = noise(3, 8, 9, 7).contiguous(memory_format=torch.channels_last), noise(6, 8, 3, 3)
+    for stride, padding in ((1, 1), (2, 1), (1, 0)):
+        expected = torch.nn.functional.conv2d(x, weight, None, stride, padding)
+        whole = torch.full((6, *expected.shape[1:]), 7.0).contiguous(memory_format=torch.channels_last)
+        kernels.convolution_into(x, weight, whole[3:], stride, padding)
+        assert torch.equal(whole[3:], expected) and bool((whole[:3] == 7).all())
+    with pytest.raises(ValueError, match="out must be torch.float32"):
+        kernels.convolution_into(x, weight, whole[2:], 1, 0)
 
 
 def test_what_is_not_stacked_is_right():

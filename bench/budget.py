@@ -33,28 +33,32 @@ from pdae_fast.schedule import build_schedule
 from .networks import CONFIGS
 
 META = torch.device("meta")
+# cuDNN's convolution into memory that it is given, which PyTorch does not know how to run without values.
+OF_META = torch.library.Library("aten", "IMPL", "Meta")
+OF_META.impl("cudnn_convolution.out", lambda x, weight, *_, out: out)
 # What a GPU runs, but for graphs and streams, which change no launch.
 ON_A_GPU = Rewrites(
     packed_weights=False, phase_upsample=False, kernels=True, split_skips=True, shared_statistics=True,
-    folded_biases=True, shared_products=True, fused_update=True,
+    folded_biases=True, shared_products=True, stacked_decoders=True, fused_update=True,
 )  # fmt: skip
 OPS = {
-    "add_upsample": ("add_upsample", "upsample_add", "residual_add"),
+    "convolution": ("convolution_into",),
+    "add_upsample": ("add_upsample", "upsample_add", "residual_add", "add_with_stats"),
     "ddim_update": ("ddim_update",),
-    "group_norm": ("group_norm", "channel_stats", "group_norm_apply"),
+    "group_norm": ("group_norm", "channel_stats", "group_norm_apply", "partial_stats"),
 }
-L2 = 50 << 20  # bytes of an H100's; above it a map's statistics are worth a launch of their own
 
 
 @contextlib.contextmanager
 def cuda_functions(run, obstacle: str | None = None) -> Iterator[None]:
     """The project's ops run their CUDA functions whatever the device: ``run`` takes the launches, or with an
-    ``obstacle`` to Triton they go through the framework."""
+    ``obstacle`` to Triton (and to cuDNN) they go through the framework."""
     with contextlib.ExitStack() as stack:
         for name, ops in OPS.items():
             module = importlib.import_module(f"pdae_fast.kernels.{name}")
-            stack.enter_context(mock.patch.object(module, "run", run))
-            stack.enter_context(mock.patch.object(module, "fallback_reason", lambda *_: obstacle))
+            found = {"run": run, "fallback_reason": lambda *_: obstacle, "_has_cudnn": lambda: obstacle is None}
+            for function in found.keys() & vars(module).keys():
+                stack.enter_context(mock.patch.object(module, function, found[function]))
             for op in ops:
                 stack.enter_context(mock.patch.object(module, f"_{op}", getattr(module, f"_{op}_cuda")))
         yield
@@ -68,7 +72,6 @@ def meta_plan(model: PDAE, dtype: torch.dtype = torch.bfloat16, options: Rewrite
 
     with mock.patch.object(plans, "owned", owned):
         plan = FusedPlan(model, META, dtype, options)
-    plan._cache = L2
     return plan
 
 
@@ -106,7 +109,8 @@ class Budget:
         return sum(self.moved.values())
 
 
-PRODUCTS = ("mm", "bmm", "addmm", "addmm_", "linear", "scaled_dot_product_attention")
+KINDS = {"cudnn_convolution": "conv2d"}
+PRODUCTS = ("mm", "bmm", "addmm", "addmm_", "baddbmm_", "linear", "scaled_dot_product_attention")
 
 
 class Counting(TorchDispatchMode):
@@ -117,8 +121,8 @@ class Counting(TorchDispatchMode):
         self.budget = Budget()
 
     def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
+        out = function(*args, **(kwargs or {}))
         if name == "conv2d" and any(t.is_contiguous(memory_format=torch.channels_last) for t in args[:2]):
             out = torch.empty_like(out, memory_format=torch.channels_last)  # as cuDNN answers
         elif name == "scaled_dot_product_attention":
@@ -127,7 +131,7 @@ class Counting(TorchDispatchMode):
         memory = {t.untyped_storage()._cdata for t in given}
         is_new = any(t.untyped_storage()._cdata not in memory for t in made)
         if function._schema.is_mutable or (is_new and "empty" not in name):
-            self.budget.add("product" if name in PRODUCTS else name, [*given, *made])
+            self.budget.add("product" if name in PRODUCTS else KINDS.get(name, name), [*given, *made])
             if name == "conv2d" and len(args) > 2 and args[2] is not None:
                 self.budget.add("bias of a convolution", [*made, *made])
         return out

@@ -10,6 +10,7 @@ from ._triton import triton_status
 from .add_upsample import (
     add_upsample,
     add_upsample_reference,
+    add_with_stats,
     residual_add,
     residual_add_reference,
     upsample_add,
@@ -17,8 +18,9 @@ from .add_upsample import (
 )
 from .attention import attention_fits, attention_native, attention_status
 from .buffers import Buffers, empty_map
+from .convolution import convolution_into
 from .ddim_update import ddim_coefficients, ddim_update, ddim_update_reference
-from .group_norm import channel_stats, group_norm, group_norm_apply
+from .group_norm import channel_stats, group_norm, group_norm_apply, partial_stats, stats_splits
 from .group_norm_native import NATIVE_DTYPES, group_norm_native, native_fits, native_status
 from .group_norm_torch import group_norm_reference
 from .winograd import winograd, winograd_bytes, winograd_dtypes, winograd_fits, winograd_status, winograd_weights
@@ -28,10 +30,12 @@ __all__ = [
     "Buffers",
     "add_upsample",
     "add_upsample_reference",
+    "add_with_stats",
     "attention_fits",
     "attention_native",
     "attention_status",
     "channel_stats",
+    "convolution_into",
     "ddim_coefficients",
     "ddim_update",
     "ddim_update_reference",
@@ -42,8 +46,10 @@ __all__ = [
     "group_norm_reference",
     "native_fits",
     "native_status",
+    "partial_stats",
     "residual_add",
     "residual_add_reference",
+    "stats_splits",
     "triton_status",
     "upsample_add",
     "upsample_add_reference",

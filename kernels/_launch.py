@@ -52,6 +52,13 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def row_share(rows: torch.Tensor | None, x: torch.Tensor) -> tuple[int, int]:
+    """(images a row, elements from row to row) of a vector [C] for all images of x, or of [S, C] for as many shares."""
+    if rows is None or rows.dim() == 1 or len(rows) == 1:
+        return 1, 0  # the only row
+    return len(x) // len(rows), rows.stride(0)
+
+
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n (n >= 1)."""
     return 1 << (n - 1).bit_length()

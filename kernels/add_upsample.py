@@ -3,8 +3,9 @@
 A ResBlock ends in h + x, h being a convolution's output. cuDNN adds a convolution's bias in a pass of its own:
 `residual_add` takes that bias along instead. The up ResBlock of an ADM U-Net ends in h + upsample2x(x):
 `upsample_add` reads x at its own size, so the four times larger upsampled residual is never written.
-`add_upsample` is upsample2x(h + residual), for an addition that is only read upsampled. All are differentiable,
-keep the layout of h, add in float32 and round once.
+`add_upsample` is upsample2x(h + residual), for an addition that is only read upsampled. These are differentiable,
+keep the layout of h, add in float32 and round once. For inference `add_with_stats` also leaves what the GroupNorm
+that reads the result needs to know of it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._launch import run
-from ._layout import check_image, check_like, empty_image, is_channels_last, to_layout
+from ._layout import (
+    check_image,
+    check_like,
+    check_partial,
+    check_rows,
+    empty_image,
+    empty_partial,
+    gathered,
+    is_channels_last,
+    spread,
+    to_layout,
+    unit_rows,
+)
 from ._triton import MAX_IMAGE_ELEMENTS, fallback_reason
+from .group_norm_torch import torch_partial_stats
 
 
 def add_upsample_reference(h: Tensor, residual: Tensor) -> Tensor:
@@ -27,7 +41,7 @@ def add_upsample_reference(h: Tensor, residual: Tensor) -> Tensor:
 def residual_add_reference(h: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
     """h + residual + bias, in float32 (float64 for float64 inputs)."""
     total = h.to(torch.promote_types(h.dtype, torch.float32)) + residual
-    return total if bias is None else total + bias.to(total.dtype)[:, None, None]
+    return total if bias is None else total + spread(bias, len(h)).to(total.dtype)[..., None, None]
 
 
 def upsample_add_reference(h: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -47,8 +61,8 @@ def add_upsample(h: Tensor, residual: Tensor) -> Tensor:
 
 
 def residual_add(h: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
-    """h + residual, both [B, C, H, W] of one dtype, + bias [C] of any floating dtype, or None: in h's dtype and
-    layout.
+    """h + residual, both [B, C, H, W] of one dtype, + bias of any floating dtype, [C], or [S, C] with a row for every
+    B / S images in turn, or None: in h's dtype and layout.
 
     NCHW or channels-last; other stride patterns are copied first. Raises ValueError for wrong shapes, dtypes
     or devices.
@@ -58,14 +72,25 @@ def residual_add(h: Tensor, residual: Tensor, bias: Tensor | None = None) -> Ten
 
 
 def upsample_add(h: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
-    """h [B, C, 2H, 2W] plus the nearest 2x upsampling of residual [B, C, H, W], of one dtype, + bias [C] of any
-    floating dtype, or None: in h's dtype and layout.
+    """h [B, C, 2H, 2W] plus the nearest 2x upsampling of residual [B, C, H, W], of one dtype, + bias as of
+    `residual_add`, or None: in h's dtype and layout.
 
     NCHW or channels-last; other stride patterns are copied first. Raises ValueError for wrong shapes, dtypes
     or devices.
     """
     _check("upsample_add", h, residual, 2, bias)
     return _upsample_add(h, residual, bias)
+
+
+def add_with_stats(h: Tensor, residual: Tensor, bias: Tensor | None, part: int, splits: int) -> tuple[Tensor, Tensor]:
+    """(y, partial statistics of y): y as `residual_add` makes it, or where residual is half as high and wide as
+    `upsample_add` does; the statistics as `partial_stats`. Not differentiable.
+
+    Raises ValueError as these do.
+    """
+    _check("add_with_stats", h, residual, 1 if residual.shape == h.shape else 2, bias)
+    check_partial("add_with_stats", h, part, splits)
+    return _add_with_stats(h, residual, bias, part, splits)
 
 
 def _check(op: str, h: Tensor, residual: Tensor, factor: int, bias: Tensor | None = None) -> None:
@@ -77,7 +102,7 @@ def _check(op: str, h: Tensor, residual: Tensor, factor: int, bias: Tensor | Non
     if residual.dtype != h.dtype:
         raise ValueError(f"{op}: residual is {residual.dtype} but h is {h.dtype}")
     if bias is not None:
-        check_like(op, "bias", bias, (h.shape[1],), h.device)
+        check_rows(op, "bias", bias, h.shape[1], h)
 
 
 def _sum_windows(grad: Tensor) -> Tensor:
@@ -104,7 +129,9 @@ def _torch_residual_add(h: Tensor, residual: Tensor, bias: Tensor | None) -> Ten
     if bias is None:
         return torch.add(h, residual, out=empty_image(h, h.shape))
     wide = torch.promote_types(h.dtype, torch.float32)
-    total = torch.add(h, bias.to(wide).view(-1, 1, 1)).add_(residual)  # promoted: a vector is no scalar
+    total = torch.add(h, spread(bias, len(h)).to(wide)[..., None, None]).add_(
+        residual
+    )  # promoted: a vector is no scalar
     return to_layout(total.to(h.dtype), is_channels_last(h))
 
 
@@ -114,18 +141,27 @@ def _torch_upsample_add(h: Tensor, residual: Tensor, bias: Tensor | None) -> Ten
         return _upsample(residual, channels_last).add_(h)
     # The bias is added where there are a quarter of the pixels.
     wide = torch.promote_types(h.dtype, torch.float32)
-    total = _upsample(torch.add(residual, bias.to(wide).view(-1, 1, 1)), channels_last).add_(h)
+    total = _upsample(torch.add(residual, spread(bias, len(h)).to(wide)[..., None, None]), channels_last).add_(h)
     return total.to(h.dtype)
+
+
+def _torch_add_with_stats(
+    h: Tensor, residual: Tensor, bias: Tensor | None, part: int, splits: int
+) -> tuple[Tensor, Tensor]:
+    y = (_torch_residual_add if residual.shape == h.shape else _torch_upsample_add)(h, residual, bias)
+    return y, torch_partial_stats(y, part, splits, None)
 
 
 def _bias_gradient(ctx, grad: Tensor) -> Tensor | None:
     if ctx.bias_dtype is None or not ctx.needs_input_grad[2]:  # in this order: an absent bias has no entry
         return None
-    return grad.sum((0, 2, 3), dtype=torch.promote_types(grad.dtype, torch.float32)).to(ctx.bias_dtype)
+    per_image = grad.sum((2, 3), dtype=torch.promote_types(grad.dtype, torch.float32))
+    return gathered(per_image, ctx.bias_shape).to(ctx.bias_dtype)
 
 
 def _keep_bias_dtype(ctx, inputs, output) -> None:
     ctx.bias_dtype = None if inputs[2] is None else inputs[2].dtype
+    ctx.bias_shape = None if inputs[2] is None else inputs[2].shape
 
 
 @torch.library.custom_op("pdae_fast::add_upsample", mutates_args=(), device_types="cpu")
@@ -171,8 +207,8 @@ def _upsample_add_cuda(h, residual, bias=None):
 
     channels_last = is_channels_last(h)
     out = empty_image(h, h.shape)
-    bias = None if bias is None else bias.contiguous()
-    run(upsample_launches(to_layout(h, channels_last), to_layout(residual, channels_last), out, bias))
+    h, residual = to_layout(h, channels_last), to_layout(residual, channels_last)
+    run(upsample_launches(h, residual, out, unit_rows(bias)))
     return out
 
 
@@ -202,7 +238,7 @@ def _residual_add_cuda(h, residual, bias=None):
     channels_last = is_channels_last(h)
     out = empty_image(h, h.shape)
     h, residual = to_layout(h, channels_last), to_layout(residual, channels_last)
-    run(residual_launches(h, residual, bias.contiguous(), out))
+    run(residual_launches(h, residual, unit_rows(bias), out))
     return out
 
 
@@ -216,3 +252,26 @@ def _residual_add_backward(ctx, grad):
 
 
 _residual_add.register_autograd(_residual_add_backward, setup_context=_keep_bias_dtype)
+
+
+@torch.library.custom_op("pdae_fast::add_with_stats", mutates_args=(), device_types="cpu")
+def _add_with_stats(h: Tensor, residual: Tensor, bias: Tensor | None, part: int, splits: int) -> tuple[Tensor, Tensor]:
+    return _torch_add_with_stats(h, residual, bias, part, splits)
+
+
+@_add_with_stats.register_kernel("cuda")
+def _add_with_stats_cuda(h, residual, bias, part, splits):
+    if fallback_reason(h):
+        return _torch_add_with_stats(h, residual, bias, part, splits)
+    from .add_upsample_triton import add_stats_launches
+
+    channels_last = is_channels_last(h)
+    out, partial = empty_image(h, h.shape), empty_partial(h, part, splits)
+    h, residual = to_layout(h, channels_last), to_layout(residual, channels_last)
+    run(add_stats_launches(h, residual, unit_rows(bias), out, partial))
+    return out, partial
+
+
+@_add_with_stats.register_fake
+def _(h, residual, bias, part, splits):
+    return empty_image(h, h.shape), empty_partial(h, part, splits)

@@ -53,6 +53,7 @@ BUDGETS = {
     "ddim_kernel": Budget(40, 0),
     "upsample_kernel": Budget(40, 0),
     "residual_kernel": Budget(48, 0),
+    "add_stats_kernel": Budget(80, 1024),
 }
 
 
@@ -86,7 +87,7 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
 
 def _calls(dtype: torch.dtype) -> Iterator[tuple]:
     """(what, launch, ...) a call."""
-    from .add_upsample_triton import residual_launches, upsample_launches
+    from .add_upsample_triton import add_stats_launches, residual_launches, upsample_launches
     from .ddim_update_triton import ddim_launches
     from .group_norm_plan import (
         apply_launches,
@@ -130,6 +131,14 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple]:
                 x, given, vector, vector, 32, 1e-5, affine, affine, True, x2, table(512), y, table(8, 32), table(8, 32)
             ),
         )
+        # Two networks on one batch: a row of the vectors for each, and a second input that both read.
+        parts, rows, x2 = given_statistics(x, table(8, 128, 16, 2), table(4, 128, 16, 2)), table(2, 1024), x2[:4]
+        yield (
+            f"{layout}, given partial statistics",
+            *apply_launches(
+                x, parts, rows, rows, 32, 1e-5, affine, affine, True, x2, table(2, 512), y, table(8, 32), table(8, 32)
+            ),
+        )
         table3, grad, x = table(3, 8, 192), image(8, 192, 64, last), image(8, 128, 64, last)
         x2 = image(8, 64, 64, last)
         yield f"{layout}, gradients", *gradient_sums_launches(grad, x, x2, table3, True)[0]
@@ -139,6 +148,8 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple]:
         yield f"{layout}, upsample then sum", *upsample_launches(high, low, high)
         yield f"{layout}, upsample, sum and bias", *upsample_launches(high, low, high, table(192))
         yield f"{layout}, sum and bias", *residual_launches(high, high, table(192), high)
+        yield f"{layout}, sum and statistics", *add_stats_launches(high, high, table(2, 192), high, table(8, 96, 16, 2))
+        yield f"{layout}, upsample and statistics", *add_stats_launches(high, low, None, high, table(8, 48, 2, 2))
     # No extent a multiple of 16: scalar accesses, and more addresses in registers.
     yield "odd sizes, in registers", *norm(1, 300, 212, 15, True, "fused")
     yield "odd sizes, two passes", *norm(1, 300, 212, 15, True, "split")
@@ -146,6 +157,8 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple]:
         "odd sizes, sum and bias",
         *residual_launches(*[image(1, 75, 15, True)] * 2, table(75), image(1, 75, 15, True)),
     )
+    odd = image(1, 75, 15, True)
+    yield "odd sizes, sum and statistics", *add_stats_launches(odd, odd, table(75), odd, table(1, 75, 3, 2))
     yield "channels", *channel_stats_launches(image(1, 128, 128, True), table(128), table(1, 128, 2))
     # One pixel and one channel a group: the arguments equal to 1, which Triton compiles in as constants.
     yield "one pixel", *norm(1, 32, 0, 1, False, "fused")

@@ -23,13 +23,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._launch import run
-from ._layout import check_image, check_like, empty_image, is_channels_last, to_layout
+from ._launch import processors, run
+from ._layout import (
+    check_image,
+    check_like,
+    check_partial,
+    check_rows,
+    count_splits,
+    empty_image,
+    empty_partial,
+    gathered,
+    is_channels_last,
+    spread,
+    to_layout,
+    unit_rows,
+)
 from ._triton import fallback_reason
 from .group_norm_native import group_norm_native, native_fits, native_status
-from .group_norm_torch import collapse, torch_apply, torch_backward, torch_forward, torch_stats, wide_dtype
+from .group_norm_torch import (
+    collapse,
+    torch_apply,
+    torch_backward,
+    torch_forward,
+    torch_partial_stats,
+    torch_stats,
+    whole,
+    wide_dtype,
+)
 
 MAX_GROUP_CHANNELS = 4096  # a group's channels must fit one tile of the kernels
+# Of partial statistics: programs of one split of an image that a processor holds, when an image has four blocks of
+# channels; the fewest pixels that are worth a program; and the most that a norm should have to merge.
+SPLITS_RESIDENT, MIN_SPLIT, MAX_SPLITS = 1, 64, 32
 
 
 def group_norm(
@@ -48,11 +73,13 @@ def group_norm(
     then SiLU if asked.
 
     x [B, C1, H, W] and x2 [B, C2, H, W] or None: one dtype (float32, float16, bfloat16; float64 by torch's
-    path), NCHW or channels-last; other stride patterns are copied first. weight, bias [C1 + C2]. scale, shift
-    [B, C1 + C2], both or neither: the collapsed AdaGN affine, so scale is 1 + s; rows may be strided. x_bias
-    [C1] or None: added to every pixel of x before the norm. These five may be any floating dtype. The kernels,
-    and the CPU's native code, compute in float32 and round once; torch's path also rounds x + x_bias, and before
-    the SiLU. Returns [B, C1 + C2, H, W] in x's dtype and layout. Differentiable once in every tensor.
+    path), NCHW or channels-last; other stride patterns are copied first. x2 may have fewer images, a divisor of
+    B: they are read again for every so many of x. weight, bias [C1 + C2], or [S, C1 + C2]: a row for every B / S
+    images in turn. scale, shift [B, C1 + C2], both or neither: the collapsed AdaGN affine, so scale is 1 + s. x_bias
+    [C1], [S, C1] or None: added to every pixel of x before the norm. These five may be any floating dtype, rows may
+    be strided. The kernels, and the CPU's native code, compute in float32 and round once; torch's path also rounds
+    x + x_bias, and before the SiLU. Returns [B, C1 + C2, H, W] in x's dtype and layout. Differentiable once in
+    every tensor.
 
     Raises ValueError for wrong shapes, dtypes or devices, or channels not divisible by num_groups.
     """
@@ -74,6 +101,29 @@ def channel_stats(x: Tensor, x_bias: Tensor | None = None) -> Tensor:
     return _channel_stats(x, x_bias)
 
 
+def partial_stats(x: Tensor, part: int, splits: int, x_bias: Tensor | None = None) -> Tensor:
+    """Float32 [B, C / part, splits, 2]: as `channel_stats` does, of every `part` channels together, and of every
+    ceil(H * W / splits) pixels in their order apart; x_bias may be [S, C] as in `group_norm`. One launch, where
+    `channel_stats` may take two.
+
+    Raises ValueError as that does, and for what `check_partial` refuses.
+    """
+    check_image("partial_stats", "x", x)
+    check_partial("partial_stats", x, part, splits)
+    if x_bias is not None:
+        check_rows("partial_stats", "x_bias", x_bias, x.shape[1], x)
+    return _partial_stats(x, part, splits, x_bias)
+
+
+def stats_splits(batch: int, pixels: int, device: torch.device) -> int:
+    """The splits of partial statistics with which ``batch`` maps of ``pixels`` each keep a device busy, and that a
+    norm merges from cache for little."""
+    if device.type == "cpu":
+        return 1
+    wanted = max(1, min(SPLITS_RESIDENT * processors(device) // batch, pixels // MIN_SPLIT, MAX_SPLITS))
+    return count_splits(pixels, 1 << wanted.bit_length() - 1)
+
+
 def group_norm_apply(
     x: Tensor,
     stats: Tensor,
@@ -88,7 +138,8 @@ def group_norm_apply(
     stats2: Tensor | None = None,
     x_bias: Tensor | None = None,
 ) -> Tensor:
-    """`group_norm` with the statistics given: stats = channel_stats(x, x_bias), stats2 = channel_stats(x2).
+    """`group_norm` with the statistics given: stats = channel_stats(x, x_bias), stats2 = channel_stats(x2); or
+    partial statistics of both, of one part, which divides a group and both inputs, and one number of splits.
     Not differentiable.
 
     Raises ValueError as `group_norm` does, for statistics of another shape, and when only one of x2 and
@@ -97,9 +148,15 @@ def group_norm_apply(
     _check("group_norm_apply", x, weight, bias, num_groups, scale, shift, x2, x_bias)
     if (x2 is None) != (stats2 is None):
         raise ValueError("group_norm_apply: x2 and stats2 go together, got only one of them")
+    shape, part = (2,), 1
+    if stats.dim() == 4 and stats.shape[1]:
+        shape, part = (stats.shape[2], 2), max(1, x.shape[1] // stats.shape[1])
+        check_partial("group_norm_apply", x, part, stats.shape[2])
+        if weight.shape[-1] // num_groups % part:
+            raise ValueError(f"group_norm_apply: statistics of {part} channels do not make up a group")
     for name, image, table in (("stats", x, stats), ("stats2", x2, stats2)):
         if image is not None:
-            check_like("group_norm_apply", name, table, (image.shape[0], image.shape[1], 2), x.device)
+            check_like("group_norm_apply", name, table, (image.shape[0], image.shape[1] // part, *shape), x.device)
     return _group_norm_apply(x, stats, weight, bias, num_groups, eps, scale, shift, silu, x2, stats2, x_bias)
 
 
@@ -108,31 +165,33 @@ def _check(op, x, weight, bias, num_groups, scale, shift, x2, x_bias) -> None:
     channels = x.shape[1]
     if x2 is not None:
         check_image(op, "x2", x2)
-        check_like(op, "x2", x2, (x.shape[0], x2.shape[1], *x.shape[2:]), x.device)
+        images = len(x2) if len(x2) and len(x) % len(x2) == 0 else len(x)
+        check_like(op, "x2", x2, (images, x2.shape[1], *x.shape[2:]), x.device)
         if x2.dtype != x.dtype:
             raise ValueError(f"{op}: x2 is {x2.dtype} but x is {x.dtype}")
         channels += x2.shape[1]
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"{op}: {channels} channels cannot be split into {num_groups} groups")
-    check_like(op, "weight", weight, (channels,), x.device)
-    check_like(op, "bias", bias, (channels,), x.device)
+    check_rows(op, "weight", weight, channels, x)
+    check_like(op, "bias", bias, weight.shape, x.device)
     if (scale is None) != (shift is None):
         raise ValueError(f"{op}: scale and shift go together, got only one of them")
     if scale is not None:
         check_like(op, "scale", scale, (x.shape[0], channels), x.device)
         check_like(op, "shift", shift, (x.shape[0], channels), x.device)
     if x_bias is not None:
-        check_like(op, "x_bias", x_bias, (x.shape[1],), x.device)
+        check_rows(op, "x_bias", x_bias, x.shape[1], x)
 
 
 def _prepare(x, weight, bias, scale, shift, x2, x_bias):
     """The tensors as the kernels take them: x and x2 dense in x's layout, unit stride along the channels of
     the rest."""
     channels_last = is_channels_last(x)
-    scale, shift = (None if t is None else t if t.stride(1) == 1 else t.contiguous() for t in (scale, shift))
+    weight, bias, scale, shift, x_bias = map(unit_rows, (weight, bias, scale, shift, x_bias))
+    if weight.stride() != bias.stride():
+        weight, bias = weight.contiguous(), bias.contiguous()
     x2 = None if x2 is None else to_layout(x2, channels_last)
-    x_bias = None if x_bias is None else x_bias.contiguous()
-    return to_layout(x, channels_last), weight.contiguous(), bias.contiguous(), scale, shift, x2, x_bias
+    return to_layout(x, channels_last), weight, bias, scale, shift, x2, x_bias
 
 
 def _obstacle(x: Tensor, y: Tensor, num_groups: int) -> str | None:
@@ -156,9 +215,11 @@ def _group_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if is_channels_last(x) and native_status()[0]:
         x, x2 = to_layout(x, True), None if x2 is None else to_layout(x2, True)
-        if native_fits(x, x2):
+        plain = (x_bias is None or x_bias.dim() == 1) and (x2 is None or len(x2) == len(x))
+        if plain and native_fits(x, x2):
             # One row for all images where there is no affine of each image's own.
-            rows = 1 if scale is None else x.shape[0]
+            rows = 1 if scale is None and weight.dim() == 1 else x.shape[0]
+            weight, bias = spread(weight, rows), spread(bias, rows)
             a, b = (t.contiguous() for t in collapse(weight, bias, scale, shift, rows, torch.float32))
             x_bias = None if x_bias is None else x_bias.to(torch.float32).contiguous()
             shape = (x.shape[0], num_groups)
@@ -182,7 +243,7 @@ def _group_norm_cuda(x, weight, bias, num_groups, eps, scale, shift, silu, x2, x
 
 @_group_norm.register_fake
 def _group_norm_fake(x, weight, bias, num_groups, eps, scale, shift, silu, x2, x_bias=None):
-    y = empty_image(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
+    y = empty_image(x, (x.shape[0], weight.shape[-1], *x.shape[2:]))
     mean, rstd = (x.new_empty((x.shape[0], num_groups), dtype=wide_dtype(x.dtype)) for _ in range(2))
     return y, mean, rstd
 
@@ -202,7 +263,7 @@ def _group_norm_backward(
     x2: Tensor | None,
     x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, of x2 (empty without one), and of the collapsed affine's a and b [B, C]."""
+    """Gradients of x, of x2 for every image of x (empty without one), and of the collapsed affine's a and b [B, C]."""
     return torch_backward(grad, x, weight, bias, mean, rstd, num_groups, scale, shift, silu, x2, x_bias)
 
 
@@ -214,6 +275,7 @@ def _group_norm_backward_cuda(grad, x, weight, bias, mean, rstd, num_groups, sca
         return torch_backward(grad, x, weight, bias, mean, rstd, num_groups, scale, shift, silu, x2, x_bias)
     from .group_norm_plan import gradient_input_launches, gradient_sums_launches
 
+    weight, bias, x2, x_bias = whole(x, weight, bias, x2, x_bias)
     x, weight, bias, scale, shift, x2, x_bias = _prepare(x, weight, bias, scale, shift, x2, x_bias)
     grad = to_layout(grad, is_channels_last(x))
     batch, channels = grad.shape[:2]
@@ -238,7 +300,7 @@ def _group_norm_backward_cuda(grad, x, weight, bias, mean, rstd, num_groups, sca
 
 @_group_norm_backward.register_fake
 def _(grad, x, weight, bias, mean, rstd, num_groups, scale, shift, silu, x2, x_bias=None):
-    dx2 = x.new_empty(0) if x2 is None else empty_image(x, x2.shape)
+    dx2 = x.new_empty(0) if x2 is None else empty_image(x, (len(x), *x2.shape[1:]))
     da, db = (
         torch.empty_like(grad[:, :, 0, 0], dtype=mean.dtype, memory_format=torch.contiguous_format) for _ in range(2)
     )
@@ -262,14 +324,19 @@ def _backward(ctx, grad, _grad_mean, _grad_rstd):
     dscale = dshift = None
     outer_a, outer_b = da, db
     if scale is not None:
-        dscale = (da * weight.to(wide) + db * bias.to(wide)).to(scale.dtype)
+        inner = (spread(t.to(wide), len(da)) for t in (weight, bias))
+        dscale = sum(g * t for g, t in zip((da, db), inner, strict=True)).to(scale.dtype)
         dshift = db.to(shift.dtype)
         outer_a, outer_b = da * scale.to(wide), db * scale.to(wide)
-    dweight, dbias = outer_a.sum(0).to(weight.dtype), outer_b.sum(0).to(bias.dtype)
+    dweight, dbias = gathered(outer_a, weight.shape).to(weight.dtype), gathered(outer_b, bias.shape).to(bias.dtype)
     dx_bias = None
     if x_bias is not None and ctx.needs_input_grad[9]:
-        dx_bias = dx.sum((0, 2, 3), dtype=wide).to(x_bias.dtype)
-    return dx, dweight, dbias, None, None, dscale, dshift, None, None if x2 is None else dx2, dx_bias
+        dx_bias = gathered(dx.sum((2, 3), dtype=wide), x_bias.shape).to(x_bias.dtype)
+    if x2 is None:
+        dx2 = None
+    elif len(x2) < len(x):
+        dx2 = dx2.unflatten(0, (-1, len(x2))).sum(0)
+    return dx, dweight, dbias, None, None, dscale, dshift, None, dx2, dx_bias
 
 
 _group_norm.register_autograd(_backward, setup_context=_setup_context)
@@ -295,6 +362,27 @@ def _channel_stats_cuda(x, x_bias=None):
 @_channel_stats.register_fake
 def _(x, x_bias=None):
     return x.new_empty((*x.shape[:2], 2), dtype=torch.float32)
+
+
+@torch.library.custom_op("pdae_fast::partial_stats", mutates_args=(), device_types="cpu")
+def _partial_stats(x: Tensor, part: int, splits: int, x_bias: Tensor | None = None) -> Tensor:
+    return torch_partial_stats(x, part, splits, x_bias)
+
+
+@_partial_stats.register_kernel("cuda")
+def _partial_stats_cuda(x, part, splits, x_bias=None):
+    if fallback_reason(x):
+        return torch_partial_stats(x, part, splits, x_bias)
+    from .group_norm_plan import partial_stats_launches
+
+    partial = empty_partial(x, part, splits)
+    run(partial_stats_launches(to_layout(x, is_channels_last(x)), unit_rows(x_bias), partial))
+    return partial
+
+
+@_partial_stats.register_fake
+def _(x, part, splits, x_bias=None):
+    return empty_partial(x, part, splits)
 
 
 @torch.library.custom_op("pdae_fast::group_norm_apply", mutates_args=(), device_types="cpu")
@@ -330,4 +418,4 @@ def _group_norm_apply_cuda(x, stats, weight, bias, num_groups, eps, scale, shift
 
 @_group_norm_apply.register_fake
 def _(x, stats, weight, bias, num_groups, eps, scale, shift, silu, x2, stats2, x_bias=None):
-    return empty_image(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
+    return empty_image(x, (x.shape[0], weight.shape[-1], *x.shape[2:]))

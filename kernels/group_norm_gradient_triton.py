@@ -48,7 +48,7 @@ def gradient_sums_kernel(
         valid = real[:, None] & (pixel < pixels)[None, :]
         address = grad + image * channels * pixels + _offset(channel, pixel, channels, pixels, CHANNELS_LAST)
         g = tl.load(address, valid, other=0.0).to(tl.float32)
-        centred = _load(x1, x2, image, channel, pixel, valid, c1, c2, pixels, HAS_X2, CHANNELS_LAST) - mean
+        centred = _load(x1, x2, image, image, channel, pixel, valid, c1, c2, pixels, HAS_X2, CHANNELS_LAST) - mean
         if SILU:
             g *= _silu_gradient(centred * a + b)
         sum_g += g
@@ -78,7 +78,7 @@ def gradient_input_kernel(
     level = _coefficient(table, 4, image, channel, channels)
     address = grad + image * channels * pixels + _offset(channel, pixel, channels, pixels, CHANNELS_LAST)
     g = tl.load(address, valid, other=0.0).to(tl.float32)
-    centred = _load(x1, x2, image, channel, pixel, valid, c1, c2, pixels, HAS_X2, CHANNELS_LAST) - mean
+    centred = _load(x1, x2, image, image, channel, pixel, valid, c1, c2, pixels, HAS_X2, CHANNELS_LAST) - mean
     if SILU:
         g *= _silu_gradient(centred * a + b)
     dx = g * a + centred * slope + level

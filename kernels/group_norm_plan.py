@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from triton import cdiv
 
-from ._launch import Launch, power_of_two, processors
+from ._launch import Launch, power_of_two, processors, row_share
 from ._layout import is_channels_last
 from .group_norm_gradient_triton import gradient_input_kernel, gradient_sums_kernel
 from .group_norm_triton import apply_kernel, fused_kernel, merge_splits_kernel, stats_kernel
@@ -43,7 +43,18 @@ def _pair(x: torch.Tensor, x2: torch.Tensor | None) -> dict:
 
 
 def _biased_pair(x: torch.Tensor, x2: torch.Tensor | None, x_bias: torch.Tensor | None) -> dict:
-    return {**_pair(x, x2), "x_bias": x if x_bias is None else x_bias}
+    """The same for kernels that add x_bias, and that read x2's images again where x has more."""
+    share, stride = row_share(x_bias, x)
+    return {
+        **_pair(x, x2), "images2": len(x if x2 is None else x2),
+        "x_bias": x if x_bias is None else x_bias, "bias_share": share, "bias_stride": stride,
+    }  # fmt: skip
+
+
+def _inner(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> dict:
+    """Kernel arguments of weight and bias, which have one row stride."""
+    share, stride = row_share(weight, x)
+    return {"weight": weight, "bias": bias, "share": share, "weight_stride": stride}
 
 
 def _outer(x: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None) -> dict:
@@ -97,7 +108,7 @@ def _reduction(x: torch.Tensor, channels: int, per_group: int = 1) -> tuple[tupl
 @dataclass(frozen=True)
 class Statistics:
     """What `apply_kernel` merges: `table` [B, channels / part, splits, 2] of (mean, M2), `chunk` pixels a split;
-    or, with `table2`, one [B, C, 2] of each input. A bias of x is in the means already."""
+    or, with `table2`, one of each input. A bias of x is in the means already."""
 
     table: torch.Tensor
     table2: torch.Tensor | None
@@ -117,16 +128,42 @@ def _statistics(x, x_bias, x2, per_group: int) -> tuple[Launch, Statistics]:
     pair = _biased_pair(x, x2, x_bias)
     channels = pair["c1"] + pair["c2"]
     grid, constants, splits = _reduction(x, channels, per_group)
-    part = _part(per_group, constants["BLOCK_C"])
+    part, chunk = _part(per_group, constants["BLOCK_C"]), constants["STEPS"] * constants["BLOCK_S"]
     partial = torch.empty((x.shape[0], channels // part, splits, 2), dtype=torch.float32, device=x.device)
     launch = Launch(
         stats_kernel,
         grid,
-        {**pair, "partial": partial, "splits": splits},
+        {**pair, "partial": partial, "splits": splits, "chunk": chunk},
         {"PART": part, "HAS_BIAS": x_bias is not None, "HAS_X2": x2 is not None, **constants},
         _warps(constants["BLOCK_C"] * constants["BLOCK_S"]),
     )
-    return launch, Statistics(partial, None, part, splits, constants["STEPS"] * constants["BLOCK_S"])
+    return launch, Statistics(partial, None, part, splits, chunk)
+
+
+def partial_blocks(x: torch.Tensor, part: int, chunk: int) -> tuple[dict, int]:
+    """(constants, warps) of programs that read `chunk` pixels of some channels of x and merge every `part` of
+    them."""
+    channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
+    blocks = _blocks(channels, min(chunk, pixels), is_channels_last(x), REDUCTION_TILE, 32)
+    if blocks["BLOCK_C"] < part:
+        blocks = {"BLOCK_C": part, "BLOCK_S": max(1, blocks["BLOCK_S"] * blocks["BLOCK_C"] // part)}
+    constants = {
+        "PART": part, **blocks, "STEPS": cdiv(chunk, blocks["BLOCK_S"]), "CHANNELS_LAST": is_channels_last(x),
+    }  # fmt: skip
+    return constants, _warps(blocks["BLOCK_C"] * blocks["BLOCK_S"])
+
+
+def partial_stats_launches(x: torch.Tensor, x_bias: torch.Tensor | None, partial: torch.Tensor) -> list[Launch]:
+    """Write partial [B, C / part, splits, 2] (mean, M2) of x [B, C, H, W] + x_bias [C], for the part and the splits
+    that its shape says."""
+    batch, channels, splits = x.shape[0], x.shape[1], partial.shape[2]
+    pair = _biased_pair(x, None, x_bias)
+    chunk = cdiv(pair["pixels"], splits)
+    constants, warps = partial_blocks(x, channels // partial.shape[1], chunk)
+    arguments = {**pair, "partial": partial, "splits": splits, "chunk": chunk}
+    grid = (splits, cdiv(channels, constants["BLOCK_C"]), batch)
+    constants = {"HAS_BIAS": x_bias is not None, "HAS_X2": False, **constants}
+    return [Launch(stats_kernel, grid, arguments, constants, warps)]
 
 
 def channel_stats_launches(x: torch.Tensor, x_bias: torch.Tensor | None, stats: torch.Tensor) -> list[Launch]:
@@ -147,8 +184,10 @@ def channel_stats_launches(x: torch.Tensor, x_bias: torch.Tensor | None, stats: 
 
 
 def given_statistics(x: torch.Tensor, stats: torch.Tensor, stats2: torch.Tensor | None) -> Statistics:
-    """Channel statistics [B, C, 2], contiguous float32, of each input, for `apply_launches`."""
-    return Statistics(stats, stats2, 1, 1, x.shape[2] * x.shape[3])
+    """Channel statistics [B, C, 2], or partial ones [B, C / part, splits, 2] of one part and one number of splits,
+    contiguous float32, of each input, for `apply_launches`."""
+    splits = stats.shape[2] if stats.dim() == 4 else 1
+    return Statistics(stats, stats2, x.shape[1] // stats.shape[1], splits, cdiv(x.shape[2] * x.shape[3], splits))
 
 
 def apply_launches(
@@ -164,7 +203,7 @@ def apply_launches(
     table2 = statistics.table if statistics.table2 is None else statistics.table2
     arguments = {
         **pair, "stats1": statistics.table, "stats2": table2, "splits": statistics.splits, "chunk": statistics.chunk,
-        "weight": weight, "bias": bias, **_outer(x, scale, shift),
+        **_inner(x, weight, bias), **_outer(x, scale, shift),
         "y": y, "mean_out": mean, "rstd_out": rstd, "eps": eps,
     }  # fmt: skip
     constants = {
@@ -205,7 +244,7 @@ def group_norm_launches(
     pair = _biased_pair(x, x2, x_bias)
     block_s = min(power_of_two(pair["pixels"]), GROUP_TILE // block_c)
     arguments = {
-        **pair, "weight": weight, "bias": bias, **_outer(x, scale, shift),
+        **pair, **_inner(x, weight, bias), **_outer(x, scale, shift),
         "y": y, "mean_out": mean, "rstd_out": rstd, "eps": eps,
     }  # fmt: skip
     constants = {

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._layout import empty_image, is_channels_last, to_layout
+from ._layout import empty_image, is_channels_last, spread, to_layout
 
 SMALL_MAP = 1024  # pixels from which torch's channels-last group norm of the CPU walks pixels instead of groups
 
@@ -43,16 +43,25 @@ def group_norm_reference(
     """The definition, in float32 (float64 for float64 inputs), returned in that precision. Arguments as
     `group_norm`."""
     wide = wide_dtype(x.dtype)
-    x = x.to(wide) if x_bias is None else x.to(wide) + x_bias.to(wide)[:, None, None]
+    weight, bias, x2, x_bias = whole(x, weight, bias, x2, x_bias)
+    x = x.to(wide) if x_bias is None else x.to(wide) + x_bias.to(wide)[..., None, None]
     x = x if x2 is None else torch.cat([x, x2.to(wide)], 1)
     grouped = x.reshape(x.shape[0], num_groups, -1)
     mean = grouped.mean(2, keepdim=True)
     variance = (grouped - mean).square().mean(2, keepdim=True)
     y = ((grouped - mean) * torch.rsqrt(variance + eps)).reshape(x.shape)
-    y = y * weight.to(x.dtype)[:, None, None] + bias.to(x.dtype)[:, None, None]
+    y = y * weight.to(x.dtype)[..., None, None] + bias.to(x.dtype)[..., None, None]
     if scale is not None:
         y = y * scale.to(x.dtype)[:, :, None, None] + shift.to(x.dtype)[:, :, None, None]
     return F.silu(y) if silu else y
+
+
+def whole(x: Tensor, weight: Tensor, bias: Tensor, x2: Tensor | None, x_bias: Tensor | None) -> tuple:
+    """weight, bias, x2 and x_bias with as many rows and images as x, but for the vectors among them."""
+    weight, bias, x_bias = (None if t is None else spread(t, len(x)) for t in (weight, bias, x_bias))
+    if x2 is not None and len(x2) < len(x):
+        x2 = x2.repeat(len(x) // len(x2), 1, 1, 1)
+    return weight, bias, x2, x_bias
 
 
 def collapse(weight, bias, scale, shift, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -106,10 +115,11 @@ def _biased(x: Tensor, x_bias: Tensor | None) -> Tensor:
     """x + x_bias, added in the wider of their dtypes and rounded once to x's, in x's layout."""
     if x_bias is None:
         return x
-    return torch.add(x, x_bias.view(-1, 1, 1), out=torch.empty_like(x))
+    return torch.add(x, x_bias[..., None, None], out=torch.empty_like(x))
 
 
 def torch_forward(x, weight, bias, num_groups, eps, scale, shift, silu, x2, x_bias) -> tuple[Tensor, Tensor, Tensor]:
+    weight, bias, x2, x_bias = whole(x, weight, bias, x2, x_bias)
     channels_last = is_channels_last(x)
     dtype = x.dtype
     x = _biased(to_layout(x, channels_last), x_bias)
@@ -129,19 +139,39 @@ def torch_stats(x: Tensor, x_bias: Tensor | None) -> Tensor:
     return torch.stack([mean if x_bias is None else mean + x_bias.to(mean.dtype), m2], 2).float()
 
 
+def torch_partial_stats(x: Tensor, part: int, splits: int, x_bias: Tensor | None) -> Tensor:
+    wide = x.to(wide_dtype(x.dtype))
+    wide = wide if x_bias is None else wide + spread(x_bias, len(x)).to(wide.dtype)[..., None, None]
+    wide = wide.flatten(2).reshape(x.shape[0], x.shape[1] // part, part, -1)
+    found = []
+    for piece in wide.split(-(-wide.shape[3] // splits), 3):
+        mean = piece.mean((2, 3), keepdim=True)
+        found.append(torch.stack([mean[:, :, 0, 0], (piece - mean).square_().sum((2, 3))], 2))
+    return torch.stack(found, 2).float()
+
+
 def torch_apply(x, stats, weight, bias, num_groups, eps, scale, shift, silu, x2, stats2, x_bias) -> Tensor:
     batch, _, height, width = x.shape
+    weight, bias, x2, x_bias = whole(x, weight, bias, x2, x_bias)
+    if stats2 is not None and len(stats2) < batch:
+        stats2 = stats2.repeat(batch // len(stats2), *[1] * (stats2.dim() - 1))
+    pixels, channels = height * width, x.shape[1] + (0 if x2 is None else x2.shape[1])
+    splits = stats.shape[2] if stats.dim() == 4 else 1
     stats = stats if stats2 is None else torch.cat([stats, stats2], 1)
-    channels = stats.shape[1]
-    grouped = stats.to(wide_dtype(x.dtype)).view(batch, num_groups, -1, 2)
-    mean = grouped[..., 0].mean(2, keepdim=True)
-    variance = (grouped[..., 1] / (height * width) + (grouped[..., 0] - mean).square()).mean(2, keepdim=True)
+    level, m2 = stats.to(wide_dtype(x.dtype)).view(batch, num_groups, -1, splits, 2).unbind(4)
+    chunk = -(-pixels // splits)
+    # Of a group's elements each split has as many as it has pixels.
+    share = torch.full((splits,), chunk / pixels, dtype=level.dtype, device=x.device)
+    share[-1:] = (pixels - (splits - 1) * chunk) / pixels
+    mean = (level * share).sum(3).mean(2, keepdim=True)
+    spread = (share * (level - mean[..., None]).square()).sum(3).mean(2, keepdim=True)
+    variance = m2.sum((2, 3)).unsqueeze(2) / (channels // num_groups * pixels) + spread
     a, b = collapse(weight, bias, scale, shift, batch, mean.dtype)
     a = (a.reshape(batch, num_groups, -1) * torch.rsqrt(variance + eps)).view(batch, channels, 1, 1)
     mean = mean.expand(-1, -1, channels // num_groups).reshape(batch, channels, 1, 1)
     b = b.reshape(batch, channels, 1, 1)
     if x_bias is not None:  # x + x_bias - mean
-        mean = mean - F.pad(x_bias.to(mean.dtype), (0, channels - x.shape[1])).view(-1, 1, 1)
+        mean = mean - F.pad(x_bias.to(mean.dtype), (0, channels - x.shape[1]))[..., None, None]
     y = empty_image(x, (batch, channels, height, width))
     start = 0
     for image in (x, x2):
@@ -154,6 +184,7 @@ def torch_apply(x, stats, weight, bias, num_groups, eps, scale, shift, silu, x2,
 
 
 def torch_backward(grad, x, weight, bias, mean, rstd, num_groups, scale, shift, silu, x2, x_bias):
+    weight, bias, x2, x_bias = whole(x, weight, bias, x2, x_bias)
     channels_last, split = is_channels_last(x), x.shape[1]
     x = _biased(x, x_bias)
     x = x.contiguous() if x2 is None else torch.cat([x, x2], 1).contiguous()

@@ -9,8 +9,9 @@ over the pixels it meets, and lanes, splits and channels are merged with Chan's 
 never formed: it cancels for images whose mean is large against their deviation, and its squares overflow
 float16.
 
-`x_bias` is added to the means, never to a pixel: see `_difference`. Where it or another tensor is absent,
-launches pass a tensor that is never read, and a HAS_ flag.
+`x_bias` is added to the means, never to a pixel: see `_difference`. It, and weight and bias, have a row for every
+`share` images (see `channel_row`); x2 and its statistics may have fewer images than x, which are read again. Where a
+tensor is absent, launches pass another one that is never read, and a HAS_ flag.
 """
 
 from __future__ import annotations
@@ -31,8 +32,18 @@ def _offset(channel, pixel, channels, pixels, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
-def _load(x1, x2, image, channel, pixel, mask, c1, c2, pixels, HAS_X2: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """A float32 tile of cat([x1, x2], 1)[image]; lanes outside `mask` are 0."""
+def _images(program, programs, images2):
+    """(image of x, image of x2) of a program along the batch's axis. Images of x that read one of x2 follow each other:
+    it comes from cache for all but the first."""
+    times = programs // images2
+    return (program % times * images2 + program // times).to(tl.int64), (program // times).to(tl.int64)
+
+
+@triton.jit
+def _load(
+    x1, x2, image, image2, channel, pixel, mask, c1, c2, pixels, HAS_X2: tl.constexpr, CHANNELS_LAST: tl.constexpr
+):
+    """A float32 tile of cat([x1[image], x2[image2]]); lanes outside `mask` are 0."""
     if HAS_X2:
         in_first = (channel < c1)[:, None]
         value1 = tl.load(
@@ -41,7 +52,7 @@ def _load(x1, x2, image, channel, pixel, mask, c1, c2, pixels, HAS_X2: tl.conste
             other=0.0,
         ).to(tl.float32)
         value2 = tl.load(
-            x2 + image * c2 * pixels + _offset(channel - c1, pixel, c2, pixels, CHANNELS_LAST),
+            x2 + image2 * c2 * pixels + _offset(channel - c1, pixel, c2, pixels, CHANNELS_LAST),
             mask & (channel >= c1)[:, None],
             other=0.0,
         ).to(tl.float32)
@@ -114,6 +125,12 @@ def _moments(count, mean, m2, bias, size, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
+def channel_row(rows, image, share, stride):
+    """The row of `image` where every row, `stride` elements long, is that of `share` images in turn."""
+    return rows + image // share * stride
+
+
+@triton.jit
 def _channel_bias(x_bias, channel, in_first, HAS_BIAS: tl.constexpr):
     """The bias of each channel, as a float32 row: 0 outside `in_first`, for the channels of x2."""
     if HAS_BIAS:
@@ -142,14 +159,14 @@ def _silu(y):
 @triton.jit
 def fused_kernel(
     x1, x2, x_bias, weight, bias, scale, shift, y, mean_out, rstd_out,
-    c1, c2, pixels, scale_stride, shift_stride, eps,
+    c1, c2, pixels, images2, bias_share, bias_stride, share, weight_stride, scale_stride, shift_stride, eps,
     GROUP_CHANNELS: tl.constexpr, SILU: tl.constexpr, HAS_AFFINE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_X2: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """One group of one image: grid (groups, batch). BLOCK_C covers the group, STEPS * BLOCK_S the pixels."""
     group = tl.program_id(0)
-    image = tl.program_id(1).to(tl.int64)
+    image, image2 = _images(tl.program_id(1), tl.num_programs(1), images2)
     lane_c = tl.arange(0, BLOCK_C)
     lane_s = tl.arange(0, BLOCK_S)
     real = lane_c < GROUP_CHANNELS
@@ -157,11 +174,11 @@ def fused_kernel(
 
     value = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
     size = pixels * (GROUP_CHANNELS * 1.0)
-    moved = _channel_bias(x_bias, channel, real & (channel < c1), HAS_BIAS)
+    moved = _channel_bias(channel_row(x_bias, image, bias_share, bias_stride), channel, real & (channel < c1), HAS_BIAS)
     if STEPS == 1:
         # The whole group stays in registers: every element is a lane of its own.
         valid = real[:, None] & (lane_s < pixels)[None, :]
-        value = _load(x1, x2, image, channel, lane_s, valid, c1, c2, pixels, HAS_X2, CHANNELS_LAST)
+        value = _load(x1, x2, image, image2, channel, lane_s, valid, c1, c2, pixels, HAS_X2, CHANNELS_LAST)
         count = tl.where(valid, 1.0, 0.0)
         mean, residue, variance = _moments(count, value, tl.zeros_like(value), moved, size, HAS_BIAS)
     else:
@@ -170,7 +187,7 @@ def fused_kernel(
         for step in range(STEPS):
             pixel = step * BLOCK_S + lane_s
             valid = real[:, None] & (pixel < pixels)[None, :]
-            tile = _load(x1, x2, image, channel, pixel, valid, c1, c2, pixels, HAS_X2, CHANNELS_LAST)
+            tile = _load(x1, x2, image, image2, channel, pixel, valid, c1, c2, pixels, HAS_X2, CHANNELS_LAST)
             lane_mean, lane_m2 = _welford(tile, valid, lane_mean, lane_m2, step + 1.0)
         count = tl.where(real[:, None], _lane_count(lane_s, pixels, BLOCK_S, STEPS), 0.0)
         mean, residue, variance = _moments(count, lane_mean, lane_m2, moved, size, HAS_BIAS)
@@ -179,6 +196,7 @@ def fused_kernel(
     tl.store(mean_out + image * groups + group, mean + residue)
     tl.store(rstd_out + image * groups + group, rstd)
 
+    weight, bias = channel_row(weight, image, share, weight_stride), channel_row(bias, image, share, weight_stride)
     a, b = _affine(weight, bias, scale, shift, image, channel, real, scale_stride, shift_stride, HAS_AFFINE)
     a *= rstd
     if HAS_BIAS:
@@ -194,7 +212,7 @@ def fused_kernel(
         pixel = step * BLOCK_S + lane_s
         valid = real[:, None] & (pixel < pixels)[None, :]
         if STEPS > 1:
-            value = _load(x1, x2, image, channel, pixel, valid, c1, c2, pixels, HAS_X2, CHANNELS_LAST)
+            value = _load(x1, x2, image, image2, channel, pixel, valid, c1, c2, pixels, HAS_X2, CHANNELS_LAST)
         out = (value - offset) * a[:, None] + b[:, None]
         if SILU:
             out = _silu(out)
@@ -202,35 +220,15 @@ def fused_kernel(
 
 
 @triton.jit
-def stats_kernel(
-    x1, x2, x_bias, partial, c1, c2, pixels, splits,
-    PART: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_X2: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, STEPS: tl.constexpr,
-):  # fmt: skip
-    """partial [B, (C1 + C2) / PART, splits, 2]: (mean, M2) of each run of PART channels over one split of the
-    pixels. PART divides BLOCK_C and C1 + C2. Grid (splits, channel blocks, batch)."""
-    split = tl.program_id(0)
-    image = tl.program_id(2).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    channels = c1 + c2
-    real = channel < channels
-    lane_s = tl.arange(0, BLOCK_S)
-    lane_mean = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
-    lane_m2 = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
-    for step in tl.range(STEPS, loop_unroll_factor=LOADS // 2 if HAS_X2 else LOADS):
-        pixel = (split * STEPS + step) * BLOCK_S + lane_s
-        valid = real[:, None] & (pixel < pixels)[None, :]
-        tile = _load(x1, x2, image, channel, pixel, valid, c1, c2, pixels, HAS_X2, CHANNELS_LAST)
-        lane_mean, lane_m2 = _welford(tile, valid, lane_mean, lane_m2, step + 1.0)
-    first = split * (STEPS * BLOCK_S)
-    count = _lane_count(first + lane_s, pixels, BLOCK_S, STEPS)
-    mean, m2 = _chan(tl.broadcast_to(count, [BLOCK_C, BLOCK_S]), lane_mean, lane_m2)
-    bias = _channel_bias(x_bias, channel, channel < c1, HAS_BIAS)
+def store_partial(
+    partial, image, mean, m2, size, bias, channels, split, splits, PART: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Store the (mean, M2) of `size` pixels of each channel [BLOCK_C], with bias [BLOCK_C] added to the means, to
+    partial [B, channels / PART, splits, 2]: runs of PART channels merged. PART divides BLOCK_C and channels."""
     row = tl.program_id(1) * (BLOCK_C // PART) + tl.arange(0, BLOCK_C // PART)
     if PART == 1:
         mean += bias
     else:
-        size = tl.minimum(pixels - first, STEPS * BLOCK_S).to(tl.float32)
         bias = tl.reshape(bias, [BLOCK_C // PART, PART])
         mean = tl.reshape(mean, [BLOCK_C // PART, PART])
         merged = tl.sum(mean + bias, 1) * (1.0 / PART)
@@ -243,6 +241,36 @@ def stats_kernel(
     at = partial + ((image * rows + row) * splits + split) * 2
     tl.store(at, mean, row < rows)
     tl.store(at + 1, m2, row < rows)
+
+
+@triton.jit
+def stats_kernel(
+    x1, x2, x_bias, partial, c1, c2, pixels, images2, bias_share, bias_stride, splits, chunk,
+    PART: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_X2: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """partial [B, (C1 + C2) / PART, splits, 2]: (mean, M2) of each run of PART channels over one split of `chunk`
+    pixels, which STEPS * BLOCK_S cover. Grid (splits, channel blocks, batch)."""
+    split = tl.program_id(0)
+    image, image2 = _images(tl.program_id(2), tl.num_programs(2), images2)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channels = c1 + c2
+    real = channel < channels
+    lane_s = tl.arange(0, BLOCK_S)
+    first = split * chunk
+    size = tl.minimum(pixels - first, chunk)
+    lane_mean = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
+    lane_m2 = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
+    for step in tl.range(STEPS, loop_unroll_factor=LOADS // 2 if HAS_X2 else LOADS):
+        lane = step * BLOCK_S + lane_s
+        pixel = first + lane
+        valid = real[:, None] & (lane < size)[None, :]
+        tile = _load(x1, x2, image, image2, channel, pixel, valid, c1, c2, pixels, HAS_X2, CHANNELS_LAST)
+        lane_mean, lane_m2 = _welford(tile, valid, lane_mean, lane_m2, step + 1.0)
+    count = _lane_count(lane_s, size, BLOCK_S, STEPS)
+    mean, m2 = _chan(tl.broadcast_to(count, [BLOCK_C, BLOCK_S]), lane_mean, lane_m2)
+    bias = _channel_bias(channel_row(x_bias, image, bias_share, bias_stride), channel, channel < c1, HAS_BIAS)
+    store_partial(partial, image, mean, m2, size.to(tl.float32), bias, channels, split, splits, PART, BLOCK_C)
 
 
 @triton.jit
@@ -269,7 +297,7 @@ def merge_splits_kernel(
 
 @triton.jit
 def _group_column(
-    stats1, stats2, image, channel, column, c1, c2, pixels, splits, chunk,
+    stats1, stats2, image, image2, channel, column, c1, c2, pixels, splits, chunk,
     GROUP_CHANNELS: tl.constexpr, PART: tl.constexpr, HAS_STATS2: tl.constexpr,
 ):  # fmt: skip
     """(count, mean, M2), each [channels, columns]: what has to be merged to the statistics of each channel's
@@ -280,9 +308,10 @@ def _group_column(
     valid = (channel < c1 + c2)[:, None] & (column < parts * splits)[None, :]
     count = tl.where(column < parts * splits, tl.minimum(pixels - split * chunk, chunk) * PART, 0)
     if HAS_STATS2:
-        first, second = valid & (row < c1), valid & (row >= c1)
-        address1 = stats1 + (image * c1 + row) * 2
-        address2 = stats2 + (image * c2 + row - c1) * 2
+        rows1 = c1 // PART
+        first, second = valid & (row < rows1), valid & (row >= rows1)
+        address1 = stats1 + ((image * rows1 + row) * splits + split[None, :]) * 2
+        address2 = stats2 + ((image2 * (c2 // PART) + row - rows1) * splits + split[None, :]) * 2
         # A row belongs to one input only: the other's lanes are all zero.
         mean = tl.load(address1, first, other=0.0) + tl.load(address2, second, other=0.0)
         m2 = tl.load(address1 + 1, first, other=0.0) + tl.load(address2 + 1, second, other=0.0)
@@ -296,7 +325,8 @@ def _group_column(
 @triton.jit
 def apply_kernel(
     x1, x2, x_bias, stats1, stats2, weight, bias, scale, shift, y, mean_out, rstd_out,
-    c1, c2, pixels, splits, chunk, scale_stride, shift_stride, eps,
+    c1, c2, pixels, images2, bias_share, bias_stride, splits, chunk, share, weight_stride, scale_stride, shift_stride,
+    eps,
     GROUP_CHANNELS: tl.constexpr, PART: tl.constexpr, SILU: tl.constexpr, HAS_AFFINE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_X2: tl.constexpr, HAS_STATS2: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, MERGES: tl.constexpr,
@@ -305,10 +335,10 @@ def apply_kernel(
     Grid (pixel blocks, channel blocks, batch).
 
     stats1 is [B, (C1 + C2) / PART, splits, 2] as `stats_kernel` writes it, the bias in it; with HAS_STATS2,
-    stats1 is [B, C1, 2] and stats2 [B, C2, 2], PART and splits being 1. Every program merges what it needs,
+    stats1 is [B, C1 / PART, splits, 2] and stats2 [B, C2 / PART, splits, 2]. Every program merges what it needs,
     from cache: cheaper than a launch between. MERGES * BLOCK_M covers the columns to merge.
     """
-    image = tl.program_id(2).to(tl.int64)
+    image, image2 = _images(tl.program_id(2), tl.num_programs(2), images2)
     pixel = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channels = c1 + c2
@@ -318,11 +348,24 @@ def apply_kernel(
     lane_m = tl.arange(0, BLOCK_M)
     if MERGES == 1:
         count, lane_mean, lane_m2 = _group_column(
-            stats1, stats2, image, channel, lane_m, c1, c2, pixels, splits, chunk, GROUP_CHANNELS, PART, HAS_STATS2
+            stats1,
+            stats2,
+            image,
+            image2,
+            channel,
+            lane_m,
+            c1,
+            c2,
+            pixels,
+            splits,
+            chunk,
+            GROUP_CHANNELS,
+            PART,
+            HAS_STATS2,
         )
         # Here: before, the compiler would move the tile to the statistics' layout through shared memory, and
         # back; after, it would wait for them.
-        value = _load(x1, x2, image, channel, pixel, valid, c1, c2, pixels, HAS_X2, CHANNELS_LAST)
+        value = _load(x1, x2, image, image2, channel, pixel, valid, c1, c2, pixels, HAS_X2, CHANNELS_LAST)
         mean = tl.sum(count * lane_mean, 1) / size
         delta = lane_mean - mean[:, None]
         # As in `_moments`.
@@ -334,19 +377,19 @@ def apply_kernel(
         variance = tl.zeros([BLOCK_C], tl.float32)
         for step in range(MERGES):
             count, lane_mean, _m2 = _group_column(
-                stats1, stats2, image, channel, step * BLOCK_M + lane_m, c1, c2, pixels, splits, chunk,
+                stats1, stats2, image, image2, channel, step * BLOCK_M + lane_m, c1, c2, pixels, splits, chunk,
                 GROUP_CHANNELS, PART, HAS_STATS2,
             )  # fmt: skip
             mean += tl.sum(count * lane_mean, 1) / size
         for step in range(MERGES):
             count, lane_mean, lane_m2 = _group_column(
-                stats1, stats2, image, channel, step * BLOCK_M + lane_m, c1, c2, pixels, splits, chunk,
+                stats1, stats2, image, image2, channel, step * BLOCK_M + lane_m, c1, c2, pixels, splits, chunk,
                 GROUP_CHANNELS, PART, HAS_STATS2,
             )  # fmt: skip
             delta = lane_mean - mean[:, None]
             residue += tl.sum(count * delta, 1) / size
             variance += tl.sum(lane_m2 + count * delta * delta, 1) / size
-        value = _load(x1, x2, image, channel, pixel, valid, c1, c2, pixels, HAS_X2, CHANNELS_LAST)
+        value = _load(x1, x2, image, image2, channel, pixel, valid, c1, c2, pixels, HAS_X2, CHANNELS_LAST)
     rstd = 1.0 / tl.sqrt_rn(tl.maximum(variance - residue * residue, 0.0) + eps)
     if tl.program_id(0) == 0:
         heads = real & (channel % GROUP_CHANNELS == 0)
@@ -354,10 +397,13 @@ def apply_kernel(
         tl.store(mean_out + at, mean + residue, heads)
         tl.store(rstd_out + at, rstd, heads)
 
+    weight, bias = channel_row(weight, image, share, weight_stride), channel_row(bias, image, share, weight_stride)
     a, b = _affine(weight, bias, scale, shift, image, channel, real, scale_stride, shift_stride, HAS_AFFINE)
     a *= rstd
     if HAS_BIAS:
-        mean, tail = _difference(mean, _channel_bias(x_bias, channel, channel < c1, HAS_BIAS))
+        mean, tail = _difference(
+            mean, _channel_bias(channel_row(x_bias, image, bias_share, bias_stride), channel, channel < c1, HAS_BIAS)
+        )
         residue += tail
     b -= residue * a
     out = (value - mean[:, None]) * a[:, None] + b[:, None]

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import kernels
+from ..config import NORM_GROUPS
 from ..models.layers import AttentionBlock, Downsample, ResBlock, Stage, Upsample
 from . import rewrites
 from .attention import Attend
 from .convolution import convolution, native_fits
-from .norms import Join, Skip, fixed_normaliser, materialise, normaliser
+from .norms import SMALL_GROUP, Join, Skip, add, bare, fixed_normaliser, materialise, normaliser, statistics_of
 from .options import Rewrites
 from .rewrites import Affine, AffineTable
 
@@ -42,9 +42,10 @@ class UpsampledConvolution:
 
 
 class FusedResBlock:
-    """One ResBlock; ``affine`` is that of its second norm, from an :class:`AffineTable`."""
+    """One ResBlock; ``affine`` is that of its second norm, from an :class:`AffineTable`. With a ``part`` it leaves the
+    statistics of what it makes, of so many channels together."""
 
-    def __init__(self, block: ResBlock, options: Rewrites) -> None:
+    def __init__(self, block: ResBlock, options: Rewrites, part: int = 0) -> None:
         self.resample, self.options, self.divisor = block.resample, options, block.divisor
         norm, _, conv = block.in_layers
         self.norm_in, self.norm_out = fixed_normaliser(options, norm), normaliser(options, block.out_layers[0])
@@ -56,6 +57,7 @@ class FusedResBlock:
         # The offset of an affine contains it already.
         self.bias_in = conv.bias.detach().float() if folded and block.scale_shift else None
         self.bias_out = last.bias.detach().float() if folded else None
+        self.part = part if folded and self.divisor == 1 else 0
         self.skip = None
         if not isinstance(skip, nn.Identity):
             self.skip = SplitSkip(skip) if options.split_skips else convolution(skip, options.packed_weights)
@@ -63,14 +65,17 @@ class FusedResBlock:
             # Added with the other one, so that the products have none.
             self.bias_out, self.skip.bias = self.bias_out + self.skip.bias.float(), None
 
-    def __call__(self, x: Tensor | Join, affine: Affine) -> Tensor:
+    def __call__(self, x: Tensor | Skip | Join, affine: Affine) -> Tensor | Skip:
         h = self.norm_in(x)
+        x = x if isinstance(x, Join) else bare(x)
         if self.resample == "down":
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
         h, bias = self.conv_in(h), self.bias_in
         if affine.offset is not None:
             if len(affine.offset) == 1:
                 bias = affine.offset[0]
+            elif self.bias_out is not None and self.bias_out.dim() == 2:  # of stacked blocks, a row for each
+                bias = affine.offset
             else:
                 h = h.add_(affine.offset[:, :, None, None])
         h = self.norm_out(h, affine, x_bias=bias, overwrite=True)
@@ -80,8 +85,7 @@ class FusedResBlock:
                 residual = F.interpolate(residual, scale_factor=2, mode="nearest")
             y = self.conv_out(h, residual)
         else:
-            add = kernels.upsample_add if self.resample == "up" else kernels.residual_add
-            y = add(self.conv_out(h), residual, self.bias_out)
+            y = add(self.conv_out(h), residual, self.bias_out, self.part)
         return y if self.divisor == 1 else y / self.divisor
 
 
@@ -132,6 +136,7 @@ class FusedAttention:
         reads, and the product is added to the map itself."""
         bias = self.block.proj_out.bias.detach().float()
         block.bias_out, self.bias = block.bias_out + bias, -bias
+        block.part = 0
 
     def __call__(self, x: Tensor) -> Tensor:
         norm = self.norm if self.bias is None else functools.partial(self.norm, x_bias=self.bias)
@@ -141,8 +146,8 @@ class FusedAttention:
 class FusedStages:
     """A run of stages and the affine table of their ResBlocks."""
 
-    def __init__(self, stages: Iterable[Stage], options: Rewrites, attend: Attend) -> None:
-        stages = list(stages)
+    def __init__(self, stages: Iterable[Stage], options: Rewrites, attend: Attend, part: int = 0) -> None:
+        stages, self.part = list(stages), part
         blocks = [b for stage in stages for b in rewrites.resblocks(stage)]
         self.table = AffineTable(blocks, fold=options.folded_biases)
         columns = iter(self.table.columns)
@@ -151,7 +156,7 @@ class FusedStages:
             layers: list[tuple[Callable, slice | None]] = []
             for layer in stage:
                 if isinstance(layer, ResBlock):
-                    layers.append((FusedResBlock(layer, options), next(columns)))
+                    layers.append((FusedResBlock(layer, options, part), next(columns)))
                 else:
                     plain = self._plain(layer, options, attend)
                     before = layers[-1][0] if layers else None
@@ -172,9 +177,9 @@ class FusedStages:
             return layer if isinstance(layer.conv, nn.Identity) else UpsampledConvolution(layer.conv, options)
         return convolution(layer, options.packed_weights, native=options.tile)
 
-    def run(self, index: int, x: Tensor | Join, affine: Affine) -> Tensor:
+    def run(self, index: int, x: Tensor | Skip | Join, affine: Affine) -> Tensor | Skip:
         for layer, columns in self.stages[index]:
-            x = layer(x) if columns is None else layer(x, affine.columns(columns))
+            x = layer(bare(x)) if columns is None else layer(x, affine.columns(columns))
         return x
 
 
@@ -182,9 +187,9 @@ class FusedDecoder(FusedStages):
     """Middle block, output blocks and head of one decoder."""
 
     def __init__(
-        self, middle: Stage, blocks: nn.ModuleList, head: nn.Sequential, options: Rewrites, attend: Attend
+        self, middle: Stage, blocks: nn.ModuleList, head: nn.Sequential, options: Rewrites, attend: Attend, part: int
     ) -> None:
-        super().__init__([middle, *blocks], options, attend)
+        super().__init__([middle, *blocks], options, attend, part)
         self.split = options.split_skips
         self.norm = fixed_normaliser(options, head[0])
         self.head = convolution(head[2], options.packed_weights, native=options.tile)
@@ -193,38 +198,39 @@ class FusedDecoder(FusedStages):
         """Map [B, C, H, W] from what the trunk left, first to last."""
         return self.outer(self.deep(skips, affine, len(skips)), skips, affine)
 
-    def deep(self, skips: list[Skip], affine: Affine, outer: int) -> Tensor:
+    def deep(self, skips: list[Skip], affine: Affine, outer: int) -> Tensor | Skip:
         """The map that the stages which read the first ``outer`` of ``skips`` start from."""
-        return self._join(1, self.run(0, skips[-1].x, affine), skips[outer:], affine)
+        return self._join(1, self._middle(skips[-1], affine), skips[outer:], affine)
 
-    def outer(self, h: Tensor, skips: list[Skip], affine: Affine) -> Tensor:
+    def outer(self, h: Tensor | Skip, skips: list[Skip], affine: Affine) -> Tensor:
         """Map [B, C, H, W] from the deep map ``h`` by the last stages, which read ``skips``, and the head."""
         return self.head(self.norm(self._join(len(self.stages) - len(skips), h, skips, affine)))
 
     def levels(self, skips: list[Skip], affine: Affine) -> Iterator[Tensor]:
         """The map of the middle block, then of every output block, each computed when it is asked for."""
-        h = self.run(0, skips[-1].x, affine)
-        yield h
+        h = self._middle(skips[-1], affine)
+        yield bare(h)
         for i, skip in enumerate(reversed(skips), start=1):
             h = self._join(i, h, [skip], affine)
-            yield h
+            yield bare(h)
 
-    def _join(self, first: int, h: Tensor, skips: list[Skip], affine: Affine) -> Tensor:
+    def _middle(self, skip: Skip, affine: Affine) -> Tensor | Skip:
+        return self.run(0, skip.x if skip.statistics is None else skip, affine)
+
+    def _join(self, first: int, h: Tensor | Skip, skips: list[Skip], affine: Affine) -> Tensor | Skip:
         """``h`` after the stages from ``first`` on, which read ``skips``, the last one first."""
         for i, skip in enumerate(reversed(skips), start=first):
-            x = Join(h, skip)
+            x = Join(bare(h), skip, getattr(h, "statistics", None))
             h = self.run(i, x if self.split else materialise(x), affine)
         return h
 
 
-def make_skip(x: Tensor, share: bool, last_level_cache: int) -> Skip:
-    """``x`` as a skip, with its channel statistics where computing them apart saves a read of device memory.
-
-    A map that stays in the last-level cache is read again for little, and then one launch less counts for more.
-    """
-    if share and x.numel() * x.element_size() > last_level_cache:
-        return Skip(x, kernels.channel_stats(x))
-    return Skip(x)
+def make_skip(x: Tensor | Skip, part: int) -> Skip:
+    """``x`` as a skip; with a ``part`` every large one has statistics, so that no reader computes them."""
+    if isinstance(x, Skip):
+        return x
+    large = x.shape[1] // NORM_GROUPS * x.shape[2] * x.shape[3] > SMALL_GROUP
+    return Skip(x, statistics_of(x, part) if part and large else None)
 
 
 class SharedProducts:
@@ -239,6 +245,10 @@ class SharedProducts:
         both = [self._products(i, skip) for i, skip in enumerate(skips)]
         first, second = ([skip._replace(product=p[k]) for skip, p in zip(skips, both, strict=True)] for k in (0, 1))
         return first, second
+
+    def stacked(self, skips: list[Skip]) -> list[Skip]:
+        """The skips for both decoders as one."""
+        return [skip._replace(product=self._products(i, skip)) for i, skip in enumerate(skips)]
 
     def _products(self, i: int, skip: Skip) -> Tensor:
         """[2, B * H * W, O]"""
@@ -258,7 +268,7 @@ def repeat(skips: list[Skip], count: int) -> list[Skip]:
     return [
         Skip(
             skip.x.repeat(count, 1, 1, 1).contiguous(memory_format=torch.channels_last),
-            None if skip.statistics is None else skip.statistics.repeat(count, 1, 1),
+            None if skip.statistics is None else skip.statistics.repeat(count, 1, 1, 1),
         )
         for skip in skips
     ]

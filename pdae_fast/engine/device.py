@@ -97,13 +97,6 @@ def describe_device(device: torch.device) -> str:
     return f"{_cpuinfo('model name') or 'CPU'}, {torch.get_num_threads()} threads"
 
 
-def last_level_cache(device: torch.device) -> int:
-    """Bytes of a GPU's L2 cache; 0 where it is not known."""
-    if device.type != "cuda":
-        return 0
-    return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0))
-
-
 def out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that memory ran out, on the CPU (where PyTorch has no class for it) or on CUDA."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)

@@ -19,14 +19,15 @@ from . import graphs, rewrites
 from .attention import resolve_attention
 from .blocks import FusedDecoder, FusedStages, SharedProducts, make_skip, repeat
 from .convolution import default_tile, native_bytes, native_layers
-from .device import last_level_cache
-from .norms import Skip
+from .norms import Skip, bare, common_part
 from .options import Rewrites
 from .plan import Plan
 from .reuse import Kept, Workload
 from .rewrites import Affine
+from .stacked import CannotStack, StackedDecoders
 
-# Pixels of a batch up to which the two decoders leave most of a large GPU idle when they run one after the other.
+# Pixels of a batch up to which the two decoders leave most of a large GPU idle when they run one after the other; of
+# stacked ones, the convolutions.
 PARALLEL_PIXELS = 2**16
 
 
@@ -65,20 +66,27 @@ class Networks(Plan):
         shape = self._attention_shape()
         self.attention, attend = resolve_attention(attention, device, dtype, shape, options.native_attention)
         with torch.inference_mode():
-            self.trunk = FusedStages(unet.input_blocks, options, attend)
-            self.eps = FusedDecoder(unet.middle_block, unet.output_blocks, unet.out, options, attend)
+            part = common_part(unet) if options.shared_statistics else 0
+            self.trunk = FusedStages(unet.input_blocks, options, attend, part)
+            self.eps = FusedDecoder(unet.middle_block, unet.output_blocks, unet.out, options, attend, part)
             self.gradient = (
-                FusedDecoder(unet.shift_middle_block, unet.shift_output_blocks, unet.shift_out, options, attend)
+                FusedDecoder(unet.shift_middle_block, unet.shift_output_blocks, unet.shift_out, options, attend, part)
                 if isinstance(unet, PDAEDecoder)
                 else None
             )
         shared = options.shared_products and self.gradient is not None
         self._products = SharedProducts((self.eps, self.gradient)) if shared else None
+        self._stacked = None
+        if options.stacked_decoders and self.gradient is not None:
+            try:
+                with torch.inference_mode():
+                    self._stacked = StackedDecoders((self.eps, self.gradient))
+            except CannotStack:
+                self.options = dataclasses.replace(options, stacked_decoders=False)
         self._parts = [part for part in (self.trunk, self.eps, self.gradient) if part is not None]
         # Columns of a row of the tables: those of every part, then the two factors that make eps of the output.
         self._widths = [width for part in self._parts for width in part.table.row_widths]
         self._widths += [] if unet.to_eps is None else [1, 1]
-        self._cache = last_level_cache(device)
         self._times: dict[int, Tensor] = {}
         self._side = graphs.new_stream(device) if options.parallel_decoders else None
         # Of the captured steps: the memory and stream of all, where they are not every trajectory's own; and why there
@@ -192,11 +200,17 @@ class Networks(Plan):
         may take over; G is None when it says "none". A G that is run needs ``codes``.
         """
         affines, run_gradient = self._affines(row, codes), workload.gradient == "run"
-        skips = self._features(x, affines[0], workload, kept, self.options.shared_statistics and run_gradient)
-        own = skips
-        if self._products is not None and run_gradient and codes.weights is None:
+        skips = self._features(x, affines[0], workload, kept)
+        large = len(x) * x.shape[2] * x.shape[3] > PARALLEL_PIXELS
+        own, single = skips, run_gradient and codes.weights is None
+        stacked = single and self._stacked is not None and self.reuse.deep == 1 and len(row) == 1
+        if self._products is not None and single and not stacked:
             own, skips = self._products(skips)
-        if self._side is None or not run_gradient or len(x) * x.shape[2] * x.shape[3] > PARALLEL_PIXELS:
+        if stacked:
+            affine, side = self._stacked.affine(affines[1:], len(x)), None if large else self._side
+            eps, gradient = self._stacked(self._products.stacked(skips), affine, side)
+            eps = self._as_eps(eps, x, row)
+        elif self._side is None or not run_gradient or large:
             eps = self._decode_eps(x, row, own, affines, workload, kept)
             gradient = self._decode_gradient(skips, affines, codes, workload, kept) if run_gradient else None
         else:
@@ -226,17 +240,18 @@ class Networks(Plan):
         eps, gradient = self.evaluate(x, row, codes, workload, kept)
         return kernels.ddim_update(x, eps, gradient, coefficients, index, clamp)
 
-    def _features(self, x: Tensor, affine: Affine, workload: Workload, kept: Kept, share: bool) -> list[Skip]:
+    def _features(self, x: Tensor, affine: Affine, workload: Workload, kept: Kept) -> list[Skip]:
         """What the trunk leaves for the decoders, first to last: all maps, or the outer ones."""
         if workload.features == "kept":
             return [Skip(kept[f"skip {i}"]) for i in range(len(self.trunk.stages))]
         x = 2 * x - 1 if self.unet.config.center_input_sample else x
         h, skips = x.to(self.dtype).contiguous(memory_format=torch.channels_last), []
         for i in range(len(self.trunk.stages) if workload.features == "all" else self.outer):
-            h = self.trunk.run(i, h, affine)
-            skips.append(make_skip(h, share, self._cache))
+            skip = make_skip(self.trunk.run(i, h, affine), self.trunk.part)
+            h = skip.x if skip.statistics is None else skip
+            skips.append(skip)
             if self.reuse.trunk > 1:
-                kept.keep(f"skip {i}", h)
+                kept.keep(f"skip {i}", skip.x)
         return skips
 
     def _decode(
@@ -253,14 +268,16 @@ class Networks(Plan):
             return decoder(repeat(skips, repeats), affine)
         if workload.features == "all":
             repeated = repeat(skips, repeats)
-            kept.keep(name, decoder.deep(repeated, affine, self.outer))
+            kept.keep(name, bare(decoder.deep(repeated, affine, self.outer)))
             return decoder.outer(kept[name], repeated[: self.outer], affine)
         return decoder.outer(kept[name], repeat(skips, repeats), affine)
 
     def _decode_eps(
         self, x: Tensor, row: Tensor, skips: list[Skip], affines: list[Affine], workload: Workload, kept: Kept
     ) -> Tensor:
-        out = self._decode(self.eps, "deep eps", skips, 1, affines[1], workload, kept)
+        return self._as_eps(self._decode(self.eps, "deep eps", skips, 1, affines[1], workload, kept), x, row)
+
+    def _as_eps(self, out: Tensor, x: Tensor, row: Tensor) -> Tensor:
         out = out[:, : self.unet.config.input_channel]
         if self.unet.to_eps is None:
             return out
@@ -279,7 +296,7 @@ class Networks(Plan):
     def _levels(self, x: Tensor, times: Sequence[int], z: Tensor | None, labels: Tensor | None) -> Iterator[Tensor]:
         """As :meth:`Plan._levels`."""
         affines = self._affines(self.time_rows(times, labels), None if z is None else self.conditioning(z))
-        skips = self._features(x, affines[0], Workload("all", "none"), Kept(), share=False)
+        skips = self._features(x, affines[0], Workload("all", "none"), Kept())
         return self.eps.levels(skips, affines[1])
 
     def count(self, images: int, codes: Conditioning | None, workload: Workload) -> None:

@@ -4,6 +4,7 @@ by its native code for the CPU."""
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,9 +18,13 @@ from . import rewrites
 from .options import Rewrites
 from .rewrites import Affine
 
+# Elements of a group up to which a norm reads it from registers or cache, in one launch, statistics and all.
+SMALL_GROUP = 8192
+
 
 class Skip(NamedTuple):
-    """A map that the trunk leaves for the decoders, and its channel statistics where both decoders share them.
+    """A map that several read, as those that the trunk leaves for the decoders, and its statistics where they are known
+    (of `kernels.partial_stats`, or another part of them).
 
     ``product`` [B * H * W, O] is its part of the 1x1 skip convolution of the one block that reads it, to be used up.
     """
@@ -30,15 +35,46 @@ class Skip(NamedTuple):
 
 
 class Join(NamedTuple):
-    """cat([h, skip.x], 1), not made: what a decoder block reads."""
+    """cat([h, skip.x], 1), not made: what a decoder block reads; ``statistics`` are those of h."""
 
     h: Tensor
     skip: Skip
+    statistics: Tensor | None = None
 
 
-def materialise(x: Tensor | Join) -> Tensor:
+def common_part(network: nn.Module) -> int:
+    """How many channels, at most 8, fit every group of the network's norms a whole number of times, in a power of two:
+    then the groups of all maps, and of joined ones, are made of such parts."""
+    norms = [layer for layer in network.modules() if isinstance(layer, nn.GroupNorm)]
+    common = math.gcd(8, *(norm.num_channels // norm.num_groups for norm in norms))
+    return common & -common
+
+
+def bare(x: Tensor | Skip) -> Tensor:
+    """The map alone."""
+    return x.x if isinstance(x, Skip) else x
+
+
+def statistics_of(x: Tensor, part: int, x_bias: Tensor | None = None) -> Tensor:
+    """Of ``part`` channels together, in the splits that every map of this size and batch comes in."""
+    splits = kernels.stats_splits(len(x), x.shape[2] * x.shape[3], x.device)
+    return kernels.partial_stats(x, part, splits, x_bias)
+
+
+def add(h: Tensor, residual: Tensor, bias: Tensor, part: int) -> Tensor | Skip:
+    """h + residual + bias, the residual upsampled where it is half as high and wide; with ``part``, which is not 0, and
+    its statistics."""
+    if part:
+        # Of stacked networks the maps are split as the skips, which are not stacked.
+        images = len(h) // (len(bias) if bias.dim() == 2 else 1)
+        splits = kernels.stats_splits(images, h.shape[2] * h.shape[3], h.device)
+        return Skip(*kernels.add_with_stats(h, residual, bias, part, splits))
+    return (kernels.residual_add if residual.shape == h.shape else kernels.upsample_add)(h, residual, bias)
+
+
+def materialise(x: Tensor | Skip | Join) -> Tensor:
     if not isinstance(x, Join):
-        return x
+        return bare(x)
     parts, out = [x.h, x.skip.x], None
     if x.h.device.type == "cpu":
         B, C, H, W = x.h.shape
@@ -63,14 +99,8 @@ def normalise(
     return F.silu(y, inplace=True) if silu else y
 
 
-@functools.cache  # never given up: captured graphs know them by their addresses
-def _identity(channels: int, device: torch.device) -> Affine:
-    with torch.inference_mode(False):  # kept for callers in any mode
-        return tuple(make(channels, dtype=torch.float32, device=device) for make in (torch.ones, torch.zeros))
-
-
 def normalise_fused(
-    x: Tensor | Join,
+    x: Tensor | Skip | Join,
     affine: Affine | tuple[Tensor, Tensor],
     silu: bool = True,
     x_bias: Tensor | None = None,
@@ -78,23 +108,24 @@ def normalise_fused(
     groups: int = NORM_GROUPS,
     eps: float = 1e-5,
 ) -> Tensor:
-    """The same in one op, which also reads a :class:`Join` from its two parts.
+    """The same in one op, which also reads a :class:`Join` from its two parts, and takes the statistics that are known.
 
-    ``x_bias`` [C] is the bias that the convolution before x left out: it is added as x (h of a join) is read.
+    ``x_bias`` [C] is the bias that the convolution before x left out: it is added as x (h of a join) is read, and known
+    statistics of x are of the sum.
     """
     multiplier, addend = affine[:2]
-    h, (skip, statistics, _) = x if isinstance(x, Join) else (x, (None, None, None))
-    if len(multiplier) == 1:
-        weight, bias, scale, shift = multiplier[0], addend[0], None, None
-    else:
-        weight, bias = _identity(multiplier.shape[1], multiplier.device)
-        scale, shift = multiplier, addend
-    if statistics is None:
-        return kernels.group_norm(h, weight, bias, groups, eps, scale, shift, silu, skip, x_bias=x_bias)
-    own = kernels.channel_stats(h, x_bias=x_bias)
-    return kernels.group_norm_apply(
-        h, own, weight, bias, groups, eps, scale, shift, silu, skip, statistics, x_bias=x_bias
-    )
+    h, (skip, theirs, _), own = x if isinstance(x, Join) else (bare(x), Skip(None), getattr(x, "statistics", None))
+    weight, bias = (multiplier[0], addend[0]) if len(multiplier) == 1 else (multiplier, addend)
+    if skip is not None and (own is None) != (theirs is None):
+        if multiplier.shape[1] // groups * h.shape[2] * h.shape[3] <= SMALL_GROUP:
+            own = None
+        elif own is None:
+            own = kernels.partial_stats(h, skip.shape[1] // theirs.shape[1], theirs.shape[2], x_bias)
+        else:
+            theirs = kernels.partial_stats(skip, h.shape[1] // own.shape[1], own.shape[2])
+    if own is None:
+        return kernels.group_norm(h, weight, bias, groups, eps, None, None, silu, skip, x_bias=x_bias)
+    return kernels.group_norm_apply(h, own, weight, bias, groups, eps, None, None, silu, skip, theirs, x_bias=x_bias)
 
 
 def normalise_native(

@@ -29,6 +29,7 @@ NEEDS = {
     # oneDNN adds residuals and biases inside its packed convolutions: nothing is left to fold.
     "folded_biases": Needs((("kernels",),), without=("packed_weights",)),
     "shared_products": Needs((("split_skips",), ("folded_biases",))),
+    "stacked_decoders": Needs((("shared_products",),), without=("phase_upsample", "native_convolutions")),
     "parallel_decoders": Needs((("a GPU",),)),
     "graphs": Needs((("a GPU",), ("fused_update",))),
     "captured_fields": Needs((("graphs",),)),
@@ -49,11 +50,14 @@ class Rewrites:
     native_attention: attention in native code (CPU), where no other backend is asked for.
     split_skips: decoder blocks read h and the skip from where they are; the 1x1 skip convolution is a sum of two
         products.
-    shared_statistics: a skip's channel statistics are computed once for both decoders.
+    shared_statistics: a map's statistics are computed once for all norms that read it: with the addition that makes it
+        (where biases are folded), or apart.
     shared_products: the parts of both decoders' skip convolutions that read one skip are one product.
     folded_biases: convolution biases are added where the result is read next; an attention's is part of its residual.
     fused_update: time tables, coefficients and the step index live on the device; the DDIM update is one op.
-    parallel_decoders: the two decoders as branches on two streams (CUDA, small batches).
+    stacked_decoders: two decoders of one structure run as one on twice the images, where both run at every evaluation.
+    parallel_decoders: the two decoders, of stacked ones the convolutions, as branches on two streams (CUDA, small
+        batches).
     graphs: one step captured as a CUDA graph and replayed (CUDA).
     captured_fields: single evaluations captured too, for solvers other than DDIM (CUDA; off until measured).
     large_tiles: native convolutions of bfloat16 in tiles of 4x4 pixels, as of float32: an approximation.
@@ -67,6 +71,7 @@ class Rewrites:
     shared_statistics: bool = False
     folded_biases: bool = False
     shared_products: bool = False
+    stacked_decoders: bool = False
     fused_update: bool = False
     parallel_decoders: bool = False
     graphs: bool = False
@@ -93,7 +98,8 @@ class Rewrites:
         if device.type != "cuda":
             return cls(native_norms=True, native_convolutions=True, native_attention=True)
         usable = kernels.triton_status()[0]
-        ops = dict.fromkeys(("kernels", "split_skips", "shared_statistics", "folded_biases", "shared_products"), usable)
+        names = "kernels split_skips shared_statistics folded_biases shared_products stacked_decoders"
+        ops = dict.fromkeys(names.split(), usable)
         whole = dict.fromkeys(("fused_update", "parallel_decoders", "graphs"), True)
         return cls(packed_weights=False, phase_upsample=False, **ops, **whole)
 

@@ -158,6 +158,17 @@ def upsample_conv(x: Tensor, convolutions: list[list[Convolution]]) -> Tensor:
     return out
 
 
+def attend_rows(block: AttentionBlock, rows: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+    """The core of the attention block: [B, N, heads, C / heads] of the first product's rows [B, N, 3 C]."""
+    B, N, width = rows.shape
+    d = width // 3 // block.heads
+    if block.new_order:
+        q, k, v = rows.view(B, N, 3, block.heads, d).unbind(2)
+    else:
+        q, k, v = rows.view(B, N, block.heads, 3, d).unbind(3)
+    return attend(q, k, v)
+
+
 def attention_tokens(
     block: AttentionBlock,
     x: Tensor,
@@ -178,12 +189,7 @@ def attention_tokens(
         rows = F.linear(tokens, block.qkv.weight[:, :, 0], block.qkv.bias)
     else:
         rows = projections[0](maps).permute(0, 2, 3, 1).reshape(B, H * W, 3 * C)
-    d = C // block.heads
-    if block.new_order:
-        q, k, v = rows.view(B, H * W, 3, block.heads, d).unbind(2)
-    else:
-        q, k, v = rows.view(B, H * W, block.heads, 3, d).unbind(3)
-    h = attend(q, k, v).reshape(B, H, W, C)
+    h = attend_rows(block, rows, attend).reshape(B, H, W, C)
     if in_place:
         rows = x.permute(0, 2, 3, 1).reshape(-1, C)  # x itself where it is channels-last
         rows.addmm_(h.view(-1, C), block.proj_out.weight[:, :, 0].T)

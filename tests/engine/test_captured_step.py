@@ -37,12 +37,17 @@ class Captured(TorchDispatchMode):
     def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
         name = function.overloadpacket.__name__
         out = function(*args, **(kwargs or {}))
+        if name == "conv2d" and any(t.is_contiguous(memory_format=torch.channels_last) for t in args[:2]):
+            out = torch.empty_like(out, memory_format=torch.channels_last)  # as cuDNN answers
         tensors = [t for t in tree_leaves((args, kwargs or {}, out)) if isinstance(t, torch.Tensor)]
         assert name not in REFUSED, f"{name} waits for the device"
         assert all(t.device == META for t in tensors), f"{name} of {[str(t.device) for t in tensors]}"
         if name == "native_group_norm":
             x, weight, bias = args[:3]
             assert x.is_contiguous() and all(v is None or v.dtype == x.dtype for v in (weight, bias))
+        if name == "cudnn_convolution":  # it would copy them
+            assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (*args[:2], out))
+            assert out.shape == torch.nn.functional.conv2d(*args[:2], None, args[3], args[2]).shape
         if name == "group_norm":  # it sees to the layout itself
             x, _, *affine = args[:4]
             assert all(v is None or v.dtype == x.dtype for v in affine)

@@ -1,0 +1,190 @@
+"""Two decoders of one structure as one, on twice the images: those of the first decoder, then those of the other.
+
+What is the same for both, norms, additions, resampling and attention, is one launch; matrix products are batched, and
+convolutions are one for each half, into one map, on small maps side by side. Skips are as the trunk left them: each is
+read for both halves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import kernels
+from .blocks import FusedAttention, FusedDecoder, FusedResBlock, SplitSkip, UpsampledConvolution
+from .convolution import PlainConvolution
+from .norms import Join, Skip
+from .rewrites import Affine, attend_rows
+
+
+class CannotStack(Exception):
+    """The decoders differ in more than their weights."""
+
+
+def alike(*values: object) -> None:
+    if any(value != values[0] for value in values):
+        raise CannotStack
+
+
+def stacked_norm(norms: Sequence[functools.partial]) -> functools.partial:
+    """Norms with affines of their own as one, with a row of the affine for each."""
+    for norm in norms:
+        if not isinstance(norm, functools.partial):
+            raise CannotStack
+    alike(*({k: v for k, v in norm.keywords.items() if k != "affine"} for norm in norms))
+    affine = Affine(*(torch.cat(rows) for rows in zip(*(norm.keywords["affine"][:2] for norm in norms), strict=True)))
+    return functools.partial(norms[0], affine=affine)
+
+
+class Branches:
+    """Where the halves of small maps' convolutions run side by side: on a GPU's stream ``side``, or nowhere."""
+
+    side: torch.cuda.Stream | None = None
+
+
+class StackedConvolution:
+    """Each half of the images by its own weights, into one map."""
+
+    def __init__(self, convs: Sequence[PlainConvolution | UpsampledConvolution], branches: Branches) -> None:
+        alike(*map(type, convs))
+        self.interpolate = isinstance(convs[0], UpsampledConvolution)
+        if self.interpolate:
+            convs = [conv.conv for conv in convs]
+        if not all(isinstance(conv, PlainConvolution) and conv.bias is None for conv in convs):
+            raise CannotStack
+        alike(*((conv.weight.shape, conv.stride, conv.padding) for conv in convs))
+        self.weights = [conv.weight for conv in convs]
+        self.stride, self.padding, self.branches = convs[0].stride, convs[0].padding, branches
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2, mode="nearest") if self.interpolate else x
+        size = self.weights[0].shape[2] - 2 * self.padding
+        shape = (len(x), len(self.weights[0]), *((side - size) // self.stride + 1 for side in x.shape[2:]))
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        first, *others = zip(*(t.chunk(len(self.weights)) for t in (x, y)), self.weights, strict=True)
+        # The side waits for what is read and is waited for: memory that either frees is not reused too early.
+        side, main = self.branches.side, None
+        if side is not None:
+            main = torch.cuda.current_stream(x.device)
+            side.wait_stream(main)
+        with contextlib.nullcontext() if side is None else torch.cuda.stream(side):
+            for given, found, weight in others:
+                kernels.convolution_into(given, weight, found, self.stride, self.padding)
+        given, found, weight = first
+        kernels.convolution_into(given, weight, found, self.stride, self.padding)
+        if side is not None:
+            main.wait_stream(side)
+        return y
+
+
+class StackedSkip:
+    """The 1x1 convolutions of a joined input; their part of the skip, of both, is there already."""
+
+    def __init__(self, skips: Sequence[SplitSkip]) -> None:
+        alike(*((type(skip), skip.weight.shape, skip.bias is None) for skip in skips))
+        self.weight = torch.stack([skip.weight.T for skip in skips])
+
+    def __call__(self, x: Join) -> Tensor:
+        B, C, H, W = x.h.shape
+        rows = x.h.permute(0, 2, 3, 1).reshape(len(self.weight), -1, C)
+        return x.skip.product.baddbmm_(rows, self.weight[:, :C]).view(B, H, W, -1).permute(0, 3, 1, 2)
+
+
+class StackedAttention:
+    def __init__(self, parts: Sequence[FusedAttention]) -> None:
+        blocks = [part.block for part in parts]
+        alike(*((b.heads, b.new_order, b.qkv.weight.shape, b.qkv.bias is None) for b in blocks))
+        if any(part.bias is None for part in parts):  # otherwise each is added in advance, and its block's divisor is 1
+            raise CannotStack
+        norm = stacked_norm([part.norm for part in parts])
+        self.norm = functools.partial(norm, x_bias=torch.stack([part.bias for part in parts]))
+        self.block, self.attend = blocks[0], parts[0].attend
+        self.qkv = [(block.qkv.bias, block.qkv.weight[:, :, 0].T) for block in blocks]
+        self.out = torch.stack([block.proj_out.weight[:, :, 0].T for block in blocks])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(len(self.qkv), -1, C)
+        rows = tokens.new_empty(*tokens.shape[:2], 3 * C)
+        for given, (bias, weight), found in zip(tokens, self.qkv, rows, strict=True):
+            torch.addmm(bias, given, weight, out=found)
+        h = attend_rows(self.block, rows.view(B, H * W, 3 * C), self.attend)
+        # x itself where it is channels-last: it has the last product's bias already.
+        found = x.permute(0, 2, 3, 1).reshape(len(self.out), -1, C)
+        found.baddbmm_(h.reshape(found.shape), self.out)
+        return found.view(B, H, W, C).permute(0, 3, 1, 2)
+
+
+def stacked_block(blocks: Sequence[FusedResBlock], branches: Branches) -> FusedResBlock:
+    first = blocks[0]
+    alike(*((b.resample, b.divisor, b.part, b.skip is None, b.bias_out.shape, b.norm_out.keywords) for b in blocks))
+    if first.divisor != 1:
+        raise CannotStack
+    block = object.__new__(FusedResBlock)
+    block.__dict__.update(vars(first))
+    block.norm_in = stacked_norm([b.norm_in for b in blocks])
+    block.conv_in = StackedConvolution([b.conv_in for b in blocks], branches)
+    block.conv_out = StackedConvolution([b.conv_out for b in blocks], branches)
+    block.skip = None if first.skip is None else StackedSkip([b.skip for b in blocks])
+    # What is added before the second norm is in its affine.
+    block.bias_in, block.bias_out = None, torch.stack([b.bias_out for b in blocks])
+    return block
+
+
+def stacked_layer(layers: Sequence[Callable], branches: Branches) -> Callable:
+    alike(*map(type, layers))
+    if isinstance(layers[0], FusedResBlock):
+        return stacked_block(layers, branches)
+    if isinstance(layers[0], FusedAttention):
+        return StackedAttention(layers)
+    return StackedConvolution(layers, branches)
+
+
+class StackedDecoders(FusedDecoder):
+    """Raises CannotStack."""
+
+    def __init__(self, decoders: Sequence[FusedDecoder]) -> None:
+        alike(*(decoder.table.columns for decoder in decoders))
+        alike(*(len(decoder.stages) for decoder in decoders))
+        self.decoders, self.split, self.branches = decoders, True, Branches()
+        self.stages = []
+        for stages in zip(*(decoder.stages for decoder in decoders), strict=True):
+            alike(*map(len, stages))
+            layers = [list(zip(*layer, strict=True)) for layer in zip(*stages, strict=True)]
+            self.stages.append([(stacked_layer(parts, self.branches), columns[0]) for parts, columns in layers])
+        self.norm = stacked_norm([decoder.norm for decoder in decoders])
+        # What is added to h where time is not: the biases of the convolutions.
+        self.biases = [
+            torch.cat(
+                [torch.zeros_like(layer.bias_out) if layer.bias_in is None else layer.bias_in for layer in blocks]
+            )
+            for blocks in ([layer for s in d.stages for layer, columns in s if columns is not None] for d in decoders)
+        ]
+        self.biases = torch.stack(self.biases)
+
+    def affine(self, affines: Sequence[Affine], images: int) -> Affine:
+        """The affines of the decoders for ``images`` of each, as one: rows of images, and offsets of halves."""
+        multiplier, addend = (
+            torch.cat([values.expand(images, -1) for values in both])
+            for both in zip(*(affine[:2] for affine in affines), strict=True)
+        )
+        offsets = [affine.offset for affine in affines]
+        if all(offset is None for offset in offsets):
+            return Affine(multiplier, addend, self.biases)
+        known = zip(offsets, self.biases.split(1), strict=True)
+        return Affine(multiplier, addend, torch.cat([bias if offset is None else offset for offset, bias in known]))
+
+    def __call__(self, skips: list[Skip], affine: Affine, side: torch.cuda.Stream | None = None) -> list[Tensor]:
+        """What each decoder's head makes, [B, C, H, W]; with a ``side`` stream convolutions run side by side."""
+        self.branches.side = side
+        h = self.norm(self._join(1, self._middle(skips[-1], affine), skips, affine))
+        parts = h.chunk(len(self.decoders))
+        return [decoder.head(part) for decoder, part in zip(self.decoders, parts, strict=True)]
+
+    def _middle(self, skip: Skip, affine: Affine) -> Tensor | Skip:
+        return self.run(0, torch.cat([skip.x] * len(self.decoders)), affine)

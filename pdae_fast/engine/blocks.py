@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .. import kernels
 from ..models.layers import AttentionBlock, Downsample, ResBlock, Stage, Upsample
-from . import rewrites
+from . import float8, rewrites
 from .attention import Attend
 from .convolution import convolution, native_fits
 from .norms import Join, Skip, fixed_normaliser, materialise, normaliser
@@ -50,9 +50,10 @@ class FusedResBlock:
         self.norm_in, self.norm_out = fixed_normaliser(options, norm), normaliser(options, block.out_layers[0])
         folded = options.folded_biases
         build = functools.partial(convolution, packed=options.packed_weights, native=options.tile, bias=not folded)
-        self.conv_in = UpsampledConvolution(conv, options, not folded) if block.resample == "up" else build(conv)
+        conv_in = UpsampledConvolution(conv, options, not folded) if block.resample == "up" else build(conv)
+        self.conv_in = float8.reading(conv, conv_in)
         last, skip = block.out_layers[3], block.skip_connection
-        self.conv_out = build(last)
+        self.conv_out = float8.reading(last, build(last))
         # The offset of an affine contains it already.
         self.bias_in = conv.bias.detach().float() if folded and block.scale_shift else None
         self.bias_out = last.bias.detach().float() if folded else None

@@ -140,9 +140,17 @@ def _silu(y):
 
 
 @triton.jit
+def _stored(out, y, inverse):
+    """What is written to y; where y holds codes of fp8, out * inverse rounded to one, of at most 448."""
+    if y.dtype.element_ty == tl.float8e4nv:
+        out = tl.clamp(out * inverse, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    return out.to(y.dtype.element_ty)
+
+
+@triton.jit
 def fused_kernel(
     x1, x2, x_bias, weight, bias, scale, shift, y, mean_out, rstd_out,
-    c1, c2, pixels, scale_stride, shift_stride, eps,
+    c1, c2, pixels, scale_stride, shift_stride, eps, inverse,
     GROUP_CHANNELS: tl.constexpr, SILU: tl.constexpr, HAS_AFFINE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_X2: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, STEPS: tl.constexpr,
@@ -198,7 +206,7 @@ def fused_kernel(
         out = (value - offset) * a[:, None] + b[:, None]
         if SILU:
             out = _silu(out)
-        tl.store(base + _offset(channel, pixel, channels, pixels, CHANNELS_LAST), out.to(y.dtype.element_ty), valid)
+        tl.store(base + _offset(channel, pixel, channels, pixels, CHANNELS_LAST), _stored(out, y, inverse), valid)
 
 
 @triton.jit
@@ -296,7 +304,7 @@ def _group_column(
 @triton.jit
 def apply_kernel(
     x1, x2, x_bias, stats1, stats2, weight, bias, scale, shift, y, mean_out, rstd_out,
-    c1, c2, pixels, splits, chunk, scale_stride, shift_stride, eps,
+    c1, c2, pixels, splits, chunk, scale_stride, shift_stride, eps, inverse,
     GROUP_CHANNELS: tl.constexpr, PART: tl.constexpr, SILU: tl.constexpr, HAS_AFFINE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_X2: tl.constexpr, HAS_STATS2: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, MERGES: tl.constexpr,
@@ -364,4 +372,4 @@ def apply_kernel(
     if SILU:
         out = _silu(out)
     address = y + image * channels * pixels + _offset(channel, pixel, channels, pixels, CHANNELS_LAST)
-    tl.store(address, out.to(y.dtype.element_ty), valid)
+    tl.store(address, _stored(out, y, inverse), valid)

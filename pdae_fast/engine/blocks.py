@@ -54,6 +54,11 @@ class FusedResBlock:
         self.conv_in = float8.reading(conv, conv_in)
         last, skip = block.out_layers[3], block.skip_connection
         self.conv_out = float8.reading(last, build(last))
+        if options.float8:
+            self.norm_out, self.conv_out = float8.by_codes(self.norm_out, last, self.conv_out)
+        if options.float8 and block.resample != "down":  # which pools in between
+            upsample = block.resample == "up"
+            self.norm_in, self.conv_in = float8.by_codes(self.norm_in, conv, self.conv_in, upsample)
         # The offset of an affine contains it already.
         self.bias_in = conv.bias.detach().float() if folded and block.scale_shift else None
         self.bias_out = last.bias.detach().float() if folded else None

@@ -2,13 +2,15 @@
 bits, 2^-9 to 448), maps by one scale a layer and weights by one an output channel.
 
 Every scale is a power of two. To multiply by it is exact, so that a rounded value times its scale is a number that all
-dtypes hold, and a convolution of such numbers in float32 or bfloat16 gives what a product of fp8 values with float32
-sums gives. This is how it is computed wherever it runs today: no device is faster for it.
+dtypes hold, and a convolution of such numbers in float32 or bfloat16 gives what a product of fp8 codes with float32
+sums gives. This is how it is computed wherever it runs today, faster nowhere; `by_codes` multiplies the codes
+themselves, on a GPU that has them, and is off until one has run it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .. import kernels
 from ..errors import UserError
 from ..limits import brief, is_number, load_json
 from ..models import PDAE, Prior, unet_of
@@ -28,7 +31,7 @@ from .ownership import sharing
 M = TypeVar("M", PDAE, Prior)
 FORMAT = "pdae_fast-fp8-1"
 EXPECTED = "what python -m pdae_fast.calibrate wrote"
-LARGEST = 448.0
+LARGEST = 448.0  # code
 # Of a map's largest magnitude: nothing of a layer's range is smaller.
 LEAST, MOST = 1e-6, 1e6
 
@@ -40,8 +43,8 @@ def scale_for(largest: Tensor) -> Tensor:
 
 
 def rounded(x: Tensor, scale: Tensor | float) -> Tensor:
-    """x / scale rounded to e4m3, times scale, in the dtype of x; what is beyond 448 becomes 448, NaN stays."""
-    return (x.float() / scale).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn).to(x.dtype).mul_(scale)
+    """The codes of x times scale, in the dtype of x."""
+    return kernels.float8_codes(x, scale).to(x.dtype).mul_(scale)
 
 
 class Float8Conv2d(nn.Conv2d):
@@ -68,6 +71,29 @@ def reading(layer: nn.Conv2d, run: Callable[..., Tensor]) -> Callable[..., Tenso
     return lambda x, *arguments: run(rounded(x, layer.scale), *arguments)
 
 
+class CodedConvolution:
+    """conv3x3(x), or conv3x3(nearest2x(x)), of codes x, without its bias, in the dtype of the layer's weights."""
+
+    def __init__(self, layer: Float8Conv2d, upsample: bool) -> None:
+        weight = layer.weight.detach()
+        scale = scale_for(weight.abs().amax((1, 2, 3)))
+        self.weight = kernels.float8_codes(weight, scale[:, None, None, None]).permute(0, 2, 3, 1).contiguous()
+        self.scale, self.dtype, self.upsample = scale * layer.scale, weight.dtype, upsample
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return kernels.conv_float8(x, self.weight, self.scale, self.dtype, self.upsample)
+
+
+def by_codes(
+    norm: Callable[..., Tensor], layer: nn.Conv2d, run: Callable[..., Tensor], upsample: bool = False
+) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """The fused plan's norm and the convolution ``run`` for ``layer`` right behind it, as ones that write and multiply
+    codes where the layer rounds."""
+    if not isinstance(layer, Float8Conv2d):
+        return norm, run
+    return functools.partial(norm, code_scale=layer.scale), CodedConvolution(layer, upsample)
+
+
 def float8_layers(unet: UNet) -> dict[str, nn.Conv2d]:
     """What fp8 acts on, by name: all but the first and the last convolution, those that resample and the 1x1 ones."""
     return {
@@ -90,10 +116,10 @@ def in_float8(model: M, scales: str | os.PathLike | Mapping[str, Any]) -> M:
     return model
 
 
-def describe(unet: UNet) -> dict[str, str]:
+def describe(unet: UNet, how: str = "emulated") -> dict[str, str]:
     """A line for reports; nothing where nothing is rounded."""
     count = sum(isinstance(layer, Float8Conv2d) for layer in unet.modules())
-    return {"fp8": f"{count} convolutions of rounded values, emulated"} if count else {}
+    return {"fp8": f"{count} convolutions of rounded values, {how}"} if count else {}
 
 
 # -- calibration -------------------------------------------------------------------------------------------------------

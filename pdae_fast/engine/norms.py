@@ -77,10 +77,12 @@ def normalise_fused(
     overwrite: bool = False,
     groups: int = NORM_GROUPS,
     eps: float = 1e-5,
+    code_scale: float | None = None,
 ) -> Tensor:
     """The same in one op, which also reads a :class:`Join` from its two parts.
 
-    ``x_bias`` [C] is the bias that the convolution before x left out: it is added as x (h of a join) is read.
+    ``x_bias`` [C] is the bias that the convolution before x left out: it is added as x (h of a join) is read. With
+    ``code_scale`` the result is its codes of fp8.
     """
     multiplier, addend = affine[:2]
     h, (skip, statistics, _) = x if isinstance(x, Join) else (x, (None, None, None))
@@ -89,12 +91,13 @@ def normalise_fused(
     else:
         weight, bias = _identity(multiplier.shape[1], multiplier.device)
         scale, shift = multiplier, addend
+    own = None if statistics is None else kernels.channel_stats(h, x_bias=x_bias)
+    arguments = (groups, eps, scale, shift, silu, skip)
+    if code_scale is not None:
+        return kernels.group_norm_float8(h, weight, bias, code_scale, *arguments, x_bias, own, statistics)
     if statistics is None:
-        return kernels.group_norm(h, weight, bias, groups, eps, scale, shift, silu, skip, x_bias=x_bias)
-    own = kernels.channel_stats(h, x_bias=x_bias)
-    return kernels.group_norm_apply(
-        h, own, weight, bias, groups, eps, scale, shift, silu, skip, statistics, x_bias=x_bias
-    )
+        return kernels.group_norm(h, weight, bias, *arguments, x_bias=x_bias)
+    return kernels.group_norm_apply(h, own, weight, bias, *arguments, statistics, x_bias=x_bias)
 
 
 def normalise_native(

@@ -1,6 +1,7 @@
 """fp8: rounding, scales, what they are refused for, and plans that run it."""
 
 import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -21,6 +22,7 @@ from pdae_fast.engine.fused import FusedPlan
 from pdae_fast.engine.options import Rewrites
 from pdae_fast.engine.plan import Plan
 from pdae_fast.errors import UserError
+from pdae_fast.models.layers import ResBlock
 
 CPU = torch.device("cpu")
 
@@ -181,6 +183,7 @@ def smooth(monkeypatch):
 
 
 OPTIONS = {"default": None, "framework": Rewrites(), "plain": Rewrites(packed_weights=False), "cuda": ON_DEVICE}
+CODED = dataclasses.replace(ON_DEVICE, float8=True)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -190,6 +193,41 @@ def test_the_fused_plan_rounds_what_the_modules_round(model, scales, options, sm
     found = outputs(FusedPlan(eight, CPU, torch.float32, options), model)
     assert relative(found, expected) < 1e-4
     assert relative(found, outputs(Plan(model, CPU, torch.float32), model)) > 1e-3
+
+
+def smooth_codes(x, scale):
+    """What stands for rounding in `smooth`, before it is multiplied by the scale again."""
+    return (x / scale / 50).tanh() * 50
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_plan_by_codes_multiplies_what_the_modules_round(model, scales, monkeypatch, share):
+    """Its norms and convolutions by torch's operators, codes that are no codes but as smooth as above."""
+    monkeypatch.setattr(float8, "rounded", lambda x, scale: smooth_codes(x, scale) * scale)
+    eight = float8.in_float8(model, scales)
+    expected = outputs(Plan(eight, CPU, torch.float32), model)
+    # The weights are rounded already.
+    monkeypatch.setattr(kernels, "float8_codes", lambda x, scale: x / scale)
+    monkeypatch.setattr(kernels.float8, "float8_codes", smooth_codes)
+    made = []
+    monkeypatch.setattr(float8, "CodedConvolution", lambda *a, cls=float8.CodedConvolution: made.append(a) or cls(*a))
+    plan = FusedPlan(eight, CPU, torch.float32, dataclasses.replace(CODED, shared_statistics=share))
+    plan._cache = 0  # every skip's statistics are computed apart
+    assert relative(outputs(plan, model), expected) < 1e-4
+    pooled = sum(b.resample == "down" for b in model.decoder.modules() if isinstance(b, ResBlock))
+    assert pooled and len(made) == len(float8.float8_layers(model.decoder)) - pooled
+    assert {upsample for _, upsample in made} == {True, False}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_plan_by_codes_loses_what_emulation_loses(model, scales, dtype):
+    exact = outputs(Plan(model, CPU, torch.float64), model)
+    eight = float8.in_float8(model, scales)
+    coded, emulated = (FusedPlan(eight, CPU, dtype, options) for options in (CODED, ON_DEVICE))
+    assert coded.options.float8 and not emulated.options.float8 and not Rewrites.for_device(CPU).float8
+    assert relative(outputs(coded, model), exact) < 1.5 * relative(outputs(emulated, model), exact) < 0.3
+    # Without layers that round it changes nothing.
+    assert torch.equal(*(outputs(FusedPlan(model, CPU, dtype, o), model) for o in (CODED, ON_DEVICE)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 from pdae_fast import PDAE, Pipeline, metrics
 from pdae_fast.data import open_dataset
 from pdae_fast.data.bundled import SAMPLES, bundled_for
+from pdae_fast.engine.float8 import calibration
+from pdae_fast.experiments.calibrate import IMAGES as CALIBRATED
+from pdae_fast.experiments.calibrate import RECIPE, calibrate
 
 from .contenders import relative
 
@@ -56,29 +60,46 @@ def precision_loss(
     }
 
 
+def split_images(model: str, shape: tuple[int, int, int], places: slice) -> Tensor:
+    """x0 [N, C, H, W] in [-1, 1]: the test images of a bundled model's data that are at ``places``."""
+    dataset = open_dataset([bundled_for(model, shape[0])], shape[1], shape[0], split="test")
+    return torch.stack([dataset[i].image for i in range(len(dataset))[places]])
+
+
+@functools.cache
+def float8_scales(model: str) -> dict[str, Any]:
+    """The scales of fp8 of a bundled model, of the last of its test images: none of those that losses are of."""
+    pipe = Pipeline(PDAE.from_pretrained(model), RECIPE, device="cpu", dtype="float32", plan="eager")
+    x0 = split_images(model, pipe.model.image_shape, slice(-CALIBRATED, None))
+    return calibration(pipe.model, calibrate(pipe, x0, range(len(x0))))
+
+
 def recipe_losses(
-    device: torch.device, model: str = MODEL, recipes: tuple[str, ...] = RECIPES, limit: int = IMAGES, **options: Any
+    device: torch.device,
+    model: str = MODEL,
+    recipes: tuple[str, ...] = RECIPES,
+    limit: int = IMAGES,
+    dtype: str = "bfloat16",
+    **options: Any,
 ) -> list[dict[str, Any]]:
-    """Rows of the "quality" table: bfloat16 (with ``options`` of the Pipeline) against float32, for every recipe, with
+    """Rows of the "quality" table: ``dtype`` (with ``options`` of the Pipeline) against float32, for every recipe, with
     x_T inferred and random."""
     pdae = PDAE.from_pretrained(model)
-    channels, size, _ = pdae.image_shape
-    dataset = open_dataset([bundled_for(model, channels)], size, channels, split="test")
-    x0 = torch.stack([dataset[i].image for i in range(limit)])
-    rows = []
+    x0 = split_images(model, pdae.image_shape, slice(limit))
+    rows, low = [], "_".join([dtype, *options])
     for recipe in recipes:
         found: dict[str, dict[str, tuple[float, float]]] = {"inferred": {}, "random": {}}
-        for dtype, keywords in (("float32", {}), ("bfloat16", options)):
-            pipe = Pipeline(pdae, recipe, device=device, dtype=dtype, **keywords)
+        for name, dtype_of, keywords in (("float32", "float32", {}), (low, dtype, options)):
+            pipe = Pipeline(pdae, recipe, device=device, dtype=dtype_of, **keywords)
             for x_T, x in (("inferred", pipe.reconstruct(x0)), ("random", pipe.decode(pipe.encode(x0), seed=0))):
-                found[x_T][dtype] = metrics.ssim(x0, x).mean().item(), metrics.mse(x0, x).mean().item()
+                found[x_T][name] = metrics.ssim(x0, x).mean().item(), metrics.mse(x0, x).mean().item()
         for x_T, values in found.items():
-            (ssim, mse), (ssim_low, mse_low) = values["float32"], values["bfloat16"]
+            (ssim, mse), (ssim_low, mse_low) = values["float32"], values[low]
             rows.append({
-                "what": " ".join(["bfloat16 against float32", *options]),
+                "what": " ".join([f"{dtype} against float32", *options]),
                 "model": model, "images": limit, "steps": recipe, "x_T": x_T, "ssim_float32": round(ssim, 5),
-                "ssim_bfloat16": round(ssim_low, 5), "ssim_difference": ssim_low - ssim, "mse_float32": mse,
-                "mse_bfloat16": mse_low, "ratio_mse": mse_low / mse,
+                f"ssim_{low}": round(ssim_low, 5), "ssim_difference": ssim_low - ssim, "mse_float32": mse,
+                f"mse_{low}": mse_low, "ratio_mse": mse_low / mse,
             })  # fmt: skip
     return rows
 

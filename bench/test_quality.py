@@ -19,15 +19,23 @@ def test_precision_loss(benchmark, device):
     assert quality.precision_holds(row), row
 
 
-@pytest.mark.parametrize("large_tiles", [False, True], ids=["default", "large-tiles"])
+APPROXIMATIONS = {
+    "default": lambda model: {},
+    "large-tiles": lambda model: {"large_tiles": True},
+    "fp8": lambda model: {"fp8": quality.float8_scales(model)},
+    "float32-fp8": lambda model: {"fp8": quality.float8_scales(model), "dtype": "float32"},
+}
+
+
+@pytest.mark.parametrize("approximation", APPROXIMATIONS)
 @pytest.mark.parametrize("recipe", quality.RECIPES)
 @pytest.mark.parametrize("model", ["fashion32", "avatars64"])
-def test_precision_of_recipes(benchmark, device, model, recipe, large_tiles):
+def test_precision_of_recipes(benchmark, device, model, recipe, approximation):
     """Every row is printed; the bounds hold for the paper's recipe, whose error is not as small as rounding."""
-    options = {"large_tiles": True} if large_tiles else {}
+    options = APPROXIMATIONS[approximation](model)
     for row in once(benchmark, lambda: quality.recipe_losses(device, model, (recipe,), **options)):
         RUN.add("quality", **row)
-        if recipe == "published" and row["x_T"] == "inferred" and not large_tiles:
+        if recipe == "published" and row["x_T"] == "inferred" and approximation == "default":
             assert abs(row["ssim_difference"]) <= quality.RECIPE_SSIM_BOUND, row
             assert abs(row["ratio_mse"] - 1) <= quality.RECIPE_MSE_BOUND, row
 

@@ -20,6 +20,7 @@ from .attention import attention_fits, attention_native, attention_status
 from .buffers import Buffers, empty_map
 from .convolution import convolution_into
 from .ddim_update import ddim_coefficients, ddim_update, ddim_update_reference
+from .float8 import conv_float8, float8_codes, float8_obstacle, group_norm_float8
 from .group_norm import channel_stats, group_norm, group_norm_apply, partial_stats, stats_splits
 from .group_norm_native import NATIVE_DTYPES, group_norm_native, native_fits, native_status
 from .group_norm_torch import group_norm_reference
@@ -35,13 +36,17 @@ __all__ = [
     "attention_native",
     "attention_status",
     "channel_stats",
+    "conv_float8",
     "convolution_into",
     "ddim_coefficients",
     "ddim_update",
     "ddim_update_reference",
     "empty_map",
+    "float8_codes",
+    "float8_obstacle",
     "group_norm",
     "group_norm_apply",
+    "group_norm_float8",
     "group_norm_native",
     "group_norm_reference",
     "native_fits",

@@ -28,6 +28,7 @@ ARCHITECTURES = (80, 89, 90, 100)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 POINTER = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }  # fmt: skip
 
 

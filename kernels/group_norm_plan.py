@@ -191,9 +191,9 @@ def given_statistics(x: torch.Tensor, stats: torch.Tensor, stats2: torch.Tensor 
 
 
 def apply_launches(
-    x, statistics: Statistics, weight, bias, groups, eps, scale, shift, silu, x2, x_bias, y, mean, rstd
+    x, statistics: Statistics, weight, bias, groups, eps, scale, shift, silu, x2, x_bias, y, mean, rstd, code_scale=1.0
 ) -> list[Launch]:
-    """Write y, mean and rstd from given statistics."""
+    """Write y, mean and rstd from given statistics; y as codes of fp8 where that is its dtype (`_stored`)."""
     channels = y.shape[1]
     per_group = channels // groups
     pair = _biased_pair(x, x2, x_bias)
@@ -204,7 +204,7 @@ def apply_launches(
     arguments = {
         **pair, "stats1": statistics.table, "stats2": table2, "splits": statistics.splits, "chunk": statistics.chunk,
         **_inner(x, weight, bias), **_outer(x, scale, shift),
-        "y": y, "mean_out": mean, "rstd_out": rstd, "eps": eps,
+        "y": y, "mean_out": mean, "rstd_out": rstd, "eps": eps, "inverse": 1 / code_scale,
     }  # fmt: skip
     constants = {
         "GROUP_CHANNELS": per_group, "PART": statistics.part, "SILU": silu, "HAS_AFFINE": scale is not None,
@@ -228,10 +228,11 @@ def _choose_path(x: torch.Tensor, groups: int, per_group: int) -> str:
 
 
 def group_norm_launches(
-    x, weight, bias, groups, eps, scale, shift, silu, x2, x_bias, y, mean, rstd, path: str | None = None
-) -> list[Launch]:
+    x, weight, bias, groups, eps, scale, shift, silu, x2, x_bias, y, mean, rstd, path: str | None = None,
+    code_scale: float = 1.0,
+) -> list[Launch]:  # fmt: skip
     """Write y [B, C1 + C2, H, W] and mean, rstd [B, groups]; `path`, "fused" or "split", overrides the
-    choice."""
+    choice. y is as of `apply_launches`."""
     batch, channels = y.shape[:2]
     per_group = channels // groups
     block_c = power_of_two(per_group)
@@ -239,13 +240,15 @@ def group_norm_launches(
         first, statistics = _statistics(x, x_bias, x2, per_group)
         return [
             first,
-            *apply_launches(x, statistics, weight, bias, groups, eps, scale, shift, silu, x2, x_bias, y, mean, rstd),
+            *apply_launches(
+                x, statistics, weight, bias, groups, eps, scale, shift, silu, x2, x_bias, y, mean, rstd, code_scale
+            ),
         ]
     pair = _biased_pair(x, x2, x_bias)
     block_s = min(power_of_two(pair["pixels"]), GROUP_TILE // block_c)
     arguments = {
         **pair, **_inner(x, weight, bias), **_outer(x, scale, shift),
-        "y": y, "mean_out": mean, "rstd_out": rstd, "eps": eps,
+        "y": y, "mean_out": mean, "rstd_out": rstd, "eps": eps, "inverse": 1 / code_scale,
     }  # fmt: skip
     constants = {
         "GROUP_CHANNELS": per_group, "SILU": silu, "HAS_AFFINE": scale is not None,

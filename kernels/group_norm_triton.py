@@ -157,9 +157,17 @@ def _silu(y):
 
 
 @triton.jit
+def _stored(out, y, inverse):
+    """What is written to y; where y holds codes of fp8, out * inverse rounded to one, of at most 448."""
+    if y.dtype.element_ty == tl.float8e4nv:
+        out = tl.clamp(out * inverse, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    return out.to(y.dtype.element_ty)
+
+
+@triton.jit
 def fused_kernel(
     x1, x2, x_bias, weight, bias, scale, shift, y, mean_out, rstd_out,
-    c1, c2, pixels, images2, bias_share, bias_stride, share, weight_stride, scale_stride, shift_stride, eps,
+    c1, c2, pixels, images2, bias_share, bias_stride, share, weight_stride, scale_stride, shift_stride, eps, inverse,
     GROUP_CHANNELS: tl.constexpr, SILU: tl.constexpr, HAS_AFFINE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_X2: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, STEPS: tl.constexpr,
@@ -216,7 +224,7 @@ def fused_kernel(
         out = (value - offset) * a[:, None] + b[:, None]
         if SILU:
             out = _silu(out)
-        tl.store(base + _offset(channel, pixel, channels, pixels, CHANNELS_LAST), out.to(y.dtype.element_ty), valid)
+        tl.store(base + _offset(channel, pixel, channels, pixels, CHANNELS_LAST), _stored(out, y, inverse), valid)
 
 
 @triton.jit
@@ -326,7 +334,7 @@ def _group_column(
 def apply_kernel(
     x1, x2, x_bias, stats1, stats2, weight, bias, scale, shift, y, mean_out, rstd_out,
     c1, c2, pixels, images2, bias_share, bias_stride, splits, chunk, share, weight_stride, scale_stride, shift_stride,
-    eps,
+    eps, inverse,
     GROUP_CHANNELS: tl.constexpr, PART: tl.constexpr, SILU: tl.constexpr, HAS_AFFINE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_X2: tl.constexpr, HAS_STATS2: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, MERGES: tl.constexpr,
@@ -410,4 +418,4 @@ def apply_kernel(
     if SILU:
         out = _silu(out)
     address = y + image * channels * pixels + _offset(channel, pixel, channels, pixels, CHANNELS_LAST)
-    tl.store(address, out.to(y.dtype.element_ty), valid)
+    tl.store(address, _stored(out, y, inverse), valid)

@@ -22,6 +22,7 @@ COMMANDS = {
     "analyze": "repeat the paper's analyses of one model",
     "report": "run all experiments on a model and write one HTML page",
     "train": "train every part of a model",
+    "calibrate": "find the scales of fp8, an approximation, for one model",
     "convert": "convert checkpoints of other projects",
     "data": "make a data set of avatars",
     "export": "export a model to ONNX, TensorRT or an inference server",

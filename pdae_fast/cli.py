@@ -129,6 +129,7 @@ def add_run_options(p: argparse.ArgumentParser, out: str) -> None:
     p.add_argument("--plan", default="auto", help="how the networks run: auto, fused or eager")
     p.add_argument("--attention", default="auto", help="auto, sdpa or xformers")
     p.add_argument("--large-tiles", action="store_true", help="approximate bfloat16 convolutions on the CPU: faster")
+    p.add_argument("--fp8", metavar="FILE", help="round convolutions to fp8, by the scales of calibrate: emulated")
     p.add_argument("--label", type=int, help="class of all images, for a class-conditional model")
     p.add_argument("--seed", type=seed_option, default=0, help="seed of everything random")
     p.add_argument("--quiet", action="store_true", help="no progress bar, no table")

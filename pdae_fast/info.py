@@ -12,7 +12,7 @@ from . import cli
 from .checkpoints import available
 from .engine.attention import probe_xformers
 from .engine.device import LARGE_PARAMETERS, describe_device, has_native_bfloat16, resolve_device
-from .kernels import attention_status, native_status, triton_status, winograd_status
+from .kernels import attention_status, float8_obstacle, native_status, triton_status, winograd_status
 from .models import PDAE
 
 # Distribution names that provide a backend, and the line that installs it.
@@ -54,6 +54,9 @@ def backends() -> list[tuple[str, str, str]]:
     """(name, "usable" or "no", version or the reason) of every optional backend."""
     native = {"norms": native_status(), "convolutions": winograd_status(), "attention": attention_status()}
     rows = [(f"native {name}", "usable" if usable else "no", reason) for name, (usable, reason) in native.items()]
+    rows.append(
+        ("fp8 kernels", "no", f"--fp8 is emulated: {float8_obstacle() or 'they are off until a GPU has run them'}")
+    )
     for module, (names, install) in BACKENDS.items():
         version = _version(names)
         if version is None or importlib.util.find_spec(module) is None:

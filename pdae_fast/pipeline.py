@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -63,6 +64,8 @@ class Pipeline:
         attention: "auto", "sdpa" or "xformers".
         large_tiles: an approximation: bfloat16 convolutions on the CPU in tiles of 4x4 pixels, faster and with about
             1.6 times the rounding error of a step.
+        fp8: an approximation: convolutions of values rounded to e4m3, by the scales that ``calibrate`` wrote to this
+            file, or that it holds. Emulated: what it costs in quality can be seen, and no device is faster for it.
         label: the class of every image, of a class-conditional model; the methods' ``y`` goes before it.
 
     Images are floating point tensors [B, C, H, W] in [-1, 1], or arrays of NumPy (arguments.as_images); results come
@@ -87,6 +90,7 @@ class Pipeline:
         plan: str = "auto",
         attention: str = "auto",
         large_tiles: bool = False,
+        fp8: str | os.PathLike | Mapping[str, Any] | None = None,
         label: int | None = None,
         **fields: Any,
     ) -> None:
@@ -103,7 +107,7 @@ class Pipeline:
         self.recipe.check(self.schedule)
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device, sum(p.numel() for p in model.parameters()))
-        options = {"attention": attention, "large_tiles": large_tiles, "reuse": self.recipe.reuse}
+        options = {"attention": attention, "large_tiles": large_tiles, "fp8": fp8, "reuse": self.recipe.reuse}
         self.plan = build_plan(model, self.device, self.dtype, plan, **options)
         self.batch_size = batch_size or self.plan.batch_size()
         # In float32, whatever the networks run in.

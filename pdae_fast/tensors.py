@@ -1,12 +1,14 @@
-"""The checks of `arguments` for tensors."""
+"""The checks of `arguments` for tensors, and what tells weights apart."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .arguments import as_images, as_number, brief, check_range, own_array, wrong_shape
 from .errors import UserError
@@ -60,3 +62,13 @@ def as_weights(weights: Any) -> Tensor:
     except TypeError:
         values = [weights]
     return torch.tensor([as_number("a weight", value) for value in values], dtype=torch.float32)
+
+
+def weights_fingerprint(module: nn.Module, about: Any = None) -> str:
+    """40 hexadecimal digits of the weights of ``module`` and of ``about``, anything that JSON can hold."""
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        # As bytes: NumPy has no bfloat16.
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:40]

@@ -20,6 +20,9 @@ from bench.machine import copy_bandwidth
 from bench.networks import case
 from bench.operations import operations, prepare, row
 from bench.timing import Alternation, clock
+from pdae_fast import kernels
+from pdae_fast.engine import float8
+from pdae_fast.engine.build import FLOAT8_TOLERANCE
 from pdae_fast.engine.fused import KEPT_TRAJECTORIES
 from pdae_fast.engine.options import Rewrites
 
@@ -177,8 +180,8 @@ def _graph(network: str, batch: int, context: Context) -> dict[str, Any]:
 
 
 def rewrites(context: Context) -> Cases:
-    """Every switch of the fused plan turned around, and every attention backend, against the defaults, on the first
-    network."""
+    """Every switch of the fused plan turned around, every attention backend, and fp8, against the defaults, on the
+    first network."""
     network = context.networks[0]
     for batch in list(dict.fromkeys((context.batches[0], context.batches[-1])))[: 1 if context.quick else 2]:
         for label, keywords in variants(context.device):
@@ -186,6 +189,20 @@ def rewrites(context: Context) -> Cases:
                 f"{network} batch {batch}: {label}",
                 lambda b=batch, label=label, k=keywords: _rewrite(network, b, label, k, context),
             )
+        for how, coded in (("emulated", False), ("by codes", True)):
+            yield f"{network} batch {batch}: fp8, {how}", lambda b=batch, c=coded: _float8(network, b, c, context)
+
+
+def _float8(network: str, batch: int, coded: bool, context: Context) -> dict[str, Any]:
+    """fp8 with scales of one step of the modules, which its plan is compared with before it is timed."""
+    if not context.cuda or (obstacle := kernels.float8_obstacle()):
+        raise NotHere(obstacle if context.cuda else "no GPU multiplies codes here")
+    modules = PlanSide(case(network, batch, context.device), "eager-bfloat16")
+    with float8.watched(modules.plan.unet) as found:
+        modules.step(*CHECKED)
+    options = dataclasses.replace(Rewrites.for_device(context.device), float8=coded)
+    keywords = {"fp8": float8.calibration(modules.case.model, found), "options": options}
+    return _rewrite(network, batch, f"fp8, {'by codes' if coded else 'emulated'}", keywords, context)
 
 
 @functools.lru_cache(maxsize=1)
@@ -200,6 +217,8 @@ def _rewrite(network: str, batch: int, label: str, keywords: dict[str, Any], con
     default = _default_side(network, batch, context.device)
     side = PlanSide(default.case, default.name, **keywords)
     apart = relative(side.step(*CHECKED), default.step(*CHECKED))
+    if "fp8" in keywords:
+        side.tolerance = FLOAT8_TOLERANCE
     check(label, apart, 2 * side.tolerance)
     side.check_trajectory(steps)  # some switches act on whole trajectories only
     alternation = Alternation(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -25,6 +25,7 @@ from pdae_fast.errors import UserError
 from pdae_fast.files import clear_unfinished, make_folder
 from pdae_fast.models import Autoencoder
 from pdae_fast.pipeline import Pipeline
+from pdae_fast.tensors import weights_fingerprint
 
 FORMAT = "pdae_fast-latents-1"
 PROBES = 64
@@ -136,15 +137,6 @@ def encoder_fingerprint(model: Autoencoder, dtype: str = "float32") -> str:
     own = dataclasses.asdict(config.encoder) if isinstance(config, DiffAEConfig) else config.encoder_channel
     shape = [config.image_size, config.unet.input_channel, config.latent_dim, own, dtype]
     return weights_fingerprint(model.encoder, shape)
-
-
-def weights_fingerprint(module: nn.Module, about: Any = None) -> str:
-    """40 hexadecimal digits of the weights of ``module`` and of ``about``, anything that JSON can hold."""
-    digest = hashlib.sha256(json.dumps(about).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy())
-    return digest.hexdigest()[:40]
 
 
 def data_fingerprint(dataset: Any) -> str:

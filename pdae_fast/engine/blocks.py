@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..config import NORM_GROUPS
 from ..models.layers import AttentionBlock, Downsample, ResBlock, Stage, Upsample
-from . import rewrites
+from . import float8, rewrites
 from .attention import Attend
 from .convolution import convolution, native_fits
 from .norms import SMALL_GROUP, Join, Skip, add, bare, fixed_normaliser, materialise, normaliser, statistics_of
@@ -51,9 +51,15 @@ class FusedResBlock:
         self.norm_in, self.norm_out = fixed_normaliser(options, norm), normaliser(options, block.out_layers[0])
         folded = options.folded_biases
         build = functools.partial(convolution, packed=options.packed_weights, native=options.tile, bias=not folded)
-        self.conv_in = UpsampledConvolution(conv, options, not folded) if block.resample == "up" else build(conv)
+        conv_in = UpsampledConvolution(conv, options, not folded) if block.resample == "up" else build(conv)
+        self.conv_in = float8.reading(conv, conv_in)
         last, skip = block.out_layers[3], block.skip_connection
-        self.conv_out = build(last)
+        self.conv_out = float8.reading(last, build(last))
+        if options.float8:
+            self.norm_out, self.conv_out = float8.by_codes(self.norm_out, last, self.conv_out)
+        if options.float8 and block.resample != "down":  # which pools in between
+            upsample = block.resample == "up"
+            self.norm_in, self.conv_in = float8.by_codes(self.norm_in, conv, self.conv_in, upsample)
         # The offset of an affine contains it already.
         self.bias_in = conv.bias.detach().float() if folded and block.scale_shift else None
         self.bias_out = last.bias.detach().float() if folded else None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copyreg
 import dataclasses
+import os
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from ..errors import UserError
 from ..isolation import undisturbed
 from ..models import PDAE, Prior
 from ..samplers.reuse import NOTHING, Reuse
+from . import float8
 from .device import resolve_device
 from .fused import FusedPlan
 from .options import Rewrites
@@ -21,6 +24,9 @@ from .plan import Plan
 PLANS = ("eager", "fused")
 # Relative difference from the modules in the same dtype that two correct plans stay under on one evaluation.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+# Of two that round to fp8, in any dtype: where a value differs in its last bit and falls to another code, what follows
+# differs by as much as fp8 costs.
+FLOAT8_TOLERANCE = 2e-1
 
 
 @undisturbed()
@@ -34,6 +40,7 @@ def build_plan(
     options: Rewrites | None = None,
     reuse: Reuse = NOTHING,
     large_tiles: bool = False,
+    fp8: str | os.PathLike | Mapping[str, Any] | None = None,
 ) -> Plan:
     """The plan for ``model`` on ``device``, with weights of its own; the model itself is never changed.
 
@@ -41,9 +48,12 @@ def build_plan(
     whatever driver and chip the user has, the fused plan is compared with the modules before it is handed out: "auto"
     then falls back to "eager" with a warning, "fused" is a UserError. ``options`` (fused only) switches single
     rewrites off. ``reuse`` are approximations, which the comparison leaves out; so are ``large_tiles``: native
-    convolutions of bfloat16 in tiles of 4x4 pixels. UserError for a plan, an attention backend, a reuse or tiles that
-    do not exist or cannot run on ``device``.
+    convolutions of bfloat16 in tiles of 4x4 pixels. ``fp8`` is an approximation that every plan knows: the scales, or
+    their file, by which convolutions round to e4m3 (`float8`). UserError for a plan, an attention backend, a reuse,
+    tiles or scales that do not exist or cannot run on ``device``.
     """
+    if fp8 is not None:
+        model = float8.in_float8(model, fp8)
     if name != "auto" and name not in PLANS:
         raise UserError(f"plan {name!r} is not known; expected auto, {' or '.join(PLANS)}")
     if name == "eager":
@@ -62,7 +72,7 @@ def build_plan(
         raise UserError(f"large tiles need native bfloat16 convolutions: {reason}")
     if device.type == "cuda":
         difference = disagreement(plan)
-        if not difference < TOLERANCE[dtype]:
+        if not difference < (FLOAT8_TOLERANCE if float8.describe(plan.unet) else TOLERANCE[dtype]):
             found = (
                 f"the fused plan differs from the modules by {difference:.1e} on {torch.cuda.get_device_name(device)}"
             )

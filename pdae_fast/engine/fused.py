@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..models import PDAE, Prior
 from ..samplers.reuse import Reuse
 from ..schedule import Trajectory
+from . import float8
 from .networks import Conditioning, Networks
 from .options import Rewrites
 from .reuse import Kept, Workload, Workloads
@@ -114,6 +115,8 @@ class FusedPlan(Networks):
         report = {**super().describe(), "attention": self.attention, "rewrites": on}
         report |= self.native
         if self.device.type == "cuda":
+            if self.options.float8:
+                report |= float8.describe(self.unet, "by Triton kernels")
             with LENDING:
                 captured = sum(len(t.graphs) for t in self._trajectories.values())
             report["graphs"] = self.capture_failure or captured

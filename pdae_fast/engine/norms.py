@@ -107,11 +107,12 @@ def normalise_fused(
     overwrite: bool = False,
     groups: int = NORM_GROUPS,
     eps: float = 1e-5,
+    code_scale: float | None = None,
 ) -> Tensor:
     """The same in one op, which also reads a :class:`Join` from its two parts, and takes the statistics that are known.
 
     ``x_bias`` [C] is the bias that the convolution before x left out: it is added as x (h of a join) is read, and known
-    statistics of x are of the sum.
+    statistics of x are of the sum. With ``code_scale`` the result is its codes of fp8.
     """
     multiplier, addend = affine[:2]
     h, (skip, theirs, _), own = x if isinstance(x, Join) else (bare(x), Skip(None), getattr(x, "statistics", None))
@@ -123,9 +124,12 @@ def normalise_fused(
             own = kernels.partial_stats(h, skip.shape[1] // theirs.shape[1], theirs.shape[2], x_bias)
         else:
             theirs = kernels.partial_stats(skip, h.shape[1] // own.shape[1], own.shape[2])
+    arguments = (groups, eps, None, None, silu, skip)
+    if code_scale is not None:
+        return kernels.group_norm_float8(h, weight, bias, code_scale, *arguments, x_bias, own, theirs)
     if own is None:
-        return kernels.group_norm(h, weight, bias, groups, eps, None, None, silu, skip, x_bias=x_bias)
-    return kernels.group_norm_apply(h, own, weight, bias, groups, eps, None, None, silu, skip, theirs, x_bias=x_bias)
+        return kernels.group_norm(h, weight, bias, *arguments, x_bias=x_bias)
+    return kernels.group_norm_apply(h, own, weight, bias, *arguments, theirs, x_bias=x_bias)
 
 
 def normalise_native(

@@ -31,6 +31,7 @@ NEEDS = {
     "shared_products": Needs((("split_skips",), ("folded_biases",))),
     "stacked_decoders": Needs((("shared_products",),), without=("phase_upsample", "native_convolutions")),
     "parallel_decoders": Needs((("a GPU",),)),
+    "float8": Needs((("kernels",), ("folded_biases",)), without=("native_norms",)),
     "graphs": Needs((("a GPU",), ("fused_update",))),
     "captured_fields": Needs((("graphs",),)),
 }
@@ -60,6 +61,7 @@ class Rewrites:
         batches).
     graphs: one step captured as a CUDA graph and replayed (CUDA).
     captured_fields: single evaluations captured too, for solvers other than DDIM (CUDA; off until measured).
+    float8: convolutions that round to fp8 multiply codes, which the norms write (CUDA from 8.9; off until measured).
     large_tiles: native convolutions of bfloat16 in tiles of 4x4 pixels, as of float32: an approximation.
     small_tiles: all of them in tiles of 2x2: less memory.
     """
@@ -76,6 +78,7 @@ class Rewrites:
     parallel_decoders: bool = False
     graphs: bool = False
     captured_fields: bool = False
+    float8: bool = False
     native_norms: bool = False
     native_convolutions: bool = False
     native_attention: bool = False
@@ -112,6 +115,8 @@ class Rewrites:
         for name, (needs, without) in NEEDS.items():
             given = there | {other for other, value in on.items() if value}
             on[name] &= all(given & set(one_of) for one_of in needs) and not given & set(without)
+        if on["float8"] and device.type == "cuda":
+            on["float8"] = kernels.float8_obstacle() is None
         return Rewrites(**on)
 
     def native_notes(self, device: torch.device, dtype: torch.dtype) -> dict[str, str]:

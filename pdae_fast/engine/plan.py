@@ -18,6 +18,7 @@ from ..isolation import cudnn, float32_means_float32
 from ..models import PDAE, Prior, unet_of
 from ..models.unet import UNet
 from ..samplers.reuse import NOTHING, Reuse
+from . import float8
 from .cost import equivalents
 from .device import available_memory, one_at_a_time
 from .features import COUNTER, Maps, separate
@@ -213,7 +214,7 @@ class Plan:
 
     def describe(self) -> dict[str, object]:
         """What ran, for reports: the plan, and where it has choices, what it chose."""
-        return {"plan": self.name, "reuse": str(self.reuse)}
+        return {"plan": self.name, "reuse": str(self.reuse), **float8.describe(self.unet)}
 
     def equivalents(self) -> float:
         """``evaluations`` in evaluations of the whole network (trunk, eps-decoder and one G-decoder) of equally many

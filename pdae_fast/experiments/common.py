@@ -91,7 +91,7 @@ def open_run(
     recipe = Recipe.from_args(args) if recipe is None else recipe
     load = load_model if prior else Autoencoder.from_pretrained
     model = load(args.model, **cli.foreign_options(args))
-    options = {name: getattr(args, name) for name in ("plan", "attention", "large_tiles", "label")}
+    options = {name: getattr(args, name) for name in ("plan", "attention", "large_tiles", "fp8", "label")}
     pipe = Pipeline(model, recipe, args.device, args.dtype, args.batch_size, **options)
     if infers:
         recipe.up(pipe.schedule)
@@ -290,6 +290,12 @@ def file_digest(path: str | os.PathLike) -> str:
     return digest.hexdigest()[:16]
 
 
+def approximations(args: argparse.Namespace) -> dict[str, Any]:
+    """Those that decide results beside the recipe's, for a journal; empty where there are none."""
+    tiles = {"large_tiles": True} if args.large_tiles else {}
+    return tiles if args.fp8 is None else {**tiles, "fp8": file_digest(args.fp8)}
+
+
 def job_settings(run: Run, **values: Any) -> dict[str, Any]:
     """What decides the results of ``run``, for a journal; ``values``: what else the command does."""
     args = run.args
@@ -305,7 +311,7 @@ def job_settings(run: Run, **values: Any) -> dict[str, Any]:
         "plan": run.pipe.plan.name,
         "background": args.background,
         "crop": args.crop or run.model.config.crop,
-        **({"large_tiles": True} if args.large_tiles else {}),
+        **approximations(args),
         **values,
     }
 
@@ -341,12 +347,15 @@ def named(broken: Broken) -> list[dict[str, str]]:
 
 
 def say(run: Run, summary: Sequence[str], files: Sequence[str], broken: Broken = ()) -> None:
-    """The end of every command, unless --quiet: ``summary``, the images left out, what was assumed, and ``files``."""
+    """The end of every command, unless --quiet: ``summary``, the images left out, that fp8 ran, what was assumed, and
+    ``files``."""
     if run.args.quiet:
         return
     lines, names = list(summary), list(dict(broken))
     if names:
         lines.append(f"{len(names)} broken images skipped: {', '.join(names[:5])}")
+    if fp8 := run.pipe.plan.describe().get("fp8"):
+        lines.append(f"approximate: fp8, {fp8}")
     lines += [f"assumed about the model: {note}" for note in run.model.notes]
     *first, last = (str(run.out / name) for name in files)
     print("\n".join([*lines, f"wrote {', '.join(first)} and {last}" if first else f"wrote {last}"]))

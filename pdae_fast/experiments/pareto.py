@@ -149,6 +149,7 @@ def job(run: Run) -> dict[str, Any]:
         "seed": args.seed,
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "plan": pipe.plan.name,
+        **common.approximations(args),
         "device": describe_device(pipe.device),
         "batch_size": pipe.batch_size,
         "torch": torch.__version__,
@@ -200,7 +201,9 @@ def _load(path: Path, current: dict[str, Any]) -> list[Row]:
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not one of this command; choose another --out") from None
-    for name, value in json.loads(json.dumps(current)).items():
+    current = json.loads(json.dumps(current))
+    for name in {**current, **known}:
+        value = current.get(name)
         if known.get(name) != value:
             raise UserError(
                 f"{path} holds rows with {name} {known.get(name)}, now it is {value}: they cannot be compared; "

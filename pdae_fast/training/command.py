@@ -17,13 +17,14 @@ from .. import cli
 from ..config import LatentConfig
 from ..data import Labels, open_dataset, read_attributes, readable
 from ..data.attributes import class_names, file_labels
-from ..data.latents import Latents, cache_path, encode_dataset, split, weights_fingerprint
+from ..data.latents import Latents, cache_path, encode_dataset, split
 from ..data.spec import crop_for
 from ..engine import resolve_device
 from ..errors import UserError
 from ..files import claim_folder
 from ..models import PDAE, Autoencoder, Prior, Student, load_model
 from ..processes import Group, processes
+from ..tensors import weights_fingerprint
 from . import codes, recognition, students, target_codes, warm_start
 from .arguments import parse
 from .build import build_model

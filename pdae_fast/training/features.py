@@ -23,13 +23,14 @@ from tqdm import tqdm
 
 from ..cli import write_json
 from ..data import stream
-from ..data.latents import data_fingerprint, encoder_fingerprint, weights_fingerprint
+from ..data.latents import data_fingerprint, encoder_fingerprint
 from ..engine.features import level_shapes
 from ..errors import UserError
 from ..files import claim_place, clear_unfinished, make_folder, unfinished_name
 from ..models import PDAE, Autoencoder, Prior
 from ..models.unet import UNet
 from ..pipeline import Pipeline
+from ..tensors import weights_fingerprint
 
 FORMAT = "pdae_fast-features-1"
 ABOUT = "about.json"

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from .. import cli
 from ..config import AnyConfig
-from ..data.latents import split, weights_fingerprint
+from ..data.latents import split
 from ..errors import UserError
 from ..models import Autoencoder, Prior, Student
 from ..student_config import StudentConfig
+from ..tensors import weights_fingerprint
 from . import policy
 from .distillation import LOSSES, Distiller
 from .features import TIMELESS, Features, FeatureSet, Target, teacher_features

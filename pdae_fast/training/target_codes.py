@@ -21,10 +21,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..data import open_dataset, stream
-from ..data.latents import Latents, data_fingerprint, encode_all, encode_dataset, kept, weights_fingerprint
+from ..data.latents import Latents, data_fingerprint, encode_all, encode_dataset, kept
 from ..errors import UserError
 from ..models import PDAE
 from ..models.unet import UNet
+from ..tensors import weights_fingerprint
 
 PCA, FEATURES = "pca", "features"
 COMPONENTS = (PCA, FEATURES)  # the targets that are no model

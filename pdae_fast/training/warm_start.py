@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader
 
 from .. import cli
 from ..config import PriorConfig
-from ..data.latents import Latents, split, weights_fingerprint
+from ..data.latents import Latents, split
 from ..errors import UserError
 from ..models import PDAE, Prior
+from ..tensors import weights_fingerprint
 from .target_codes import BATCH
 from .tasks import EncoderTask, ImagesWithRows
 

@@ -101,11 +101,16 @@ def test_parts_of_the_network_are_counted_as_parts(tmp_path, model_dir, capsys):
 
 def test_every_command_ends_alike(capsys):
     run = SimpleNamespace(args=SimpleNamespace(quiet=False), model=SimpleNamespace(notes=["1 head"]), out=Path("out"))
+    said: dict[str, str] = {}
+    run.pipe = SimpleNamespace(plan=SimpleNamespace(describe=lambda: said))
     files, broken = ["grid.png", "images", "metrics.json"], [("x", "cut off"), ("y", "empty"), ("x", "cut off")]
     common.say(run, ["table"], files, broken)
     wrote = f"wrote {Path('out/grid.png')}, {Path('out/images')} and {Path('out/metrics.json')}"
     lines = ["table", "2 broken images skipped: x, y", "assumed about the model: 1 head", wrote]
     assert capsys.readouterr().out.splitlines() == lines
+    said["fp8"] = "emulated"
+    common.say(run, ["table"], files, broken)
+    assert capsys.readouterr().out.splitlines() == [*lines[:2], "approximate: fp8, emulated", *lines[2:]]
     run.args.quiet = True
     common.say(run, ["table"], files, broken)
     assert capsys.readouterr().out == ""

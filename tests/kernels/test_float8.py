@@ -1,0 +1,198 @@
+"""fp8 codes: the norm that writes them and the convolution that multiplies them; kernels, ops and fallbacks."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pdae_fast.kernels import conv_float8, float8, float8_codes, group_norm_float8, group_norm_reference
+
+CODE = torch.float8_e4m3fn
+CODES = torch.tensor([(1 + m / 8) * 2.0**e if e > -7 else m * 2.0**-9 for e in range(-7, 9) for m in range(8)][:-1])
+
+
+@pytest.fixture(autouse=True)
+def capable(device):
+    if device.type == "cuda" and torch.cuda.get_device_capability() < float8.MIN_CAPABILITY:
+        pytest.skip("this GPU has no fp8")
+
+
+def nearest(size):
+    """The code of float64 magnitudes."""
+    near = size.clamp(max=448.0)
+    below = (torch.searchsorted(CODES.double(), near, right=True) - 1).clamp(min=0)
+    above = (below + 1).clamp(max=len(CODES) - 1)
+    return torch.where(CODES[above] - near < near - CODES[below], CODES[above], CODES[below])
+
+
+def check_codes(found, truth, scale, interpreted):
+    """Every code is the nearest, or one of two for values near the middle. The interpreter loses the carry of values
+    that are rounded up to a power of two, and cuts off subnormal ones: of those only the first bound is held."""
+    assert found.dtype is CODE
+    found, truth = found.float().cpu(), truth.cpu() / scale
+    size = truth.abs()
+    low, high = nearest(size * (1 - 1e-5)), nearest(size * (1 + 1e-5))
+    right = (found.abs() >= low) & (found.abs() <= high)
+    if interpreted:
+        mantissa = torch.frexp(size)[0]
+        spared = ((mantissa > 0.96) & (size < 448)) | (size < 2.0**-6)
+        assert spared.double().mean() < 0.2 and bool((found.abs() <= high).all())
+        right |= spared
+    assert bool(right.all())
+    assert bool((found.sign() == truth.sign())[found != 0].all())
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels-last"])
+@pytest.mark.parametrize("path", ["fused", "split", "given"])
+@pytest.mark.parametrize("scale", [2.0**-4, 2.0**-9])
+def test_norm_kernels_write_codes(launch, image, vector, interpreted, last, path, scale):
+    from pdae_fast.kernels.group_norm_plan import apply_launches, given_statistics, group_norm_launches
+
+    x, x2 = image((2, 64, 5, 6), torch.float32, last), image((2, 32, 5, 6), torch.float32, last)
+    weight, bias, x_bias, multiplier, addend = vector(96), vector(96), vector(64), vector(2, 96), vector(2, 96)
+    layout = torch.channels_last if last else torch.contiguous_format
+    y = torch.empty(2, 96, 5, 6, device=x.device, memory_format=layout).fill_(float("nan")).to(CODE)
+    mean, rstd = (torch.empty(2, 32, device=x.device) for _ in range(2))
+    arguments = (weight, bias, 32, 1e-5, multiplier, addend, True, x2, x_bias, y, mean, rstd)
+    if path == "given":
+        biased = [x.double() + x_bias.double()[:, None, None], x2.double()]
+        tables = [torch.stack([v.mean((2, 3)), v.var((2, 3), correction=0) * 30], -1).float() for v in biased]
+        launch(apply_launches(x, given_statistics(x, *tables), *arguments, scale))
+    else:
+        launch(group_norm_launches(x, *arguments, path, code_scale=scale))
+    truth = group_norm_reference(
+        x.double(), weight, bias, 32, 1e-5, multiplier, addend, True, x2.double(), x_bias=x_bias
+    )
+    assert (float(truth.abs().max()) > 448 * scale) == (scale == 2.0**-9)  # the second is too small on purpose
+    check_codes(y, truth, scale, interpreted)
+
+
+SHAPES = {  # batch, channels, height, width, outputs
+    "least": (1, 32, 4, 4, 32), "odd": (2, 48, 5, 7, 40), "rest-of-channels": (1, 96, 4, 6, 64),
+    "blocks": (2, 32, 10, 9, 160), "one-pixel": (3, 64, 1, 1, 32), "few-outputs": (1, 32, 6, 3, 5),
+}  # fmt: skip
+
+
+@pytest.fixture
+def case(device):
+    def make(shape, seed=0):
+        batch, channels, height, width, outputs = shape
+        random = torch.Generator().manual_seed(seed)
+        x = float8_codes(torch.randn(batch, channels, height, width, generator=random) * 40, 1.0)
+        weight = float8_codes(torch.randn(outputs, 3, 3, channels, generator=random) * 60, 1.0)
+        scale = torch.exp2(torch.randint(-9, 3, (outputs,), generator=random).float())
+        x = x.contiguous(memory_format=torch.channels_last)
+        return [t.to(device) for t in (x, weight, scale)]
+
+    return make
+
+
+def convolved(x, weight, scale, upsample):
+    x = x.double()
+    x = F.interpolate(x, scale_factor=2, mode="nearest") if upsample else x
+    return F.conv2d(x, weight.double().permute(0, 3, 1, 2), padding=1) * scale.double()[:, None, None]
+
+
+by_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+by_upsample = pytest.mark.parametrize("upsample", [False, True], ids=["", "up"])
+
+
+@by_shape
+@by_upsample
+def test_conv_kernel(launch, case, error, shape, upsample):
+    from pdae_fast.kernels.float8_triton import conv_float8_launches
+
+    x, weight, scale = case(shape)
+    truth = convolved(x, weight, scale, upsample)
+    for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 6e-3)):
+        y = torch.empty(truth.shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+        launch(conv_float8_launches(x, weight, scale, y.fill_(float("nan"))))
+        # Channels apart: each has a scale of its own.
+        assert max(error(a, b) for a, b in zip(y.unbind(1), truth.unbind(1), strict=True)) < bound
+
+
+@by_shape
+@by_upsample
+@pytest.mark.parametrize("where", ["cpu", "cuda", "cuda without kernels"])
+def test_conv_op(case, error, cuda, monkeypatch, shape, upsample, where):
+    x, weight, scale = case(shape)
+    monkeypatch.setattr(float8, "float8_obstacle", lambda: "none" if "without" in where else None)
+    op = conv_float8 if where == "cpu" else cuda("float8", "conv_float8")
+    y = op(x, weight, scale, torch.float32, upsample)
+    assert y.dtype is torch.float32 and y.is_contiguous(memory_format=torch.channels_last)
+    assert error(y, convolved(x, weight, scale, upsample)) < 1e-6
+
+
+@pytest.mark.parametrize("where", ["cpu", "cuda", "cuda without kernels"])
+@pytest.mark.parametrize("given", [False, True], ids=["", "given"])
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels-last"])
+def test_norm_op(image, vector, cuda, monkeypatch, interpreted, where, given, last):
+    from pdae_fast.kernels import channel_stats
+
+    x, x2 = image((2, 64, 4, 6), torch.float32, last), image((2, 32, 4, 6), torch.float32, last)
+    weight, bias, x_bias, scale = vector(96), vector(96), vector(64), 2.0**-5
+    monkeypatch.setattr(float8, "float8_obstacle", lambda: "none" if "without" in where else None)
+    stats = (channel_stats(x, x_bias), channel_stats(x2)) if given else (None, None)
+    rest = (32, 1e-5, None, None, True, x2, x_bias)
+    if where == "cpu":
+        y = group_norm_float8(x, weight, bias, scale, *rest, *stats)
+    else:
+        y = cuda("float8", "group_norm_float8")(x, weight, bias, scale, rest, *stats)
+    truth = group_norm_reference(x.double(), weight, bias, 32, 1e-5, None, None, True, x2.double(), x_bias=x_bias)
+    assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    check_codes(y, truth, scale, interpreted and where == "cuda")
+
+
+COMPILE = """
+import torch
+from pdae_fast.kernels import aot
+from pdae_fast.kernels.float8_triton import conv_float8_launches
+from pdae_fast.kernels.group_norm_plan import group_norm_launches
+
+def empty(*shape, dtype=torch.float8_e4m3fn):
+    layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
+
+x, half, y = empty(8, 96, 32, 32), empty(8, 96, 16, 16), empty(8, 128, 32, 32, dtype=torch.bfloat16)
+weight, table = empty(128, 3 * 3 * 96).view(128, 3, 3, 96), lambda *shape: empty(*shape, dtype=torch.float32)
+wide = empty(8, 96, 32, 32, dtype=torch.bfloat16)
+norm = (wide, table(96), table(96), 32, 1e-5, table(8, 96), table(8, 96), True, None, table(96), x, table(8, 32),
+        table(8, 32))
+launches = [conv_float8_launches(v, weight, table(128), y)[0] for v in (x, half)]
+launches += [group_norm_launches(*norm, path, code_scale=0.5)[-1] for path in ("fused", "split")]
+for arch in (89, 90, 100):
+    for launch in launches:
+        name = launch.kernel.fn.__name__
+        usage = aot.compile_launch(launch, arch)
+        # A thread has at most 255 registers; three tiles of both operands are in flight.
+        budget = aot.BUDGETS.get(name, aot.Budget(255, 56 << 10))
+        print(arch, name, usage, usage.excess(budget) or "fits")
+"""
+
+
+def test_it_compiles_for_what_has_fp8(tmp_path):
+    """Without spills, and the norms that write codes within the budget of those that do not."""
+    pytest.importorskip("triton")
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=tmp_path, capture_output=True, text=True, env=inherited)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) == 12 and all(line.endswith("fits") for line in lines), done.stdout
+
+
+def test_why_a_gpu_cannot(monkeypatch):
+    monkeypatch.setattr(float8, "triton_status", lambda: (False, "no CUDA device"))
+    assert float8.float8_obstacle() == "no CUDA device"
+    monkeypatch.setattr(float8, "triton_status", lambda: (True, "triton"))
+    for capability, words in (((8, 0), "compute capability 8.0 is below 8.9"), ((8, 9), None), ((10, 0), None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
+        assert float8.float8_obstacle() == words
+
+
+def test_the_table_of_codes_is_torch_s():
+    every = torch.arange(127, dtype=torch.uint8).view(CODE).float()
+    assert torch.equal(every, CODES) and math.isnan(float(torch.tensor([127], dtype=torch.uint8).view(CODE).float()))

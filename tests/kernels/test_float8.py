@@ -103,12 +103,13 @@ by_upsample = pytest.mark.parametrize("upsample", [False, True], ids=["", "up"])
 
 @by_shape
 @by_upsample
-def test_conv_kernel(launch, case, error, shape, upsample):
+def test_conv_kernel(launch, case, error, interpreted, shape, upsample):
     from pdae_fast.kernels.float8_triton import conv_float8_launches
 
     x, weight, scale = case(shape)
     truth = convolved(x, weight, scale, upsample)
-    for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 6e-3)):
+    # A value's rounding to bfloat16; the interpreter truncates.
+    for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 2.0**-7 if interpreted else 2.0**-8)):
         y = torch.empty(truth.shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
         launch(conv_float8_launches(x, weight, scale, y.fill_(float("nan"))))
         # Channels apart: each has a scale of its own.

@@ -118,11 +118,11 @@ def avatars64(run: Run) -> Iterator[Stage]:
     prior = f"--architecture {{32.json}} {IMAGES} 100"
     yield run.train("prior", "prior32", prior, 2600, 32, 5e-4, FAST)
     yield Stage("prior32to64", lambda: _enlarged(run.folder / "prior32", run.folder / "prior32to64", 64))
-    yield run.train("prior", "prior", f"--init-from {{prior32to64}} {IMAGES} 50", 1500, 16, 4e-4, FAST)
+    yield run.train("prior", "prior", f"--init-from {{prior32to64}} --velocity 1 {IMAGES} 50", 1500, 16, 4e-4, FAST)
     new = "--architecture avatars64 --init-from {prior}"
     target = "--target features --target-images 12000 --amp bfloat16 --holdout 0.05"
     yield run.train("encoder", "encoder", f"{new} {target}", 4000, 32, 1.5e-3)
-    yield run.train("pdae", "pdae", f"{new} --start-from {{encoder}} {IMAGES} 100", 6400, 16, 5e-4, FROZEN)
+    yield run.train("pdae", "pdae", f"{new} --start-from {{encoder}} --velocity 10 {IMAGES} 100", 6400, 16, 5e-4, FROZEN)
     attributes = ["--attributes", f"{run.data}/attributes.csv", "--columns", *ATTRIBUTES.split()]
     yield from heads(run, attributes, 3000, 1500, 5600, 16)
 

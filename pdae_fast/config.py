@@ -535,7 +535,8 @@ presets: dict[str, PDAEConfig] = {
             dropout=0.0,
         ),
     ),
-    # For drawn avatars (`python -m pdae_fast.data avatars`): as small, in colour.
+    # For drawn avatars (`python -m pdae_fast.data avatars`): as small, in colour; groups of four channels and more see
+    # colours better.
     "avatars64": PDAEConfig(
         image_size=64,
         latent_dim=512,
@@ -549,6 +550,7 @@ presets: dict[str, PDAEConfig] = {
             attention_resolutions=(4,),
             num_heads=4,
             dropout=0.0,
+            norm_groups=8,
         ),
     ),
 }

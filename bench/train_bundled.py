@@ -122,7 +122,8 @@ def avatars64(run: Run) -> Iterator[Stage]:
     new = "--architecture avatars64 --init-from {prior}"
     target = "--target features --target-images 12000 --amp bfloat16 --holdout 0.05"
     yield run.train("encoder", "encoder", f"{new} {target}", 4000, 32, 1.5e-3)
-    yield run.train("pdae", "pdae", f"{new} --start-from {{encoder}} --velocity 10 {IMAGES} 100", 6400, 16, 5e-4, FROZEN)
+    pdae = f"{new} --start-from {{encoder}} --velocity 10 {IMAGES} 100"
+    yield run.train("pdae", "pdae", pdae, 6400, 16, 5e-4, FROZEN)
     attributes = ["--attributes", f"{run.data}/attributes.csv", "--columns", *ATTRIBUTES.split()]
     yield from heads(run, attributes, 3000, 1500, 5600, 16)
 

@@ -68,9 +68,11 @@ def launch(monkeypatch):
     """Run a list of kernel launches and wait for them; skips the test where the kernels cannot run."""
     if OBSTACLE is not None:
         pytest.skip(OBSTACLE)
+    from pdae_fast.kernels import triton_status
     from pdae_fast.kernels._launch import run
 
     if not CUDA:
+        triton_status()  # kept for the life of the process: not what it would be below
         monkeypatch.setenv("TRITON_INTERPRET", "1")
 
     def run_and_wait(launches):

@@ -142,6 +142,7 @@ def test_norm_op(image, vector, cuda, monkeypatch, interpreted, where, given, la
     if where == "cpu":
         y = group_norm_float8(x, weight, bias, scale, *rest, *stats)
     else:
+        cuda("group_norm", "group_norm")  # whose obstacles are asked for too
         y = cuda("float8", "group_norm_float8")(x, weight, bias, scale, rest, *stats)
     truth = group_norm_reference(x.double(), weight, bias, 32, 1e-5, None, None, True, x2.double(), x_bias=x_bias)
     assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)

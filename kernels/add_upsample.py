@@ -129,9 +129,8 @@ def _torch_residual_add(h: Tensor, residual: Tensor, bias: Tensor | None) -> Ten
     if bias is None:
         return torch.add(h, residual, out=empty_image(h, h.shape))
     wide = torch.promote_types(h.dtype, torch.float32)
-    total = torch.add(h, spread(bias, len(h)).to(wide)[..., None, None]).add_(
-        residual
-    )  # promoted: a vector is no scalar
+    # Promoted: a vector is no scalar.
+    total = torch.add(h, spread(bias, len(h)).to(wide)[..., None, None]).add_(residual)
     return to_layout(total.to(h.dtype), is_channels_last(h))
 
 

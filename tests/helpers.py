@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from golden_rule import fill
 from pdae_fast import PDAE, LatentConfig, PDAEConfig, Prior, UNetConfig
@@ -81,6 +82,22 @@ def tiny_pdae(config: PDAEConfig = TINY) -> PDAE:
 
 def tiny_prior(config: PDAEConfig = TINY) -> Prior:
     return fill(Prior(config.prior))
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Calls(TorchDispatchMode):
+    """Records the names of the operators that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
 
 
 def images(count: int, config: PDAEConfig = TINY, seed: int = 0) -> torch.Tensor:

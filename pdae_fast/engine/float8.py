@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..errors import UserError
+from ..kernels.float8 import LARGEST
 from ..limits import brief, is_number, load_json
 from ..models import PDAE, Prior, unet_of
 from ..models.layers import ResBlock
@@ -31,7 +32,6 @@ from .ownership import sharing
 M = TypeVar("M", PDAE, Prior)
 FORMAT = "pdae_fast-fp8-1"
 EXPECTED = "what python -m pdae_fast.calibrate wrote"
-LARGEST = 448.0  # code
 # Of a map's largest magnitude: nothing of a layer's range is smaller.
 LEAST, MOST = 1e-6, 1e6
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from golden_rule import relative
-from helpers import ON_DEVICE, Replay, images, tiny_pdae, tiny_prior
+from helpers import ON_DEVICE, Replay, images, noise, tiny_pdae, tiny_prior
 from pdae_fast import Pipeline
 from pdae_fast.engine import graphs
 from pdae_fast.engine.fused import FusedPlan
@@ -17,10 +17,6 @@ from pdae_fast.samplers.reuse import Reuse
 
 CPU = torch.device("cpu")
 TIMES = (999, 420, 9)
-
-
-def noise(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 class Graph(Replay):

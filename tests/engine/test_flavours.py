@@ -7,7 +7,7 @@ import torch
 
 from flavours import BASE, FLAVOURS, GOOGLE, PREDICTIONS
 from golden_rule import fill, relative
-from helpers import ON_DEVICE
+from helpers import ON_DEVICE, noise
 from pdae_fast import PDAE, PDAEConfig, Prior, UNetConfig, UserError
 from pdae_fast.engine.cost import network_costs
 from pdae_fast.engine.fused import FusedPlan
@@ -24,10 +24,6 @@ def config(changes, **settings):
     return PDAEConfig(
         image_size=32, latent_dim=8, encoder_channel=32, unet=UNetConfig(**{**BASE, **changes}), **settings
     )
-
-
-def noise(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def agree(model, z, labels=None, options=None, t=7):

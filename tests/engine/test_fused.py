@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from golden_rule import fill, relative
-from helpers import ON_DEVICE, images, tiny_pdae, tiny_prior
+from helpers import ON_DEVICE, images, noise, tiny_pdae, tiny_prior
 from pdae_fast import PDAEConfig, Pipeline, UNetConfig, UserError, kernels
 from pdae_fast.engine import build_plan, rewrites
 from pdae_fast.engine.blocks import SplitSkip
@@ -40,10 +40,6 @@ needs_native = pytest.mark.skipif(not kernels.native_status()[0], reason=kernels
 def network(changes):
     unet = UNetConfig(**{"input_channel": 1, "base_channel": 32, "num_residual_blocks_of_a_block": 1, **changes})
     return tiny_pdae(PDAEConfig(image_size=32, latent_dim=8, encoder_channel=32, unet=unet))
-
-
-def noise(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 OPTIONS = {

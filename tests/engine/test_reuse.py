@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from golden_rule import relative
-from helpers import ON_DEVICE, images, tiny_pdae, tiny_prior
+from helpers import ON_DEVICE, images, noise, tiny_pdae, tiny_prior
 from pdae_fast import PDAE, PDAEConfig, Pipeline, UNetConfig, UserError, metrics, presets
 from pdae_fast.data import load_image
 from pdae_fast.data.bundled import SAMPLES
@@ -57,10 +57,6 @@ def plan(model):
 @pytest.fixture(scope="module")
 def schedule(model):
     return build_schedule(model.config.schedule)
-
-
-def noise(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def decoding(plan, spec, schedule, x_T, z, weights=None, steps=STEPS, stop_percent=0.0):

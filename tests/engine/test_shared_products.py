@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from golden_rule import relative
-from helpers import ON_DEVICE, TINY_UNET, tiny_pdae, tiny_prior
+from helpers import ON_DEVICE, TINY_UNET, noise, tiny_pdae, tiny_prior
 from pdae_fast import PDAEConfig
 from pdae_fast.engine.fused import FusedPlan
 from pdae_fast.engine.options import Rewrites
@@ -34,10 +34,6 @@ class Products(TorchDispatchMode):
     def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
         self.count += function.overloadpacket.__name__ in ("linear", "addmm", "addmm_", "mm", "bmm")
         return function(*args, **(kwargs or {}))
-
-
-def noise(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def network(changes):

@@ -5,10 +5,9 @@ import dataclasses
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from golden_rule import relative
-from helpers import ON_DEVICE, TINY_UNET, tiny_pdae, tiny_prior
+from helpers import ON_DEVICE, TINY_UNET, Calls, noise, tiny_pdae, tiny_prior
 from pdae_fast import PDAEConfig, kernels, presets
 from pdae_fast.engine import blocks, norms
 from pdae_fast.engine.fused import FusedPlan
@@ -45,20 +44,6 @@ CONFIGS = {
     "time-added": tiny(channel_multiplier=(1, 2), use_scale_shift_norm=False),
     "learned-sigma": tiny(channel_multiplier=(1, 1), learn_sigma=True),
 }
-
-
-class Calls(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
-        self.names.append(function.overloadpacket.__name__)
-        return function(*args, **(kwargs or {}))
-
-
-def noise(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def build(config, options=STACKED):

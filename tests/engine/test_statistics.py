@@ -4,10 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from golden_rule import relative
-from helpers import ON_DEVICE, TINY_UNET, tiny_pdae
+from helpers import ON_DEVICE, TINY_UNET, Calls, noise, tiny_pdae
 from pdae_fast import PDAEConfig, kernels
 from pdae_fast.engine import blocks, norms
 from pdae_fast.engine.fused import FusedPlan
@@ -22,20 +21,6 @@ NETWORKS = {
     "attention": dataclasses.replace(WIDE, attention_resolutions=(2,)),
     "narrow": TINY_UNET,
 }
-
-
-class Calls(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
-        self.names.append(function.overloadpacket.__name__)
-        return function(*args, **(kwargs or {}))
-
-
-def noise(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("small", [0, 8192], ids=["all large", "as it is"])

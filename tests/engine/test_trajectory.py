@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from golden_rule import relative
-from helpers import ON_DEVICE, capture_into, images, tiny_pdae, tiny_prior
+from helpers import ON_DEVICE, capture_into, images, noise, tiny_pdae, tiny_prior
 from pdae_fast.engine import graphs
 from pdae_fast.engine.fused import FusedPlan
 from pdae_fast.engine.options import NEEDS, Rewrites
@@ -15,10 +15,6 @@ from pdae_fast.samplers import ddim
 from pdae_fast.schedule import build_schedule
 
 CPU = torch.device("cpu")
-
-
-def noise(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ from ._launch import Launch, power_of_two
 @triton.jit
 def conv_float8_kernel(
     x, weight, scale, y, channels, outputs, height, width, pixels,
-    UPSAMPLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STEPS: tl.constexpr, UPSAMPLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y [pixels, outputs] = scale * the product of 9 shifted maps of x and weight [outputs, 9, channels], all of them
     codes, summed in float32. Grid (pixel blocks, output blocks). ``pixels`` are those of all images of height x width;
-    with UPSAMPLE x is half as high and wide, and each of its pixels is read as four.
+    with UPSAMPLE x is half as high and wide, and each of its pixels is read as four. STEPS blocks hold all channels.
     """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -25,11 +25,10 @@ def conv_float8_kernel(
     image = (row // (height * width)).to(tl.int64)
     line, place = row // width % height, row % width
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    steps = tl.cdiv(channels, BLOCK_K)
     # One loop over taps and channels, so that loads of the next step overlap the product of this one.
-    for step in range(9 * steps):
-        tap = step // steps
-        channel = step % steps * BLOCK_K + lane
+    for step in range(9 * STEPS):
+        tap = step // STEPS
+        channel = step % STEPS * BLOCK_K + lane
         up, left = line + tap // 3 - 1, place + tap % 3 - 1
         inside = (row < pixels) & (up >= 0) & (up < height) & (left >= 0) & (left < width)
         if UPSAMPLE:
@@ -58,14 +57,14 @@ def conv_float8_launches(x: torch.Tensor, weight: torch.Tensor, scale: torch.Ten
     channels, pixels = x.shape[1], batch * height * width
     # Small maps take small tiles, to fill the chip; the least are those of the matrix units.
     block_n = max(32, min(128, power_of_two(outputs)))
-    block_m = 128 if pixels >= 2**15 else 64
+    block_m, block_k = 128 if pixels >= 2**15 else 64, max(32, min(64, power_of_two(channels)))
     arguments = {
         "x": x, "weight": weight, "scale": scale, "y": y, "channels": channels, "outputs": outputs,
         "height": height, "width": width, "pixels": pixels,
     }  # fmt: skip
     constants = {
-        "UPSAMPLE": x.shape[2] != height, "BLOCK_M": block_m, "BLOCK_N": block_n,
-        "BLOCK_K": max(32, min(64, power_of_two(channels))),
+        "STEPS": cdiv(channels, block_k), "UPSAMPLE": x.shape[2] != height,
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
     }  # fmt: skip
     grid = (cdiv(pixels, block_m), cdiv(outputs, block_n))
     return [Launch(conv_float8_kernel, grid, arguments, constants, 8 if block_m * block_n >= 2**14 else 4)]

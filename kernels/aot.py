@@ -43,7 +43,7 @@ class Budget:
 # A multiprocessor holds 65536 registers and these kernels run at most 256 threads, so 64 registers let four
 # programs share one, 80 three and 128 two: enough to hide memory latency behind each other. Shared memory is
 # the scratch of reductions across warps, and 0 where there are none: more would mean that the compiler moves
-# data between layouts, as Triton 3.6 does in add_stats_kernel.
+# data between layouts. Of add_stats_kernel Triton 3.9 takes 1024 at most, Triton 3.6 takes 4096.
 BUDGETS = {
     "fused_kernel": Budget(128, 2048),
     "stats_kernel": Budget(80, 1024),

@@ -56,7 +56,7 @@ def test_killed_and_stopped_it_is_the_same_model(whole, data, tmp_path):
     while not (run / "prior.done").exists():
         assert process.poll() is None
         time.sleep(0.01)
-    time.sleep(random.uniform(0, 0.5))
+    time.sleep(random.uniform(0, 1.5))
     process.kill()
     process.wait()
     assert not (run / "model.done").exists()
@@ -64,7 +64,7 @@ def test_killed_and_stopped_it_is_the_same_model(whole, data, tmp_path):
     while not (run / "model.done").exists():  # calls that are too short for all of it, and longer each time
         calls += 1
         try:
-            main(arguments(tmp_path, data, "--minutes", str(0.005 * 1.5**calls)))
+            main(arguments(tmp_path, data, "--minutes", str(0.002 * 1.5**calls)))
         except SystemExit as end:
             assert end.code == MORE
     assert calls > 1

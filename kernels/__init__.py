@@ -24,10 +24,19 @@ from .float8 import conv_float8, float8_codes, float8_obstacle, group_norm_float
 from .group_norm import channel_stats, group_norm, group_norm_apply, partial_stats, stats_splits
 from .group_norm_native import NATIVE_DTYPES, group_norm_native, native_fits, native_status
 from .group_norm_torch import group_norm_reference
-from .winograd import winograd, winograd_bytes, winograd_dtypes, winograd_fits, winograd_status, winograd_weights
+from .winograd import (
+    UPSAMPLED,
+    winograd,
+    winograd_bytes,
+    winograd_dtypes,
+    winograd_fits,
+    winograd_status,
+    winograd_weights,
+)
 
 __all__ = [
     "NATIVE_DTYPES",
+    "UPSAMPLED",
     "Buffers",
     "add_upsample",
     "add_upsample_reference",

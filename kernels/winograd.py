@@ -1,5 +1,5 @@
 """3x3 convolutions of channels-last maps on the CPU by native/winograd.c: a quarter (4x4 tiles) or 4/9 (2x2 tiles) of
-the multiplications, bias and residual added inside, nearest-2x upsampling read inside."""
+the multiplications, of maps upsampled by nearest-2x 25/144; bias and residual added inside."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ from torch import Tensor
 from ._native import Unavailable, matrix_abilities, threaded
 from .buffers import empty_map
 
-TILES = (2, 4)  # m: output pixels of a tile's side
+UPSAMPLED = 3  # in place of m: tiles of 4 pixels a side from maps that are read upsampled
+TILES = (2, UPSAMPLED, 4)  # m: output pixels of a tile's side
 CHANNELS = 16  # what the input channels have to be a multiple of
 CONVOLUTION = struct.Struct("5P9q")  # struct convolution
 WEIGHTS = struct.Struct("2P9q")  # struct weights
 # RMS error of a result, relative to it, that the self-check allows.
-TOLERANCE = {(torch.float32, 2): 2e-6, (torch.float32, 4): 5e-6, (torch.bfloat16, 2): 1e-2, (torch.bfloat16, 4): 3e-2}
+TOLERANCE = {
+    (torch.float32, 2): 2e-6, (torch.float32, UPSAMPLED): 2e-6, (torch.float32, 4): 5e-6,
+    (torch.bfloat16, 2): 1e-2, (torch.bfloat16, UPSAMPLED): 1e-2, (torch.bfloat16, 4): 3e-2,
+}  # fmt: skip
 
 
 @functools.cache
@@ -67,7 +71,7 @@ def _bytes(panel: int, outputs: int, channels: int, tile: int, dtype: torch.dtyp
 
 
 def winograd_weights(weight: Tensor, tile: int, dtype: torch.dtype) -> Tensor:
-    """float32 [N, C, 3, 3] -> what `winograd` multiplies maps of ``dtype`` with, in tiles of ``tile`` (2 or 4).
+    """float32 [N, C, 3, 3] -> what `winograd` multiplies maps of ``dtype`` with, in tiles of ``tile`` (of `TILES`).
 
     Transformed in double precision and rounded once: give it float32 weights for bfloat16 maps too.
     """
@@ -100,8 +104,9 @@ def winograd(
     """conv3x3(nearest2x?(x)) + bias + residual, stride 1, padding 1, rounded once to x's dtype.
 
     x [B, C, H, W], channels-last, of the dtype that ``u`` was made for by `winograd_weights`; bias float32 [N] or
-    None; residual as the result. Returns [B, N, H, W], or [B, N, 2H, 2W] with ``upsample``, channels-last. The same
-    to the bit for any number of threads, and for an image in any batch.
+    None; residual as the result. Returns [B, N, H, W], or [B, N, 2H, 2W] with ``upsample``, channels-last; `UPSAMPLED`
+    is for that alone, and the fastest then. The same to the bit for any number of threads, and for an image in any
+    batch.
 
     Not differentiable, and arguments are not checked. Needs `winograd_status`; raises MemoryError.
     """

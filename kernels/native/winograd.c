@@ -6,6 +6,15 @@
    a quarter of the multiplications, m = 2 on 0, +-1 and infinity 4/9 of them. The points are exact in binary, as are
    all constants of B; whatever is divided by is divided by in the weights, in double precision, once.
 
+   After nearest-2x upsampling a row of 6 input pixels has only 4 different ones, x0 .. x3, and 5 products are enough for
+   4 output pixels, with s = w0 + w1 + w2:
+
+       a = w0 (x0 - x2)    b = s (x1 + x2) / 2    c = w2 (x3 - x1)    d = (s/2 - w0) (x2 - x1)    e = (w2 - s/2) (x2 - x1)
+       y0 = a + b - d      y1 = b + e             y2 = b + d          y3 = b + c - e
+
+   so tiles of 4 x 4 pixels have 25 products of 16 inputs (UPSAMPLED, 25/144 of the multiplications) and constants that
+   round as little as those of m = 2.
+
    A block of tiles is transformed, multiplied point by point and transformed back while it is in the second-level
    cache. Products are sums over the channels in their order, each in one register: so a pixel's result depends neither
    on the block that its tile is in, nor on the batch, nor on the number of threads.
@@ -24,6 +33,12 @@
 #define LEAST 24             /* tiles in a block, where there are so many: fewer would read the weights too often */
 #define MOST 96
 
+#define UPSAMPLED 3          /* instead of m */
+#define POINTS(m) ((m) + 2)  /* products of a tile's side */
+#define INPUTS(m) ((m) == UPSAMPLED ? 4 : (m) + 2)
+#define PIXELS(m) ((m) == UPSAMPLED ? 4 : (m))
+#define INPUT(m, point) ((point) < INPUTS(m) ? (point) : INPUTS(m) - 1) /* that it multiplies */
+
 typedef double doubles __attribute__((vector_size(8 * LANES)));
 
 /* As winograd.py packs it. */
@@ -34,7 +49,7 @@ struct convolution {
     const void *residual; /* as y, or NULL */
     void *y;              /* [batch, height, width, outputs] */
     int64_t batch, height, width, channels, outputs;
-    int64_t tile;         /* m: 2 or 4 */
+    int64_t tile;         /* m: 2 or 4, or UPSAMPLED with `up` */
     int64_t up;           /* reads pixel (y / 2, x / 2): nearest-2x before the convolution */
     int64_t bfloat16, threads;
 };
@@ -59,6 +74,10 @@ INLINE void input_points(int m, const floats *d, floats *t) {
         t[0] = d[0] - d[2], t[1] = d[2] + d[1], t[2] = d[2] - d[1], t[3] = d[3] - d[1];
         return;
     }
+    if (m == UPSAMPLED) {
+        t[0] = d[0] - d[2], t[1] = 0.5f * (d[1] + d[2]), t[2] = d[3] - d[1], t[3] = d[2] - d[1];
+        return;
+    }
     floats even = d[4] - QQ * d[2], odd = d[3] - QQ * d[1];
     t[0] = PP * QQ * d[0] - (PP + QQ) * d[2] + d[4];
     t[1] = even + P * odd, t[2] = even - P * odd;
@@ -71,6 +90,10 @@ INLINE void input_points(int m, const floats *d, floats *t) {
 INLINE void output_pixels(int m, const floats *t, floats *y) {
     if (m == 2) {
         y[0] = t[0] + (t[1] + t[2]), y[1] = (t[1] - t[2]) + t[3];
+        return;
+    }
+    if (m == UPSAMPLED) {
+        y[0] = (t[1] - t[3]) + t[0], y[1] = t[1] + t[4], y[2] = t[1] + t[3], y[3] = (t[1] - t[4]) + t[2];
         return;
     }
     floats even = t[1] + t[2], odd = t[1] - t[2], even2 = t[3] + t[4], odd2 = t[3] - t[4];
@@ -87,6 +110,10 @@ INLINE void weight_points(int m, const doubles *w, int step, doubles *g) {
         g[0] = a, g[1] = (a + b + c) / 2, g[2] = (a - b + c) / 2, g[3] = c;
         return;
     }
+    if (m == UPSAMPLED) {
+        g[0] = a, g[1] = a + b + c, g[2] = c, g[3] = (b + c - a) / 2, g[4] = (c - a - b) / 2;
+        return;
+    }
     const double p = P, q = Q, pp = p * p, qq = q * q, at_p = 1 / (2 * pp * (pp - qq)), at_q = 1 / (2 * qq * (qq - pp));
     g[0] = a / (pp * qq);
     g[1] = (a + p * b + pp * c) * at_p, g[2] = (a - p * b + pp * c) * at_p;
@@ -100,7 +127,7 @@ INLINE void weight_points(int m, const doubles *w, int step, doubles *g) {
 
 /* One channel's weights of the n <= LANES outputs that begin at `from`; lane 0 of the first point goes to `to`. */
 static void weight_lanes(const struct weights *w, const float *from, int64_t n, int64_t point, char *to, int m) {
-    const int a = m + 2, bfloat16 = (int)w->bfloat16;
+    const int a = POINTS(m), bfloat16 = (int)w->bfloat16;
     doubles g[9] = {{0}}, columns[6 * 3], points[6];
     for (int64_t lane = 0; lane < n; lane++)
         for (int i = 0; i < 9; i++) g[i][lane] = from[lane * w->stride[0] + i / 3 * w->stride[2] + i % 3 * w->stride[3]];
@@ -146,6 +173,7 @@ static void weight_share(void *argument) {
     const int64_t all = panels * slices;
     for (int64_t i = all * number / team; i < all * (number + 1) / team; i++) {
         if (w->tile == 4) weight_slice(w, i / slices, i % slices, 4);
+        else if (w->tile == UPSAMPLED) weight_slice(w, i / slices, i % slices, UPSAMPLED);
         else weight_slice(w, i / slices, i % slices, 2);
     }
 }
@@ -156,7 +184,7 @@ int pdae_winograd_weights(const struct weights *given) {
 #ifdef MADV_HUGEPAGE
     /* Fewer page faults now, and fewer misses of the table of pages at every call; where it fails, all is as it was. */
     const uintptr_t page = 1 << 21, panels = (w.outputs + PANEL - 1) / PANEL;
-    const uintptr_t bytes = (uintptr_t)((w.tile + 2) * (w.tile + 2) * w.channels * (w.bfloat16 ? 2 : 4)) * panels * PANEL;
+    const uintptr_t bytes = (uintptr_t)(POINTS(w.tile) * POINTS(w.tile) * w.channels * (w.bfloat16 ? 2 : 4)) * panels * PANEL;
     const uintptr_t first = ((uintptr_t)w.u + page - 1) / page * page, last = ((uintptr_t)w.u + bytes) / page * page;
     if (first < last) (void)!madvise((void *)first, last - first, MADV_HUGEPAGE);
 #endif
@@ -177,19 +205,21 @@ struct work {
     char *zeros, *space;
 };
 
-/* Channels [first, last) of a tile at all points, from pixels of the map or zeros beyond it. */
+/* Channels [first, last) of a tile's inputs at all points, from pixels of the map or zeros beyond it. */
 INLINE void transform_tile(const struct work *w, int64_t tile, char *v, int64_t first, int64_t last, int m,
                            int bfloat16) {
     const struct convolution *c = w->c;
-    const int a = m + 2;
-    const int64_t size = bfloat16 ? 2 : 4, up = c->up, wide = c->width >> up, pixel = c->channels * size;
-    const int64_t y0 = tile / w->across % w->down * m - 1, x0 = tile % w->across * m - 1;
-    const char *image = (const char *)c->x + tile / (w->across * w->down) * (c->height >> up) * wide * pixel;
+    const int a = INPUTS(m), step = m == UPSAMPLED ? 2 : m;
+    const int64_t size = bfloat16 ? 2 : 4, pixel = c->channels * size;
+    const int64_t up = m == UPSAMPLED ? 0 : c->up; /* a pixel is read once there */
+    const int64_t height = c->height >> (c->up - up), width = c->width >> (c->up - up), wide = width >> up;
+    const int64_t y0 = tile / w->across % w->down * step - 1, x0 = tile % w->across * step - 1;
+    const char *image = (const char *)c->x + tile / (w->across * w->down) * (height >> up) * wide * pixel;
     const char *from[36];
     for (int i = 0; i < a; i++)
         for (int j = 0; j < a; j++) {
             const int64_t y = y0 + i, x = x0 + j;
-            const int inside = y >= 0 && y < c->height && x >= 0 && x < c->width;
+            const int inside = y >= 0 && y < height && x >= 0 && x < width;
             from[i * a + j] = inside ? image + ((y >> up) * wide + (x >> up)) * pixel : w->zeros;
         }
     for (int64_t k = first; k < last; k += LANES) {
@@ -212,20 +242,20 @@ INLINE void transform_tile(const struct work *w, int64_t tile, char *v, int64_t 
 /* n <= LANES output channels of a tile's pixels. */
 INLINE void finish_lanes(const struct convolution *c, const char *m_tile, int64_t m_point, int64_t offset, int64_t y_row,
                          int64_t high, int64_t wide, floats bias, int64_t n, int m, int bfloat16) {
-    const int a = m + 2;
+    const int a = POINTS(m), side = PIXELS(m);
     const int64_t pixel = c->outputs * (bfloat16 ? 2 : 4);
     floats rows[4][6];
     UNROLL for (int j = 0; j < a; j++) {
         floats t[6], y[4];
         UNROLL for (int i = 0; i < a; i++) t[i] = *(const floats *)(m_tile + (i * a + j) * m_point);
         output_pixels(m, t, y);
-        UNROLL for (int i = 0; i < m; i++) rows[i][j] = y[i];
+        UNROLL for (int i = 0; i < side; i++) rows[i][j] = y[i];
     }
-    UNROLL for (int i = 0; i < m; i++) {
+    UNROLL for (int i = 0; i < side; i++) {
         if (i >= high) break;
         floats y[4];
         output_pixels(m, rows[i], y);
-        UNROLL for (int j = 0; j < m; j++) {
+        UNROLL for (int j = 0; j < side; j++) {
             if (j >= wide) break;
             const int64_t at = offset + i * y_row + j * pixel;
             floats v = y[j] + bias;
@@ -240,7 +270,7 @@ INLINE void finish_tile(const struct work *w, int64_t tile, const char *m_tile, 
                         int bfloat16) {
     const struct convolution *c = w->c;
     const int64_t size = bfloat16 ? 2 : 4, y_row = c->width * c->outputs * size;
-    const int64_t y0 = tile / w->across % w->down * m, x0 = tile % w->across * m;
+    const int64_t y0 = tile / w->across % w->down * PIXELS(m), x0 = tile % w->across * PIXELS(m);
     const int64_t high = c->height - y0, wide = c->width - x0, image = tile / (w->across * w->down);
     const int64_t offset = ((image * c->height + y0) * c->width + x0) * c->outputs * size;
     int64_t n = first * PANEL, end = last * PANEL < c->outputs ? last * PANEL : c->outputs;
@@ -260,10 +290,12 @@ static int64_t tiles_in(const struct work *w, int64_t block) {
 }
 
 #define BY_KIND(call)                                     \
-    if (w->c->tile == 4) {                                \
-        if (w->c->bfloat16) call(4, 1); else call(4, 0);  \
-    } else {                                              \
-        if (w->c->bfloat16) call(2, 1); else call(2, 0);  \
+    if (w->c->tile == 4) {                                                \
+        if (w->c->bfloat16) call(4, 1); else call(4, 0);                  \
+    } else if (w->c->tile == UPSAMPLED) {                                 \
+        if (w->c->bfloat16) call(UPSAMPLED, 1); else call(UPSAMPLED, 0);  \
+    } else {                                                              \
+        if (w->c->bfloat16) call(2, 1); else call(2, 0);                  \
     }
 
 static void transform(const struct work *w, int64_t block, char *v, int64_t first, int64_t last) {
@@ -276,20 +308,22 @@ static void transform(const struct work *w, int64_t block, char *v, int64_t firs
 
 static void multiply(const struct work *w, int64_t block, const char *v, char *m, int64_t first, int64_t last) {
     const struct convolution *c = w->c;
-    const int64_t tiles = tiles_in(w, block), points = (c->tile + 2) * (c->tile + 2);
+    const int64_t tiles = tiles_in(w, block), a = POINTS(c->tile);
     const int64_t steps = c->bfloat16 ? c->channels / 2 : c->channels, panel_bytes = steps * PANEL * 4;
     const int64_t parts = (tiles + ROWS - 1) / ROWS;
-    for (int64_t p = 0; p < points; p++)
+    for (int64_t p = 0; p < a * a; p++) {
+        const char *input = v + (INPUT(c->tile, p / a) * INPUTS(c->tile) + INPUT(c->tile, p % a)) * w->v_point;
         for (int64_t n = first; n < last; n++) {
             const char *u = (const char *)c->weight + (p * w->panels + n) * panel_bytes;
             for (int64_t part = 0; part < parts; part++) {
                 const int64_t row = tiles * part / parts, rows = tiles * (part + 1) / parts - row;
-                const char *from = v + p * w->v_point + row * w->v_row;
+                const char *from = input + row * w->v_row;
                 char *to = m + p * w->m_point + row * w->m_row + (n - first) * PANEL * 4;
                 if (c->bfloat16) product_bfloat16(rows, from, w->v_row, u, steps, to, w->m_row);
                 else product_float32(rows, from, w->v_row, u, steps, to, w->m_row);
             }
         }
+    }
 }
 
 static void finish(const struct work *w, int64_t block, const char *m_block, int64_t first, int64_t last) {
@@ -333,14 +367,15 @@ static void share(void *argument) {
 int pdae_winograd(const struct convolution *given) {
     struct convolution c = *given;
     struct work w = {.c = &c};
-    const int64_t size = c.bfloat16 ? 2 : 4, points = (c.tile + 2) * (c.tile + 2);
-    w.across = (c.width + c.tile - 1) / c.tile, w.down = (c.height + c.tile - 1) / c.tile;
+    const int64_t size = c.bfloat16 ? 2 : 4, pixels = PIXELS(c.tile);
+    const int64_t points = POINTS(c.tile) * POINTS(c.tile), inputs = INPUTS(c.tile) * INPUTS(c.tile);
+    w.across = (c.width + pixels - 1) / pixels, w.down = (c.height + pixels - 1) / pixels;
     w.tiles = c.batch * w.across * w.down, w.panels = (c.outputs + PANEL - 1) / PANEL;
     if (!run_parallel || c.threads < 1) c.threads = 1;
     if (!w.tiles || !w.panels) return 0;
 
     /* As many tiles as the cache takes, in blocks of equal size, as many of them as threads divide evenly. */
-    int64_t most = BLOCK_BYTES / (points * (c.channels * size + w.panels * PANEL * 4));
+    int64_t most = BLOCK_BYTES / (inputs * c.channels * size + points * w.panels * PANEL * 4);
     most = most < LEAST ? LEAST : most < MOST ? most : MOST;
     w.blocks = (w.tiles + most - 1) / most;
     if (w.blocks > 1 || c.threads > 1) {
@@ -355,7 +390,7 @@ int pdae_winograd(const struct convolution *given) {
     const int64_t own = w.by_outputs ? (w.panels + c.threads - 1) / c.threads : w.panels;
     w.v_row = (c.channels * size + LINE - 1) / LINE * LINE + LINE, w.v_point = w.block * w.v_row + LINE;
     w.m_row = (own * PANEL * 4 + LINE - 1) / LINE * LINE + LINE, w.m_point = w.block * w.m_row + LINE;
-    w.v_bytes = points * w.v_point, w.m_bytes = points * w.m_point;
+    w.v_bytes = inputs * w.v_point, w.m_bytes = points * w.m_point;
     const int64_t zero_bytes = (c.channels * size + LINE - 1) / LINE * LINE;
     const int64_t bytes = (w.by_outputs ? 1 : c.threads) * w.v_bytes + c.threads * w.m_bytes;
     char *memory = aligned_alloc(LINE, (size_t)(zero_bytes + bytes));

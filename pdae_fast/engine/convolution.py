@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import kernels
+from ..models.layers import ResBlock, Upsample
 from .device import has_amx
 
 # Pixels of a map up to which weights, of which 2x2 tiles have 16/9 as many as the layer and 4x4 tiles four times as
-# many, take longer to read than to multiply.
-SMALL_MAP = 64
+# many, take longer to read than to multiply: where a cache holds them, and where there are more than FEW.
+TINY_MAP, SMALL_MAP = 16, 64
+FEW = 9 * 2**15
 # Of all layers; held only by the first calls.
 TRANSFORMING = threading.Lock()
 
@@ -39,6 +41,13 @@ def native_fits(layer: nn.Module) -> bool:
 
 def native_layers(network: nn.Module) -> list[nn.Conv2d]:
     return [layer for layer in network.modules() if native_fits(layer)]
+
+
+def upsampled_layers(network: nn.Module) -> list[nn.Conv2d]:
+    """Those of `native_layers` that read a map upsampled by nearest-2x."""
+    blocks = [m for m in network.modules() if isinstance(m, ResBlock) and m.resample == "up"]
+    layers = [block.in_layers[2] for block in blocks] + [m.conv for m in network.modules() if isinstance(m, Upsample)]
+    return [layer for layer in layers if native_fits(layer)]
 
 
 def native_bytes(layers: list[nn.Conv2d], dtype: torch.dtype, tile: int) -> int:
@@ -104,9 +113,10 @@ class PackedConvolution:
 class WinogradConvolution:
     """conv3x3(x) [+ residual], or conv3x3(nearest2x(x)), by native code with fewer multiplications.
 
-    The weights, float32, are transformed when the first map comes: for tiles of 2x2 pixels where maps have at most
-    `SMALL_MAP` pixels, of ``largest`` (0: `default_tile`) elsewhere. A layer's maps have one size, so a result depends
-    neither on the batch nor on the run.
+    The weights, float32, are transformed when the first map comes: for upsampled maps for tiles of their own, else for
+    2x2 pixels where maps have at most `TINY_MAP` (`SMALL_MAP` with many weights), for ``largest`` (0: `default_tile`)
+    elsewhere; all for 2x2 where that is ``largest``. A layer's maps have one size, so a result depends neither on the
+    batch nor on the run.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, upsample: bool = False, largest: int = 0) -> None:
@@ -124,8 +134,10 @@ class WinogradConvolution:
         return kernels.winograd(x, self.weight, self.bias, self.outputs, self.tile, residual, upsample=self.upsample)
 
     def _transform(self, x: Tensor) -> None:
-        pixels = x.shape[2] * x.shape[3] << 2 * self.upsample
-        tile = 2 if pixels <= SMALL_MAP else self.largest or default_tile(x.dtype)
+        most = TINY_MAP if self.weight.numel() <= FEW else SMALL_MAP
+        tile = 2 if x.shape[2] * x.shape[3] <= most else self.largest or default_tile(x.dtype)
+        if self.upsample and self.largest != 2:
+            tile = kernels.UPSAMPLED
         self.weight = kernels.winograd_weights(self.weight, tile, x.dtype)
         self.tile = tile
 

@@ -18,7 +18,7 @@ from ..models.unet import PDAEDecoder
 from . import graphs, rewrites
 from .attention import resolve_attention
 from .blocks import FusedDecoder, FusedStages, SharedProducts, make_skip, repeat
-from .convolution import default_tile, native_bytes, native_layers
+from .convolution import default_tile, native_bytes, native_layers, upsampled_layers
 from .norms import Skip, bare, common_part
 from .options import Rewrites
 from .plan import Plan
@@ -60,7 +60,7 @@ class Networks(Plan):
         # Shared by all that reuse these weights, and cleared when they have been laid out.
         self._awaited: list[int] = []
         self._buffers = kernels.Buffers() if device.type == "cpu" else None
-        layers = self._choose_tiles(native_layers(unet_of(model)), dtype) if self.options.native_convolutions else []
+        layers = self._choose_tiles(unet_of(model), dtype) if self.options.native_convolutions else []
         super().__init__(model, device, dtype, [layer.weight for layer in layers])
         options, unet = self.options, self.unet
         shape = self._attention_shape()
@@ -94,15 +94,17 @@ class Networks(Plan):
         self.graph_pool: graphs.Pool | None = None
         self.capture_failure: str | None = None
 
-    def _choose_tiles(self, layers: list[nn.Conv2d], dtype: torch.dtype) -> list[nn.Conv2d]:
-        """``layers``, or none of them where not even the weights of small tiles fit what is free."""
-        free, largest = self.free_bytes(), self.options.tile or default_tile(dtype)
-        for tile in sorted({largest, 2}, reverse=True):
-            size = native_bytes(layers, dtype, tile)
+    def _choose_tiles(self, unet: nn.Module, dtype: torch.dtype) -> list[nn.Conv2d]:
+        """The layers that run natively, or none of them where not even the weights of small tiles fit what is free."""
+        free, layers, upsampled = self.free_bytes(), native_layers(unet), upsampled_layers(unet)
+        others = [layer for layer in layers if layer not in upsampled]
+        for small in (self.options.small_tiles, True):
+            tile = 2 if small else self.options.tile or default_tile(dtype)
+            own = 2 if small else max(tile, kernels.UPSAMPLED)
+            size = native_bytes(others, dtype, tile) + native_bytes(upsampled, dtype, own)
             if size <= free / 2:
                 self._awaited.append(size)
-                if tile < largest:
-                    self.options = dataclasses.replace(self.options, small_tiles=True)
+                self.options = dataclasses.replace(self.options, small_tiles=small)
                 return layers
         self.options = dataclasses.replace(self.options, native_convolutions=False)
         self.native["native_convolutions"] = f"no: weights of {size >> 20} MiB, and {free >> 20} MiB are free"

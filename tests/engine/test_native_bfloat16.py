@@ -72,7 +72,7 @@ def test_it_is_no_worse_than_the_framework(model):
     framework = FusedPlan(model, CPU, BFLOAT16, Rewrites())
     assert convolutions(plan) and not convolutions(framework)
     assert error(plan, model) < 1.5 * error(framework, model) < 0.05
-    assert {c.tile for c in convolutions(plan)} == {2}
+    assert {c.tile for c in convolutions(plan)} == {2, kernels.UPSAMPLED}
 
 
 def test_weights_are_rounded_once(model):
@@ -80,10 +80,13 @@ def test_weights_are_rounded_once(model):
     plan = build_plan(model, CPU, BFLOAT16)
     found = outputs(plan, model)
     own = [m for m in model.decoder.modules() if convolution.native_fits(m)]
+    upsampled = convolution.upsampled_layers(model.decoder)
+    assert len(upsampled) == 2  # one level, two decoders
     for layer in own:
-        u = kernels.winograd_weights(layer.weight.detach(), 2, BFLOAT16)
+        tile = kernels.UPSAMPLED if layer in upsampled else 2
+        u = kernels.winograd_weights(layer.weight.detach(), tile, BFLOAT16)
         assert any(torch.equal(u, c.weight) for c in convolutions(plan) if c.weight.numel() == u.numel())
-        rounded = kernels.winograd_weights(layer.weight.detach().bfloat16().float(), 2, BFLOAT16)
+        rounded = kernels.winograd_weights(layer.weight.detach().bfloat16().float(), tile, BFLOAT16)
         assert not torch.equal(u, rounded)
     assert len(convolutions(plan)) == len(own)
     for other in (copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))):
@@ -114,7 +117,9 @@ def test_smaller_tiles_where_memory_is_short(model, monkeypatch):
     layers = [m for m in model.decoder.modules() if convolution.native_fits(m)]
     sizes = {tile: convolution.native_bytes(layers, torch.float32, tile) for tile in (2, 4)}
     assert sizes[2] < sizes[4]
-    for free, tiles in ((2 * sizes[4], {4}), (2 * sizes[4] - 1, {2}), (2 * sizes[2] - 1, set())):
+    for free, tiles in (
+        (2 * sizes[4], {4, kernels.UPSAMPLED}), (2 * sizes[4] - 1, {2}), (2 * sizes[2] - 1, set())
+    ):  # fmt: skip
         monkeypatch.setattr(Plan, "free_bytes", lambda self, free=free: free)
         plan = build_plan(model, CPU, torch.float32)
         assert error(plan, model) < 1e-5

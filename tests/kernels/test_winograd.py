@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from pdae_fast.kernels import _native, winograd, winograd_bytes, winograd_fits, winograd_status, winograd_weights
-from pdae_fast.kernels.winograd import _library
+from pdae_fast.kernels.winograd import UPSAMPLED, _library
 
 COMPILER = next((found for found in map(shutil.which, _native.COMPILERS) if found), None)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
@@ -35,6 +35,13 @@ by_tile = pytest.mark.parametrize("tile", [2, 4], ids=["2x2", "4x4"])
 by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 # Relative RMS error; textbook points (1 and 2) would make 2.5 times as much of it in float32.
 BOUND = {(torch.float32, 2): 6e-7, (torch.float32, 4): 1.2e-6, (torch.bfloat16, 2): 7e-3, (torch.bfloat16, 4): 2.5e-2}
+BOUND |= {(torch.float32, UPSAMPLED): 6e-7, (torch.bfloat16, UPSAMPLED): 7e-3}
+# What a map is read as, and in which tiles.
+KINDS = {
+    "same-2x2": (False, 2), "same-4x4": (False, 4), "upsampled-2x2": (True, 2), "upsampled-4x4": (True, 4),
+    "upsampled": (True, UPSAMPLED),
+}  # fmt: skip
+by_kind = pytest.mark.parametrize("upsample, tile", KINDS.values(), ids=KINDS)
 
 
 @pytest.fixture
@@ -91,9 +98,8 @@ def run(c, tile):
 
 
 @by_shape
-@by_tile
+@by_kind
 @by_dtype
-@pytest.mark.parametrize("upsample", [False, True], ids=["same", "upsampled"])
 def test_winograd(native, poisoned_memory, error, shape, tile, dtype, upsample):
     needs(dtype)
     c = case(shape, dtype, upsample)
@@ -113,9 +119,8 @@ def test_every_layout_of_weights(native, tile):
 
 
 @by_shape
-@by_tile
+@by_kind
 @by_dtype
-@pytest.mark.parametrize("upsample", [False, True], ids=["same", "upsampled"])
 def test_nothing_else_is_written_or_read(native, monkeypatch, guarded, shape, tile, dtype, upsample):
     """All buffers between canaries. NaNs beside the inputs must not reach the result."""
     needs(dtype)
@@ -137,17 +142,17 @@ def test_nothing_else_is_written_or_read(native, monkeypatch, guarded, shape, ti
     assert torch.equal(found, expected)
 
 
-@by_tile
+@by_kind
 @by_dtype
 @pytest.mark.parametrize(
     "shape",
     [(1, 64, 64, 40, 40), (3, 96, 96, 20, 21), (1, 256, 160, 8, 8), (1, 32, 32, 8, 8), (1, 512, 512, 16, 16)],
     ids=str,
 )
-def test_any_number_of_threads(native, poisoned_memory, shape, tile, dtype):
+def test_any_number_of_threads(native, poisoned_memory, shape, upsample, tile, dtype):
     """Blocks that divide evenly and not, output channels that do and do not: the same to the bit."""
     needs(dtype)
-    c, before = case(shape, dtype), torch.get_num_threads()
+    c, before = case(shape, dtype, upsample), torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2, 3, 4):
@@ -158,9 +163,9 @@ def test_any_number_of_threads(native, poisoned_memory, shape, tile, dtype):
     assert not found[0].isnan().any() and all(torch.equal(y, found[0]) for y in found)
 
 
-@by_tile
-def test_an_image_in_any_batch(native, tile):
-    c = case((5, 64, 64, 21, 13))
+@by_kind
+def test_an_image_in_any_batch(native, upsample, tile):
+    c = case((5, 64, 64, 21, 13), upsample=upsample)
     whole = run(c, tile)
     x, residual = c.x, c.residual
     for i in range(5):
@@ -188,11 +193,11 @@ from pdae_fast.kernels import winograd, winograd_status, winograd_weights
 assert winograd_status()[0]
 x = torch.randn(1, 256, 8, 8).contiguous(memory_format=torch.channels_last)
 weight = torch.randn(160, 256, 3, 3)
-for tile in (2, 4):
+for tile in (2, 3, 4):
     u, found = winograd_weights(weight, tile, x.dtype), []
     for threads in (1, 2, 3, 4):
         torch.set_num_threads(threads)
-        found.append(winograd(x, u, None, 160, tile))
+        found.append(winograd(x, u, None, 160, tile, upsample=tile == 3))
     assert all(torch.equal(y, found[0]) for y in found)
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -22,6 +23,7 @@ CONVOLUTIONS = [
     for shape in ((128, 128, 128), (64, 64, 64), (128, 64, 64), (256, 256, 16), (512, 512, 8))
     for b in (1, 8)
 ]
+UPSAMPLED = [(b, *shape) for shape in ((128, 128, 64), (512, 512, 16)) for b in (1, 8)]
 ATTENTION = [(1, 256, 4, 64), (8, 256, 4, 64), (8, 256, 1, 384), (8, 64, 4, 128)]  # (batch, tokens, heads, width)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Of a side's error, over the framework's or rounding: 4x4 tiles of bfloat16 are the loosest.
@@ -54,22 +56,34 @@ def compare(
 @by_dtype
 @pytest.mark.parametrize("shape", CONVOLUTIONS, ids=lambda s: "x".join(map(str, s)))
 def test_convolution(benchmark, shape, dtype):
+    measure(benchmark, shape, dtype, {f"F({tile}x{tile})": tile for tile in (2, 4)})
+
+
+@by_dtype
+@pytest.mark.parametrize("shape", UPSAMPLED, ids=lambda s: "x".join(map(str, s)))
+def test_upsampled_convolution(benchmark, shape, dtype):
+    """Of a map of half the side, after nearest-2x."""
+    measure(benchmark, shape, dtype, {"F(2x2)": 2, "F(4x4)": 4, "upsampled": kernels.UPSAMPLED}, upsample=True)
+
+
+def measure(benchmark, shape: tuple, dtype: str, tiles: dict[str, int], upsample: bool = False) -> None:
     kind, (batch, channels, outputs, side) = DTYPES[dtype], shape
     if kind not in kernels.winograd_dtypes():
         pytest.skip(f"this processor does not multiply {dtype}")
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, channels, side, side, generator=generator).to(kind)
+    x = torch.randn(batch, channels, side >> upsample, side >> upsample, generator=generator).to(kind)
     x = x.contiguous(memory_format=torch.channels_last)
+    large = F.interpolate(x, scale_factor=2.0) if upsample else x
     weight = torch.randn(outputs, channels, 3, 3, generator=generator) / (9 * channels) ** 0.5
     bias = torch.randn(outputs, generator=generator)
     direct = PackedConvolution(weight.to(kind), bias.to(kind), 1, 1)
-    sides = {"direct": lambda: direct(x)}
-    for tile in (2, 4):
+    sides = {"direct": lambda: direct(large)}
+    for name, tile in tiles.items():
         u = kernels.winograd_weights(weight, tile, kind)
-        sides[f"F({tile}x{tile})"] = lambda u=u, tile=tile: kernels.winograd(x, u, bias, outputs, tile)
-    exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+        sides[name] = functools.partial(kernels.winograd, x, u, bias, outputs, tile, upsample=upsample)
+    exact = F.conv2d(large.double(), weight.double(), bias.double(), padding=1)
     flops = 2 * 9 * batch * channels * outputs * side**2
-    compare(benchmark, "convolution", shape, dtype, sides, exact, flops)
+    compare(benchmark, "upsampled convolution" if upsample else "convolution", shape, dtype, sides, exact, flops)
 
 
 @by_dtype

@@ -24,6 +24,7 @@ from .float8 import conv_float8, float8_codes, float8_obstacle, group_norm_float
 from .group_norm import channel_stats, group_norm, group_norm_apply, partial_stats, stats_splits
 from .group_norm_native import NATIVE_DTYPES, group_norm_native, native_fits, native_status
 from .group_norm_torch import group_norm_reference
+from .pointwise import pointwise, pointwise_fits, pointwise_status, pointwise_weights
 from .winograd import (
     UPSAMPLED,
     winograd,
@@ -61,6 +62,10 @@ __all__ = [
     "native_fits",
     "native_status",
     "partial_stats",
+    "pointwise",
+    "pointwise_fits",
+    "pointwise_status",
+    "pointwise_weights",
     "residual_add",
     "residual_add_reference",
     "stats_splits",

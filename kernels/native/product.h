@@ -92,17 +92,15 @@ INLINE void store(char *p, int bfloat16, int64_t n, floats v) {
 
 /* -- the micro-kernel --------------------------------------------------------------------------------------------- */
 
-/* `rows` rows by one panel of columns: m = v u, where v has 4 bytes a step and row, one float32 or two bfloat16, and u
-   has as many a step and column. The panel that follows is fetched meanwhile. */
-INLINE void product(const char *v, int64_t v_row, const char *u, int64_t steps, char *m, int64_t m_row, int rows,
-                    int bfloat16) {
-    floats sums[ROWS][2];
-    UNROLL for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = (floats){0};
+/* To the sums of `rows` rows by one panel of columns: v u, where v has 4 bytes a step and row, one float32 or two
+   bfloat16, and u has as many a step and column. What lies a panel of `panel` bytes ahead is fetched meanwhile. */
+INLINE void accumulate(floats sums[ROWS][2], const char *v, int64_t v_row, const char *u, int64_t steps, int64_t panel,
+                       int rows, int bfloat16) {
     (void)bfloat16;
     for (int64_t k = 0; k < steps; k++, u += 4 * PANEL, v += 4) {
         const floats u0 = *(const floats *)u, u1 = *(const floats *)(u + 4 * LANES);
-        __builtin_prefetch(u + 4 * PANEL * steps, 0, 2);
-        if (LANES == 16) __builtin_prefetch(u + 4 * PANEL * steps + 64, 0, 2);
+        __builtin_prefetch(u + panel, 0, 2);
+        if (LANES == 16) __builtin_prefetch(u + panel + 64, 0, 2);
         UNROLL for (int r = 0; r < rows; r++) {
             float given;
             memcpy(&given, v + r * v_row, 4);
@@ -120,33 +118,54 @@ INLINE void product(const char *v, int64_t v_row, const char *u, int64_t steps, 
             sums[r][0] += each * u0, sums[r][1] += each * u1;
         }
     }
+}
+
+/* m = v u */
+INLINE void product(const char *v, int64_t v_row, const char *u, int64_t steps, char *m, int64_t m_row, int rows,
+                    int bfloat16) {
+    floats sums[ROWS][2] = {{{0}}};
+    accumulate(sums, v, v_row, u, steps, 4 * PANEL * steps, rows, bfloat16);
     UNROLL for (int r = 0; r < rows; r++) {
         *(floats *)(m + r * m_row) = sums[r][0];
         *(floats *)(m + r * m_row + 4 * LANES) = sums[r][1];
     }
 }
 
+/* `call(n)` with the constant n that `rows` is. */
+#if ROWS >= 14
+#define BY_ROWS(rows, call)                                                                                    \
+    switch (rows) {                                                                                            \
+        case 1: call(1); break; case 2: call(2); break; case 3: call(3); break; case 4: call(4); break;        \
+        case 5: call(5); break; case 6: call(6); break; case 7: call(7); break; case 8: call(8); break;        \
+        case 9: call(9); break; case 10: call(10); break; case 11: call(11); break; case 12: call(12); break;  \
+        case 13: call(13); break; case 14: call(14); break;                                                    \
+    }
+#elif ROWS >= 6
+#define BY_ROWS(rows, call)                                                                              \
+    switch (rows) {                                                                                      \
+        case 1: call(1); break; case 2: call(2); break; case 3: call(3); break; case 4: call(4); break;  \
+        case 5: call(5); break; case 6: call(6); break;                                                  \
+    }
+#else
+#define BY_ROWS(rows, call)                                                                              \
+    switch (rows) {                                                                                      \
+        case 1: call(1); break; case 2: call(2); break; case 3: call(3); break; case 4: call(4); break;  \
+    }
+#endif
+
 INLINE void product_of(int64_t rows, const char *v, int64_t v_row, const char *u, int64_t steps, char *m, int64_t m_row,
                        int bfloat16) {
-    switch (rows) {
-#define CASE(n) case n: product(v, v_row, u, steps, m, m_row, n, bfloat16); break;
-        CASE(1) CASE(2) CASE(3) CASE(4)
-#if ROWS >= 6
-        CASE(5) CASE(6)
-#endif
-#if ROWS >= 14
-        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
-#endif
-#undef CASE
-    }
+#define PRODUCT(n) product(v, v_row, u, steps, m, m_row, n, bfloat16)
+    BY_ROWS(rows, PRODUCT)
+#undef PRODUCT
 }
 
-static __attribute__((noinline)) void
+static __attribute__((noinline, unused)) void
 product_float32(int64_t rows, const char *v, int64_t v_row, const char *u, int64_t steps, char *m, int64_t m_row) {
     product_of(rows, v, v_row, u, steps, m, m_row, 0);
 }
 
-static __attribute__((noinline)) void
+static __attribute__((noinline, unused)) void
 product_bfloat16(int64_t rows, const char *v, int64_t v_row, const char *u, int64_t steps, char *m, int64_t m_row) {
     product_of(rows, v, v_row, u, steps, m, m_row, 1);
 }

@@ -13,7 +13,7 @@ from ..config import NORM_GROUPS
 from ..models.layers import AttentionBlock, Downsample, ResBlock, Stage, Upsample
 from . import float8, rewrites
 from .attention import Attend
-from .convolution import convolution, native_fits
+from .convolution import PointwiseConvolution, convolution, native_fits
 from .norms import SMALL_GROUP, Join, Skip, add, bare, fixed_normaliser, materialise, normaliser, statistics_of
 from .options import Rewrites
 from .rewrites import Affine, AffineTable
@@ -66,7 +66,7 @@ class FusedResBlock:
         self.part = part if folded and self.divisor == 1 else 0
         self.skip = None
         if not isinstance(skip, nn.Identity):
-            self.skip = SplitSkip(skip) if options.split_skips else convolution(skip, options.packed_weights)
+            self.skip = SplitSkip(skip) if options.split_skips else JoinedSkip(skip, options)
         if options.shared_products and self.skip is not None:
             # Added with the other one, so that the products have none.
             self.bias_out, self.skip.bias = self.bias_out + self.skip.bias.float(), None
@@ -124,6 +124,17 @@ class SplitSkip:
         return y.view(B, H, W, -1).permute(0, 3, 1, 2)
 
 
+class JoinedSkip:
+    """The same as one convolution, natively of both parts where they are."""
+
+    def __init__(self, layer: nn.Conv2d, options: Rewrites) -> None:
+        self.conv = convolution(layer, options.packed_weights, native=options.tile)
+        self.reads_parts = isinstance(self.conv, PointwiseConvolution)
+
+    def __call__(self, x: Tensor | Join) -> Tensor:
+        return self.conv(x.h, x2=x.skip.x) if isinstance(x, Join) and self.reads_parts else self.conv(materialise(x))
+
+
 class FusedAttention:
     def __init__(self, block: AttentionBlock, options: Rewrites, attend: Attend) -> None:
         norm = fixed_normaliser(options, block.norm, silu=False)
@@ -131,7 +142,7 @@ class FusedAttention:
         # The framework's matrix products are never faster than oneDNN's convolutions.
         if options.packed_weights:
             self.projections = tuple(
-                convolution(layer, True, weight=layer.weight.detach()[..., None])
+                convolution(layer, True, native=options.tile, weight=layer.weight.detach()[..., None])
                 for layer in (block.qkv, block.proj_out)
             )
 
@@ -196,7 +207,9 @@ class FusedDecoder(FusedStages):
         self, middle: Stage, blocks: nn.ModuleList, head: nn.Sequential, options: Rewrites, attend: Attend, part: int
     ) -> None:
         super().__init__([middle, *blocks], options, attend, part)
-        self.split = options.split_skips
+        skips = [stage[0][0].skip for stage in self.stages[1:]]
+        parts = options.native_norms and all(isinstance(s, JoinedSkip) and s.reads_parts for s in skips)
+        self.split = options.split_skips or parts
         self.norm = fixed_normaliser(options, head[0])
         self.head = convolution(head[2], options.packed_weights, native=options.tile)
 

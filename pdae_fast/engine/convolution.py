@@ -142,6 +142,19 @@ class WinogradConvolution:
         self.tile = tile
 
 
+class PointwiseConvolution:
+    """conv1x1(x) [+ residual] by native code, or conv1x1(cat([x, x2], 1)) without the cat."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = kernels.pointwise_weights(weight), None if bias is None else bias.float()
+        self.outputs = len(weight)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None, x2: Tensor | None = None) -> Tensor:
+        last = torch.channels_last
+        x, x2, residual = (t if t is None else t.contiguous(memory_format=last) for t in (x, x2, residual))
+        return kernels.pointwise(x, self.weight, self.bias, self.outputs, x2, residual)
+
+
 def convolution(
     layer: nn.Conv2d,
     packed: bool,
@@ -155,14 +168,14 @@ def convolution(
     """The callable for ``layer``, or for ``weight`` in its place; without its bias when that is added elsewhere.
 
     With ``native``, a `WinogradConvolution` of such a largest tile where that fits the layer, and only then with
-    ``upsample``.
+    ``upsample``; or a `PointwiseConvolution`.
     """
-    if native is not None and weight is None and native_fits(layer):
-        return WinogradConvolution(layer.weight.detach(), layer.bias.detach() if bias else None, upsample, native)
-    cls = PackedConvolution if packed else PlainConvolution
-    return cls(
-        layer.weight.detach() if weight is None else weight,
-        layer.bias.detach() if bias else None,
-        layer.stride[0],
-        layer.padding[0] if padding is None else padding,
-    )
+    given, own = weight, layer.bias.detach() if bias else None
+    weight, stride = layer.weight.detach() if given is None else given, layer.stride[0]
+    padding = layer.padding[0] if padding is None else padding
+    if native is not None:
+        if given is None and native_fits(layer):
+            return WinogradConvolution(weight, own, upsample, native)
+        if kernels.pointwise_fits(weight, stride, padding):
+            return PointwiseConvolution(weight, own)
+    return (PackedConvolution if packed else PlainConvolution)(weight, own, stride, padding)

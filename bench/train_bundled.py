@@ -66,18 +66,18 @@ class Run:
         steps: int,
         batch: int,
         rate: float,
-        speed: str = "",
         words: Sequence[str] = (),
     ) -> Stage:
-        """A stage that trains; ``{name}`` in ``options`` is the folder of the run ``name``. ``speed``: options for a
-        GPU; ``words``: options with paths, which may have spaces."""
+        """A stage that trains; ``{name}`` in ``options`` is the folder of the run ``name``. ``words``: options
+        with paths, which may have spaces."""
         steps = max(1, round(steps * self.factor))
         words = [task, *words, "--data", self.data, "--out", str(self.folder / out), "--device", str(self.device)]
         words += ["--steps", str(steps), "--batch-size", str(batch), "--lr", f"{rate:g}", "--lr-schedule", "cosine"]
         words += ["--save-every", str(min(1000, max(3, steps // 10)))]
         words += [re.sub(r"^\{(.+)\}$", lambda m: str(self.folder / m[1]), word) for word in options.split()]
+        words += ["--frozen-bfloat16"] if task == "pdae" else []
         if self.device.type == "cuda":
-            words += ["--fused-adam", "--workers", "2", *speed.split()]
+            words += ["--workers", "2", *(["--channels-last"] if task in ("prior", "pdae") else [])]
 
         def run() -> None:
             resumed = ["--resume"] if (self.folder / out / CHECKPOINT_NAME).exists() else []
@@ -95,16 +95,15 @@ class Stage:
     words: list[str] = dataclasses.field(default_factory=list)
 
 
-IMAGES = "--no-flip --amp bfloat16 --ema-decay 0.999 --warmup"
-FAST = "--channels-last"
-FROZEN = "--channels-last --frozen-bfloat16"
+IMAGES = "--no-flip --amp bfloat16 --fused-adam --ema-decay 0.999 --warmup"
 
 
 def fashion32(run: Run) -> Iterator[Stage]:
     new = "--architecture fashion32 --init-from {prior}"
-    yield run.train("prior", "prior", f"--architecture fashion32 {IMAGES} 200", 5000, 32, 4e-4, FAST)
+    yield run.train("prior", "prior", f"--architecture fashion32 --velocity 1 {IMAGES} 200", 5000, 32, 5e-4)
     yield run.train("encoder", "encoder", f"{new} --target features --amp bfloat16", 2000, 64, 1e-3)
-    yield run.train("pdae", "pdae", f"{new} --start-from {{encoder}} {IMAGES} 200", 5700, 32, 4e-4, FROZEN)
+    pdae = f"{new} --start-from {{encoder}} --velocity 10 {IMAGES} 200"
+    yield run.train("pdae", "pdae", pdae, 5700, 32, 5e-4)
     yield from heads(run, ["--attributes", "classes"], 3000, 2500, 5300, 32)
 
 
@@ -116,14 +115,14 @@ def avatars64(run: Run) -> Iterator[Stage]:
     architecture = run.folder / "32.json"
     yield Stage("architecture", lambda: _write_config(architecture, small))
     prior = f"--architecture {{32.json}} {IMAGES} 100"
-    yield run.train("prior", "prior32", prior, 2600, 32, 5e-4, FAST)
+    yield run.train("prior", "prior32", prior, 2600, 32, 5e-4)
     yield Stage("prior32to64", lambda: _enlarged(run.folder / "prior32", run.folder / "prior32to64", 64))
-    yield run.train("prior", "prior", f"--init-from {{prior32to64}} --velocity 1 {IMAGES} 50", 1500, 16, 4e-4, FAST)
+    yield run.train("prior", "prior", f"--init-from {{prior32to64}} --velocity 1 {IMAGES} 50", 1500, 16, 4e-4)
     new = "--architecture avatars64 --init-from {prior}"
     target = "--target features --target-images 12000 --amp bfloat16 --holdout 0.05"
     yield run.train("encoder", "encoder", f"{new} {target}", 4000, 32, 1.5e-3)
     pdae = f"{new} --start-from {{encoder}} --velocity 10 {IMAGES} 100"
-    yield run.train("pdae", "pdae", pdae, 6400, 16, 5e-4, FROZEN)
+    yield run.train("pdae", "pdae", pdae, 6400, 16, 5e-4)
     attributes = ["--attributes", f"{run.data}/attributes.csv", "--columns", *ATTRIBUTES.split()]
     yield from heads(run, attributes, 3000, 1500, 5600, 16)
 
@@ -132,9 +131,9 @@ def tiny(run: Run) -> Iterator[Stage]:
     """Everything in seconds, for the test of this file."""
     yield Stage("architecture", lambda: _write_config(run.folder / "tiny.json", TINY))
     new = "--architecture {tiny.json} --init-from {prior}"
-    yield run.train("prior", "prior", f"--architecture {{tiny.json}} {IMAGES} 2", 6, 2, 4e-4, FAST)
+    yield run.train("prior", "prior", f"--architecture {{tiny.json}} {IMAGES} 2", 6, 2, 4e-4)
     yield run.train("encoder", "encoder", f"{new} --target features --target-images 24", 6, 4, 1e-3)
-    yield run.train("pdae", "pdae", f"{new} --start-from {{encoder}} {IMAGES} 2", 6, 2, 4e-4, FROZEN)
+    yield run.train("pdae", "pdae", f"{new} --start-from {{encoder}} {IMAGES} 2", 6, 2, 4e-4)
     yield from heads(run, ["--attributes", f"{run.data}/attributes.csv"], 6, 6, 6, 2)
 
 
@@ -147,7 +146,7 @@ def heads(run: Run, attributes: list[str], classifier: int, latent: int, g: int,
     options = f"--init-from {{classified}} {hidden} --warmup 50 --ema-decay 0.999"
     yield run.train("latent", "full", options, latent, max(1, codes // 2), 1e-3)
     options = f"--init-from {{full}} --start-from {{full}} --freeze-encoder --velocity 10 --seed 31 {IMAGES} 100"
-    yield run.train("pdae", "g", options, g, batch, 6e-4, FROZEN)
+    yield run.train("pdae", "g", options, g, batch, 6e-4)
     words = [str(run.folder / "g"), "--dtype", "float16", "--out", str(run.folder / "model"), "--overwrite"]
     yield Stage("model", lambda: _converted(words))
 

@@ -533,6 +533,7 @@ presets: dict[str, PDAEConfig] = {
             attention_resolutions=(4,),
             num_heads=4,
             dropout=0.0,
+            norm_groups=8,
         ),
     ),
     # For drawn avatars (`python -m pdae_fast.data avatars`): as small, in colour; groups of four channels and more see

@@ -150,5 +150,6 @@ def _check(library: ctypes.CDLL, panel: int, dtypes: tuple[torch.dtype, ...]) ->
                 found = _call(library, map_, u, bias, outputs, tile, added, True)
                 error = float((found.double() - expected).norm() / expected.norm())
                 if not error <= TOLERANCE[dtype, tile]:
-                    return f"the compiled convolution is off by {error:.1e} in {dtype}, {tile}x{tile} tiles"
+                    kind = "upsampled" if tile == UPSAMPLED else f"{tile}x{tile}"
+                    return f"the compiled convolution is off by {error:.1e} in {dtype}, {kind} tiles"
     return None

@@ -224,8 +224,9 @@ def test_no_images(native):
 
 
 LESSER = """
-from pdae_fast.kernels import attention_native, attention_status, native_status, winograd_dtypes
+from pdae_fast.kernels import attention_native, attention_status, native_status, pointwise_status, winograd_dtypes
 assert attention_status()[0] and native_status()[0], (attention_status(), native_status())
+assert pointwise_status()[0], pointwise_status()
 assert winograd_dtypes() == (torch.float32,), winograd_dtypes()
 x, weight = torch.randn(3, 48, 9, 11), torch.randn(37, 48, 3, 3) / 20
 expected = torch.nn.functional.conv2d(x.double(), weight.double(), padding=1)
@@ -269,8 +270,9 @@ def test_under_sanitisers(native, tmp_path):
     code = (
         SMALL_TEAM
         + """
-from pdae_fast.kernels import attention_native, attention_status, native_status
+from pdae_fast.kernels import attention_native, attention_status, native_status, pointwise_status
 assert native_status()[0] and attention_status()[0], (native_status(), attention_status())
+assert pointwise_status()[0], pointwise_status()
 q, k, v = torch.randn(1, 75, 1, 3, 48).unbind(3)
 for threads in (1, 3):
     torch.set_num_threads(threads)
@@ -279,4 +281,4 @@ for threads in (1, 3):
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(list((tmp_path / "pdae_fast" / "native").glob("*.so"))) == 3  # all were built anew
+    assert len(list((tmp_path / "pdae_fast" / "native").glob("*.so"))) == 4  # all were built anew

@@ -46,8 +46,8 @@ class Rewrites:
     phase_upsample: nearest-2x and the 3x3 convolution after it as four 2x2 convolutions.
     kernels: GroupNorm, affine and SiLU as one op of pdae_fast.kernels.
     native_norms: GroupNorm, affine and SiLU in native code, compiled when first used (CPU; before ``kernels``).
-    native_convolutions: 3x3 convolutions, and nearest-2x before them, in native code (CPU; before ``packed_weights``
-        and ``phase_upsample``).
+    native_convolutions: 3x3 convolutions, and nearest-2x before them, and 1x1 ones, with ``native_norms`` of joined
+        maps without the cat, in native code (CPU; before ``packed_weights`` and ``phase_upsample``).
     native_attention: attention in native code (CPU), where no other backend is asked for.
     split_skips: decoder blocks read h and the skip from where they are; the 1x1 skip convolution is a sum of two
         products.
@@ -94,9 +94,9 @@ class Rewrites:
     def for_device(cls, device: torch.device) -> Rewrites:
         """The defaults: on the CPU those that were measured to pay; on CUDA those that save launches or bytes.
 
-        On the CPU the other ops of the project go through the framework and save nothing, and a sum of two skip
-        convolutions costs what the cat of their inputs does. On CUDA the phase convolutions would save 8% of the
-        arithmetic of CelebA-64 but add a pass that interleaves their results, so they are off.
+        On the CPU the other ops of the project go through the framework and save nothing. On CUDA the phase
+        convolutions would save 8% of the arithmetic of CelebA-64 but add a pass that interleaves their results, so they
+        are off.
         """
         if device.type != "cuda":
             return cls(native_norms=True, native_convolutions=True, native_attention=True)

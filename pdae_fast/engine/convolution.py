@@ -13,9 +13,8 @@ from ..models.layers import ResBlock, Upsample
 from .device import has_amx
 
 # Pixels of a map up to which weights, of which 2x2 tiles have 16/9 as many as the layer and 4x4 tiles four times as
-# many, take longer to read than to multiply: where a cache holds them, and where there are more than FEW.
-TINY_MAP, SMALL_MAP = 16, 64
-FEW = 9 * 2**15
+# many, take longer to read than to multiply.
+SMALL_MAP = 64
 # Of all layers; held only by the first calls.
 TRANSFORMING = threading.Lock()
 
@@ -114,9 +113,8 @@ class WinogradConvolution:
     """conv3x3(x) [+ residual], or conv3x3(nearest2x(x)), by native code with fewer multiplications.
 
     The weights, float32, are transformed when the first map comes: for upsampled maps for tiles of their own, else for
-    2x2 pixels where maps have at most `TINY_MAP` (`SMALL_MAP` with many weights), for ``largest`` (0: `default_tile`)
-    elsewhere; all for 2x2 where that is ``largest``. A layer's maps have one size, so a result depends neither on the
-    batch nor on the run.
+    2x2 pixels where maps have at most `SMALL_MAP`, for ``largest`` (0: `default_tile`) elsewhere; for 2x2 where that
+    is ``largest``. A layer's maps have one size, so a result depends neither on the batch nor on the run.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, upsample: bool = False, largest: int = 0) -> None:
@@ -134,8 +132,7 @@ class WinogradConvolution:
         return kernels.winograd(x, self.weight, self.bias, self.outputs, self.tile, residual, upsample=self.upsample)
 
     def _transform(self, x: Tensor) -> None:
-        most = TINY_MAP if self.weight.numel() <= FEW else SMALL_MAP
-        tile = 2 if x.shape[2] * x.shape[3] <= most else self.largest or default_tile(x.dtype)
+        tile = 2 if x.shape[2] * x.shape[3] <= SMALL_MAP else self.largest or default_tile(x.dtype)
         if self.upsample and self.largest != 2:
             tile = kernels.UPSAMPLED
         self.weight = kernels.winograd_weights(self.weight, tile, x.dtype)

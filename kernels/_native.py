@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -52,6 +53,20 @@ def matrix_abilities(library: ctypes.CDLL) -> tuple[int, tuple[torch.dtype, ...]
     if panel.value < 0:
         raise Unavailable("needs a processor with AVX-512 or AVX2")
     return panel.value, (torch.float32, torch.bfloat16) if bfloat16.value else (torch.float32,)
+
+
+def multiplying(
+    name: str, functions: tuple[str, ...], check: Callable[[ctypes.CDLL, int, tuple[torch.dtype, ...]], str | None]
+) -> tuple[ctypes.CDLL | None, str, int, tuple[torch.dtype, ...]]:
+    """(library of native/`name`.c as `threaded` has it, or None, one line about it, columns of its micro-kernel, dtypes
+    that it multiplies); ``check`` says what is wrong with it, given it and the last two, or None."""
+    try:
+        library, reason = threaded(name, *functions)
+        panel, dtypes = matrix_abilities(library)
+    except Unavailable as obstacle:
+        return None, str(obstacle), 0, ()
+    obstacle = check(library, panel, dtypes)
+    return (None, obstacle, 0, ()) if obstacle else (library, reason, panel, dtypes)
 
 
 def load(name: str) -> ctypes.CDLL:

@@ -9,7 +9,7 @@ import struct
 import torch
 from torch import Tensor
 
-from ._native import Unavailable, matrix_abilities, threaded
+from ._native import multiplying
 
 ATTENTION = struct.Struct("4P12qd")  # struct attention
 WIDTH = 8  # what a head's columns have to be a multiple of
@@ -20,13 +20,8 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 @functools.cache
 def _library() -> tuple[ctypes.CDLL | None, str, tuple[torch.dtype, ...]]:
     """(library or None, one line about it, dtypes)."""
-    try:
-        library, reason = threaded("attention", "pdae_attention")
-        _, dtypes = matrix_abilities(library)
-    except Unavailable as obstacle:
-        return None, str(obstacle), ()
-    obstacle = _check(library, dtypes)
-    return (None, obstacle, ()) if obstacle else (library, reason, dtypes)
+    library, reason, _, dtypes = multiplying("attention", ("pdae_attention",), _check)
+    return library, reason, dtypes
 
 
 def attention_status() -> tuple[bool, str]:
@@ -71,7 +66,7 @@ def _call(library: ctypes.CDLL, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return y
 
 
-def _check(library: ctypes.CDLL, dtypes: tuple[torch.dtype, ...]) -> str | None:
+def _check(library: ctypes.CDLL, _panel: int, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """What is wrong with the compiled function on a case of every kind, or None."""
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._native import Unavailable, matrix_abilities, threaded
+from ._native import multiplying
 from .buffers import empty_map
 
 CHANNELS = 2  # what the channels of a map have to be a multiple of
@@ -23,13 +23,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 @functools.cache
 def _library() -> tuple[ctypes.CDLL | None, str, int, tuple[torch.dtype, ...]]:
     """(library or None, one line about it, output channels that weights are padded to a multiple of, dtypes)."""
-    try:
-        library, reason = threaded("pointwise", "pdae_pointwise")
-        panel, dtypes = matrix_abilities(library)
-    except Unavailable as obstacle:
-        return None, str(obstacle), 0, ()
-    obstacle = _check(library, panel, dtypes)
-    return (None, obstacle, 0, ()) if obstacle else (library, reason, panel, dtypes)
+    return multiplying("pointwise", ("pdae_pointwise",), _check)
 
 
 def pointwise_status() -> tuple[bool, str]:

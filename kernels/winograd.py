@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._native import Unavailable, matrix_abilities, threaded
+from ._native import multiplying
 from .buffers import empty_map
 
 UPSAMPLED = 3  # in place of m: tiles of 4 pixels a side from maps that are read upsampled
@@ -29,13 +29,7 @@ TOLERANCE = {
 @functools.cache
 def _library() -> tuple[ctypes.CDLL | None, str, int, tuple[torch.dtype, ...]]:
     """(library or None, one line about it, output channels that weights are padded to a multiple of, dtypes)."""
-    try:
-        library, reason = threaded("winograd", "pdae_winograd", "pdae_winograd_weights")
-        panel, dtypes = matrix_abilities(library)
-    except Unavailable as obstacle:
-        return None, str(obstacle), 0, ()
-    obstacle = _check(library, panel, dtypes)
-    return (None, obstacle, 0, ()) if obstacle else (library, reason, panel, dtypes)
+    return multiplying("winograd", ("pdae_winograd", "pdae_winograd_weights"), _check)
 
 
 def winograd_status() -> tuple[bool, str]:

@@ -12,7 +12,14 @@ from . import cli
 from .checkpoints import available
 from .engine.attention import probe_xformers
 from .engine.device import LARGE_PARAMETERS, describe_device, has_native_bfloat16, resolve_device
-from .kernels import attention_status, float8_obstacle, native_status, triton_status, winograd_status
+from .kernels import (
+    attention_status,
+    float8_obstacle,
+    native_status,
+    pointwise_status,
+    triton_status,
+    winograd_status,
+)
 from .models import PDAE
 
 # Distribution names that provide a backend, and the line that installs it.
@@ -52,7 +59,10 @@ def _version(names: tuple[str, ...]) -> str | None:
 
 def backends() -> list[tuple[str, str, str]]:
     """(name, "usable" or "no", version or the reason) of every optional backend."""
-    native = {"norms": native_status(), "convolutions": winograd_status(), "attention": attention_status()}
+    native = {
+        "norms": native_status(), "convolutions": winograd_status(), "1x1 convolutions": pointwise_status(),
+        "attention": attention_status(),
+    }  # fmt: skip
     rows = [(f"native {name}", "usable" if usable else "no", reason) for name, (usable, reason) in native.items()]
     rows.append(
         ("fp8 kernels", "no", f"--fp8 is emulated: {float8_obstacle() or 'they are off until a GPU has run them'}")

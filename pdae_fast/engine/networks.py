@@ -100,7 +100,7 @@ class Networks(Plan):
         others = [layer for layer in layers if layer not in upsampled]
         for small in (self.options.small_tiles, True):
             tile = 2 if small else self.options.tile or default_tile(dtype)
-            own = 2 if small else max(tile, kernels.UPSAMPLED)
+            own = 2 if small else max(tile, kernels.UPSAMPLED)  # at most, as all of `native_bytes`
             size = native_bytes(others, dtype, tile) + native_bytes(upsampled, dtype, own)
             if size <= free / 2:
                 self._awaited.append(size)

@@ -13,6 +13,8 @@ anyway.
 import importlib
 import importlib.util
 import os
+import shutil
+import subprocess
 import sys
 import warnings
 
@@ -186,6 +188,34 @@ def _guarded(t):
     found = inner.view(layout.shape)
     found = found.permute(0, 3, 1, 2) if t.ndim == 4 else found
     return found, lambda: bool((memory[:MARGIN] == canary).all() and (memory[-MARGIN:] == canary).all())
+
+
+@pytest.fixture
+def sanitised(tmp_path):
+    """Runs code in a process whose native sources are built to end at the first fault; how many it built."""
+    from pdae_fast.kernels import _native
+
+    compiler = next(found for found in map(shutil.which, _native.COMPILERS) if found)
+    libraries = [
+        subprocess.run([compiler, f"-print-file-name={name}.so"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan", "libubsan")
+    ]
+    if not all(map(os.path.isabs, libraries)):
+        pytest.skip("this compiler has no sanitisers")
+    flags = "-fsanitize=address,undefined -fno-sanitize-recover=all -g"
+    environment = {
+        **os.environ, "LD_PRELOAD": ":".join(libraries), "CC": f"{compiler} {flags}",
+        "XDG_CACHE_HOME": str(tmp_path), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2",
+    }  # fmt: skip
+
+    def run(code: str) -> int:
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return len(list((tmp_path / "pdae_fast" / "native").glob("*.so")))
+
+    return run
 
 
 @pytest.fixture

@@ -151,6 +151,23 @@ def test_nothing_fits_without_native_code(monkeypatch):
         _library.cache_clear()
 
 
+@pytest.mark.slow
+def test_under_sanitisers(sanitised):
+    """The self-check, and teams that divide rows and outputs, in a build that ends at the first fault."""
+    code = """
+import torch
+from pdae_fast.kernels import pointwise, pointwise_status, pointwise_weights
+assert pointwise_status()[0], pointwise_status()
+for side in (3, 40):
+    x, x2 = (torch.randn(1, c, side, side).contiguous(memory_format=torch.channels_last) for c in (30, 8))
+    u = pointwise_weights(torch.randn(70, 38, 1, 1))
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        pointwise(x, u, torch.randn(70), 70, x2)
+"""
+    assert sanitised(code) == 1
+
+
 def test_no_images():
     c = case(SHAPES["two-maps"])
     assert pointwise(c.x[:0], pointwise_weights(c.weight), c.bias, 64, c.x2[:0]).shape == (0, 64, 4, 7)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pdae_fast import PDAE, PDAEConfig, UNetConfig, available, presets
+from pdae_fast import PDAE, PDAEConfig, Prior, UNetConfig, available, presets
 
 # Small enough to check every path in seconds; both resamplings, attention with several heads, a skip convolution.
 TINY = PDAEConfig(
@@ -60,10 +60,13 @@ def build(name: str) -> PDAE:
     return model.eval()
 
 
-def inputs(model: PDAE, batch: int, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """x [batch, C, H, W] and z [batch, latent_dim], float32 standard normal, the same on every device."""
+def inputs(model: PDAE | Prior, batch: int, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor | None]:
+    """x [batch, C, H, W] and z [batch, latent_dim] (None of a prior), float32 standard normal, the same on every
+    device."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, *model.image_shape, generator=generator)
+    if isinstance(model, Prior):
+        return x.to(device), None
     z = torch.randn(batch, model.config.latent_dim, generator=generator)
     return x.to(device), z.to(device)
 

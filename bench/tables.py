@@ -30,7 +30,8 @@ TITLES = {
     "framework over ours; of copy: bytes that must move, over time, as a fraction of a large copy's rate",
     "native": "the CPU's native code by shape, against oneDNN's convolution or the framework's attention; GFLOP of the "
     "direct method a second; errors against float64; ratio: framework over ours",
-    "evaluation": "one eps of another family's network (random weights); all took turns; ratio: modules over contender",
+    "modules": "one eps of another family's network (random weights), or one z; all took turns; ratio: modules over "
+    "contender",
     "rewrite": "switches of the fused plan turned around, beside the default; ratio: default over changed, so that "
     "below 1 the default is the faster one",
     "features": "maps of the middle block and of so many output blocks, an image's processor time; all took turns; "

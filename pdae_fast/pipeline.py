@@ -66,6 +66,8 @@ class Pipeline:
             1.6 times the rounding error of a step.
         fp8: an approximation: convolutions of values rounded to e4m3, by the scales that ``calibrate`` wrote to this
             file, or that it holds. Emulated: what it costs in quality can be seen, and no device is faster for it.
+        copy: False gives the model away: its weights are used where they are, which takes less memory, and it must not
+            change any more.
         label: the class of every image, of a class-conditional model; the methods' ``y`` goes before it.
 
     Images are floating point tensors [B, C, H, W] in [-1, 1], or arrays of NumPy (arguments.as_images); results come
@@ -73,9 +75,9 @@ class Pipeline:
     drawn, and ``pipe.evaluations`` counts network evaluations (in images) since it was made. Raises UserError for
     anything a user can get wrong.
 
-    The weights are copied when it is made: the model is left as it is, in its mode, and what happens to it later is not
-    seen. Several threads may call one pipeline. Copies share the weights; a pickled one carries them, without
-    ``progress``, and is built anew where it is read.
+    The weights are copied when it is made (see ``copy``): the model is left as it is, in its mode, and what happens to
+    it later is not seen. Several threads may call one pipeline. Copies share the weights; a pickled one carries them,
+    without ``progress``, and is built anew where it is read.
     """
 
     @undisturbed()
@@ -92,6 +94,7 @@ class Pipeline:
         large_tiles: bool = False,
         fp8: str | os.PathLike | Mapping[str, Any] | None = None,
         label: int | None = None,
+        copy: bool = True,
         **fields: Any,
     ) -> None:
         if not isinstance(model, (Autoencoder, Prior)):
@@ -107,7 +110,13 @@ class Pipeline:
         self.recipe.check(self.schedule)
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device, sum(p.numel() for p in model.parameters()))
-        options = {"attention": attention, "large_tiles": large_tiles, "fp8": fp8, "reuse": self.recipe.reuse}
+        options = {
+            "attention": attention,
+            "large_tiles": large_tiles,
+            "fp8": fp8,
+            "reuse": self.recipe.reuse,
+            "copy": copy,
+        }
         self.plan = build_plan(model, self.device, self.dtype, plan, **options)
         self.batch_size = batch_size or self.plan.batch_size()
         # In float32, whatever the networks run in.

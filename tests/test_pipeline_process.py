@@ -134,6 +134,21 @@ def test_the_model_is_left_as_it_was(kind):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("plan", ["eager", "fused"])
+def test_a_model_that_is_given_away_is_used_where_it_is(plan):
+    model, x0 = tiny_pdae(TINY_FULL).train(), images(2)
+    expected = _everything(Pipeline(model, steps=3, device="cpu", dtype="float32", plan=plan), x0)
+    before = {name: (v.data_ptr(), v.clone()) for name, v in model.state_dict().items()}
+    pipe = Pipeline(model, steps=3, device="cpu", dtype="float32", plan=plan, copy=False)
+    for given in (pipe, pickle.loads(pickle.dumps(pipe))):
+        for a, b in zip(_everything(given, x0), expected, strict=True):
+            assert torch.equal(a, b)
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    own = pipe.plan.model.state_dict()
+    for name, v in model.state_dict().items():
+        assert v.data_ptr() == own[name].data_ptr() == before[name][0] and torch.equal(v, before[name][1])
+
+
 @contextlib.contextmanager
 def _set(write, read, value):
     before = read()

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import NORM_GROUPS
-from ..models.layers import AttentionBlock, Downsample, ResBlock, Stage, Upsample
+from ..models.encoder import Encoder
+from ..models.layers import AttentionBlock, Downsample, HalfBlock, ResBlock, Stage, Upsample
+from ..models.unet import HalfUNet
 from . import float8, rewrites
 from .attention import Attend
 from .convolution import PointwiseConvolution, convolution, native_fits
@@ -160,6 +162,54 @@ class FusedAttention:
         return rewrites.attention_tokens(self.block, x, norm, self.attend, self.projections, self.bias is not None)
 
 
+class FusedHalfBlock:
+    """One HalfBlock."""
+
+    def __init__(self, block: HalfBlock, options: Rewrites) -> None:
+        norm, _, conv = block.in_layers
+        self.norm, self.pool, self.divisor = fixed_normaliser(options, norm), block.pool, block.divisor
+        self.conv = convolution(conv, options.packed_weights, native=options.tile)
+        skip = block.skip_connection
+        self.skip = None if isinstance(skip, nn.Identity) else JoinedSkip(skip, options)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        h, x = self.pool(self.norm(x)), self.pool(x)
+        y = self.conv(h, x if self.skip is None else self.skip(x))
+        return y if self.divisor == 1 else y / self.divisor
+
+
+def reader(layer: nn.Module, options: Rewrites, attend: Attend) -> Callable[[Tensor], Tensor]:
+    """What stands for a layer that reads its input alone."""
+    if isinstance(layer, HalfBlock):
+        return FusedHalfBlock(layer, options)
+    if isinstance(layer, AttentionBlock):
+        return FusedAttention(layer, options, attend)
+    if isinstance(layer, Downsample):
+        return FusedDownsample(layer, options)
+    if isinstance(layer, Upsample):
+        return layer if isinstance(layer.conv, nn.Identity) else UpsampledConvolution(layer.conv, options)
+    return convolution(layer, options.packed_weights, native=options.tile)
+
+
+class FusedEncoder:
+    """E_phi: x0 [B, C, H, W], channels-last, in the dtype of its weights -> z [B, latent_dim]."""
+
+    def __init__(self, encoder: Encoder | HalfUNet, options: Rewrites, attend: Attend) -> None:
+        self.layers: list[Callable[[Tensor], Tensor]] = []
+        for layer in encoder.sequence():
+            if isinstance(layer, nn.GroupNorm):
+                self.layers.append(fixed_normaliser(options, layer))
+            elif isinstance(layer, (nn.Conv2d, HalfBlock, AttentionBlock, Downsample)):
+                self.layers.append(reader(layer, options, attend))
+            elif not isinstance(layer, nn.SiLU):  # which follows a norm, and is part of it
+                self.layers.append(layer)
+
+    def __call__(self, x0: Tensor) -> Tensor:
+        for layer in self.layers:
+            x0 = layer(x0)
+        return x0
+
+
 class FusedStages:
     """A run of stages and the affine table of their ResBlocks."""
 
@@ -175,24 +225,13 @@ class FusedStages:
                 if isinstance(layer, ResBlock):
                     layers.append((FusedResBlock(layer, options, part), next(columns)))
                 else:
-                    plain = self._plain(layer, options, attend)
+                    plain = reader(layer, options, attend)
                     before = layers[-1][0] if layers else None
                     own = isinstance(before, FusedResBlock) and before.divisor == 1 and options.folded_biases
                     if own and isinstance(layer, AttentionBlock) and layer.divisor == 1:
                         plain.follow(before)
                     layers.append((plain, None))
             self.stages.append(layers)
-
-    @staticmethod
-    def _plain(layer: nn.Module, options: Rewrites, attend: Attend) -> Callable[[Tensor], Tensor]:
-        """What stands for a layer that reads its input alone."""
-        if isinstance(layer, AttentionBlock):
-            return FusedAttention(layer, options, attend)
-        if isinstance(layer, Downsample):
-            return FusedDownsample(layer, options)
-        if isinstance(layer, Upsample):
-            return layer if isinstance(layer.conv, nn.Identity) else UpsampledConvolution(layer.conv, options)
-        return convolution(layer, options.packed_weights, native=options.tile)
 
     def run(self, index: int, x: Tensor | Skip | Join, affine: Affine) -> Tensor | Skip:
         for layer, columns in self.stages[index]:

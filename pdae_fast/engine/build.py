@@ -41,8 +41,10 @@ def build_plan(
     reuse: Reuse = NOTHING,
     large_tiles: bool = False,
     fp8: str | os.PathLike | Mapping[str, Any] | None = None,
+    copy: bool = True,
 ) -> Plan:
-    """The plan for ``model`` on ``device``, with weights of its own; the model itself is never changed.
+    """The plan for ``model`` on ``device``, with weights of its own, or without ``copy`` with those of ``model`` where
+    they will do; the model itself is never changed.
 
     "auto" is "fused"; both compute the same function up to rounding. On CUDA, where kernels of this project run on
     whatever driver and chip the user has, the fused plan is compared with the modules before it is handed out: "auto"
@@ -61,12 +63,12 @@ def build_plan(
             raise UserError(f"the eager plan runs PyTorch's attention; {attention!r} needs --plan fused")
         if large_tiles:
             raise UserError("the eager plan runs PyTorch's convolutions; large tiles need --plan fused")
-        return Plan(model, device, dtype).reusing(reuse)
+        return Plan(model, device, dtype, copy=copy).reusing(reuse)
     if large_tiles:
         if dtype is not torch.bfloat16:
             raise UserError(f"large tiles are an approximation for bfloat16; {str(dtype)[6:]} networks do without")
         options = dataclasses.replace(options or Rewrites.for_device(device), large_tiles=True)
-    plan = FusedPlan(model, device, dtype, options, attention)
+    plan = FusedPlan(model, device, dtype, options, attention, copy)
     if large_tiles and plan.options.tile != 4:
         reason = plan.native.get("native_convolutions", "no: they run on the CPU").removeprefix("no: ")
         raise UserError(f"large tiles need native bfloat16 convolutions: {reason}")
@@ -79,13 +81,13 @@ def build_plan(
             if name == "fused":
                 raise UserError(f"{found}, more than rounding; use --plan eager")
             warnings.warn(f"{found}; running the modules instead", stacklevel=2)
-            return Plan(model, device, dtype).reusing(reuse)
+            return Plan(model, device, dtype, copy=copy).reusing(reuse)
     return plan.reusing(reuse)
 
 
 def disagreement(plan: FusedPlan) -> float:
     """Relative difference of one evaluation of ``plan`` from the modules it replaces, same device and dtype."""
-    reference = Plan(plan.model, plan.device, plan.dtype)
+    reference = Plan(plan.model, plan.device, plan.dtype, copy=False)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, *plan.model.image_shape, generator=generator).to(plan.device)
     z, labels = None, None
@@ -120,7 +122,7 @@ def _rebuilt(
     model: PDAE | Prior, device: str, dtype: torch.dtype, name: str, choices: dict[str, Any], counts: dict[str, int]
 ) -> Plan | Unbuilt:
     try:
-        plan = build_plan(model, resolve_device(device), dtype, name, **choices)
+        plan = build_plan(model, resolve_device(device), dtype, name, copy=False, **choices)
     except UserError as error:
         return Unbuilt(model, error)
     plan.evaluations.update(counts)

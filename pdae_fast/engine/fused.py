@@ -40,8 +40,9 @@ class FusedPlan(Networks):
         dtype: torch.dtype,
         options: Rewrites | None = None,
         attention: str = "auto",
+        copy: bool = True,
     ) -> None:
-        super().__init__(model, device, dtype, options, attention)
+        super().__init__(model, device, dtype, options, attention, copy)
         self._trajectories: OrderedDict[tuple, OnDevice] = OrderedDict()
 
     def reusing(self, reuse: Reuse) -> FusedPlan:

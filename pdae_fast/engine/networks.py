@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import kernels
-from ..models import PDAE, Prior, unet_of
+from ..models import PDAE, Autoencoder, Prior
 from ..models.layers import AttentionBlock
 from ..models.unet import PDAEDecoder
 from . import graphs, rewrites
 from .attention import resolve_attention
-from .blocks import FusedDecoder, FusedStages, SharedProducts, make_skip, repeat
+from .blocks import FusedDecoder, FusedEncoder, FusedStages, SharedProducts, make_skip, repeat
 from .convolution import default_tile, native_bytes, native_layers, upsampled_layers
 from .norms import Skip, bare, common_part
 from .options import Rewrites
@@ -50,6 +50,7 @@ class Networks(Plan):
         dtype: torch.dtype,
         options: Rewrites | None = None,
         attention: str = "auto",
+        copy: bool = True,
     ) -> None:
         wanted = options or Rewrites.for_device(device)
         if attention != "auto":
@@ -60,8 +61,8 @@ class Networks(Plan):
         # Shared by all that reuse these weights, and cleared when they have been laid out.
         self._awaited: list[int] = []
         self._buffers = kernels.Buffers() if device.type == "cpu" else None
-        layers = self._choose_tiles(unet_of(model), dtype) if self.options.native_convolutions else []
-        super().__init__(model, device, dtype, [layer.weight for layer in layers])
+        layers = self._choose_tiles(model, dtype) if self.options.native_convolutions else []
+        super().__init__(model, device, dtype, [layer.weight for layer in layers], copy)
         options, unet = self.options, self.unet
         shape = self._attention_shape()
         self.attention, attend = resolve_attention(attention, device, dtype, shape, options.native_attention)
@@ -74,6 +75,9 @@ class Networks(Plan):
                 if isinstance(unet, PDAEDecoder)
                 else None
             )
+            # On a GPU it runs once for many steps, and the modules are what has run there.
+            fused_encoder = device.type == "cpu" and isinstance(model, Autoencoder)
+            self.encoder = FusedEncoder(self.model.encoder, options, attend) if fused_encoder else None
         shared = options.shared_products and self.gradient is not None
         self._products = SharedProducts((self.eps, self.gradient)) if shared else None
         self._stacked = None
@@ -94,9 +98,9 @@ class Networks(Plan):
         self.graph_pool: graphs.Pool | None = None
         self.capture_failure: str | None = None
 
-    def _choose_tiles(self, unet: nn.Module, dtype: torch.dtype) -> list[nn.Conv2d]:
+    def _choose_tiles(self, model: PDAE | Prior, dtype: torch.dtype) -> list[nn.Conv2d]:
         """The layers that run natively, or none of them where not even the weights of small tiles fit what is free."""
-        free, layers, upsampled = self.free_bytes(), native_layers(unet), upsampled_layers(unet)
+        free, layers, upsampled = self.free_bytes(), native_layers(model), upsampled_layers(model)
         others = [layer for layer in layers if layer not in upsampled]
         for small in (self.options.small_tiles, True):
             tile = 2 if small else self.options.tile or default_tile(dtype)
@@ -190,6 +194,11 @@ class Networks(Plan):
         if weights is None:
             return Conditioning(scale, shift, None)
         return Conditioning(scale, shift, weights.to(self.device).float()[:, :, None, None, None])
+
+    def _encode(self, x0: Tensor) -> Tensor:
+        if self.encoder is None:
+            return super()._encode(x0)
+        return self.encoder(x0.to(self.dtype).contiguous(memory_format=torch.channels_last))
 
     # -- the networks ----------------------------------------------------------------------------------------------
 

@@ -14,9 +14,11 @@ from ..errors import UserError
 M = TypeVar("M", bound=nn.Module)
 
 
-def owned(model: M, device: torch.device, dtype: torch.dtype, unrounded: Collection[Tensor] = ()) -> M:
+def owned(
+    model: M, device: torch.device, dtype: torch.dtype, unrounded: Collection[Tensor] = (), copy: bool = True
+) -> M:
     """A copy of ``model`` on ``device`` in ``dtype``, in eval mode and without gradients; ``model`` is left alone.
-    Parameters that are in ``unrounded`` become float32.
+    Parameters that are in ``unrounded`` become float32. Without ``copy`` it shares what it need not change.
 
     Not a deep copy: hooks, gradients and whatever else hangs on the caller's modules stay with them. Weights that are
     one tensor in the model are one in the copy. UserError for a model without values (on the meta device).
@@ -27,7 +29,7 @@ def owned(model: M, device: torch.device, dtype: torch.dtype, unrounded: Collect
     def tensor(value: Tensor) -> Tensor:
         if id(value) not in tensors:
             to = torch.float32 if id(value) in exact else dtype if value.is_floating_point() else value.dtype
-            own = value.detach().to(device, to, copy=True)
+            own = value.detach().to(device, to, copy=copy)
             tensors[id(value)] = nn.Parameter(own, requires_grad=False) if isinstance(value, nn.Parameter) else own
         return tensors[id(value)]
 

@@ -38,7 +38,8 @@ class Plan:
     part of a network ran, that is counted apart ("outer_eps"), and so is an eps-decoder that stopped after its K-th
     output block ("eps_until_K"). This plan knows of reuse only the window of G.
 
-    The weights are the plan's own and never change: what happens to ``model`` later is not seen. Several threads may
+    The weights are the plan's own and never change: what happens to ``model`` later is not seen, unless it is given
+    away, without ``copy``, and then it must not change. Several threads may
     use a plan; copies share the weights, and a pickled plan is built anew where it is read.
     """
 
@@ -47,9 +48,14 @@ class Plan:
     can_keep = False
 
     def __init__(
-        self, model: PDAE | Prior, device: torch.device, dtype: torch.dtype, unrounded: Collection[Tensor] = ()
+        self,
+        model: PDAE | Prior,
+        device: torch.device,
+        dtype: torch.dtype,
+        unrounded: Collection[Tensor] = (),
+        copy: bool = True,
     ) -> None:
-        self.model, self.device, self.dtype = owned(model, device, dtype, unrounded), device, dtype
+        self.model, self.device, self.dtype = owned(model, device, dtype, unrounded, copy), device, dtype
         self.reuse = NOTHING
         self.evaluations: Counter[str] = Counter()
 
@@ -112,7 +118,11 @@ class Plan:
         """x0 [B, C, H, W] -> z float32 [B, latent_dim]."""
         self.count_evaluations(encoder=len(x0))
         with self.precision():
-            return self.model.encode(x0.to(self.device)).float()
+            return self._encode(x0.to(self.device)).float()
+
+    def _encode(self, x0: Tensor) -> Tensor:
+        """The same on the plan's device, z in its dtype."""
+        return self.model.encode(x0)
 
     def prepare(self, times: Iterable[int]) -> None:
         """Announce the time points of a schedule; plans with tables compute them at once."""

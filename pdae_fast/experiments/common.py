@@ -92,7 +92,7 @@ def open_run(
     load = load_model if prior else Autoencoder.from_pretrained
     model = load(args.model, **cli.foreign_options(args))
     options = {name: getattr(args, name) for name in ("plan", "attention", "large_tiles", "fp8", "label")}
-    pipe = Pipeline(model, recipe, args.device, args.dtype, args.batch_size, **options)
+    pipe = Pipeline(model, recipe, args.device, args.dtype, args.batch_size, copy=False, **options)
     if infers:
         recipe.up(pipe.schedule)
     spec = data_spec(args, model, default_input)

@@ -38,3 +38,7 @@ class Encoder(nn.Module):
 
     def forward(self, x0: Tensor) -> Tensor:
         return self.encoder(x0.to(self.encoder[0].weight.dtype))
+
+    def sequence(self) -> list[nn.Module]:
+        """Its layers, each of which reads what the one before made; a SiLU only where a norm is before it."""
+        return list(self.encoder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -252,6 +253,10 @@ class HalfUNet(nn.Module):
 
     def forward(self, x0: Tensor) -> Tensor:
         h = x0.to(self.out[3].weight.dtype)
-        for block in self.input_blocks:
-            h = block(h)
-        return self.out(self.middle_block(h)).flatten(1)
+        for layer in self.sequence():
+            h = layer(h)
+        return h
+
+    def sequence(self) -> list[nn.Module]:
+        """As `Encoder.sequence`."""
+        return [*itertools.chain(*self.input_blocks, self.middle_block, self.out), nn.Flatten()]

@@ -42,6 +42,7 @@ ON_A_GPU = Rewrites(
     folded_biases=True, shared_products=True, stacked_decoders=True, fused_update=True,
 )  # fmt: skip
 OPS = {
+    "add_projected": ("add_projected",),
     "convolution": ("convolution_into",),
     "add_upsample": ("add_upsample", "upsample_add", "residual_add", "add_with_stats"),
     "ddim_update": ("ddim_update",),
@@ -67,7 +68,7 @@ def cuda_functions(run, obstacle: str | None = None) -> Iterator[None]:
 def meta_plan(model: PDAE, dtype: torch.dtype = torch.bfloat16, options: Rewrites = ON_A_GPU) -> FusedPlan:
     """A plan without values; ``model`` may have none either."""
 
-    def owned(model, device, dtype, unrounded=()):
+    def owned(model, device, dtype, *_):
         return model.to(device, dtype).eval().requires_grad_(False)
 
     with mock.patch.object(plans, "owned", owned):

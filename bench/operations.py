@@ -183,6 +183,31 @@ def residual_add(batch: int, channels: int, side: int, dtype: torch.dtype, last:
     return Operation("residual_add", shape, draw, kernels.residual_add, framework, exact, moved, dtype)
 
 
+def add_projected(batch: int, channels: int, side: int, dtype: torch.dtype) -> Operation:
+    """The end of a decoder block of two networks at once, against batched products of the two maps that are then added:
+    the skip of ``batch`` images is read by both. The weights are not counted."""
+
+    def draw(g: torch.Generator) -> dict[str, Any]:
+        h, x, x2 = (_image((n * batch, channels, side, side), dtype, True, g) for n in (2, 2, 1))
+        weight = torch.randn(2, 2 * channels, channels, generator=g, device=g.device) / (2 * channels) ** 0.5
+        bias = torch.randn(2, channels, generator=g, device=g.device)
+        return {"h": h, "x": x, "x2": x2, "weight": weight.to(dtype), "bias": bias}
+
+    def framework(h: Tensor, x: Tensor, x2: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        rows, rows2 = (t.permute(0, 2, 3, 1).reshape(-1, channels) for t in (x, x2))
+        product = torch.bmm(rows2.expand(2, -1, -1), weight[:, channels:])
+        product.baddbmm_(rows.view(2, -1, channels), weight[:, :channels])
+        added = bias.to(h.dtype).repeat_interleave(batch, 0)[:, :, None, None]
+        return h + product.view(2 * batch, side, side, channels).permute(0, 3, 1, 2) + added
+
+    def ours(*tensors: Tensor, **named: Tensor) -> Tensor:
+        return kernels.add_projected(*tensors, **named)[0]
+
+    moved = 7 * batch * channels * side * side * torch.empty((), dtype=dtype).element_size()
+    shape = f"2x{batch}x{channels}x{side}x{side} NHWC"
+    return Operation("add_projected", shape, draw, ours, framework, kernels.add_projected_reference, moved, dtype)
+
+
 def operations(batch: int, dtype: torch.dtype = torch.bfloat16, tiny: bool = False) -> Iterator[Operation]:
     """Shapes of the FFHQ-128 and CelebA-64 decoders: the largest map, a middle one, the smallest, and skip pairs."""
     big, middle, small = (8, 8, 8) if tiny else (128, 32, 8)
@@ -198,6 +223,8 @@ def operations(batch: int, dtype: torch.dtype = torch.bfloat16, tiny: bool = Fal
         yield residual_add(batch, 128, big, dtype, last)
         yield upsample(batch, 256, 2 * middle, dtype, last, sum_first=False)
         yield upsample(batch, 256, 2 * middle, dtype, last, sum_first=True)
+    for channels, side in ((128, big), (256, middle), (512, small)):
+        yield add_projected(batch, channels, side, dtype)
 
 
 def sweep(function: Callable[..., Tensor], variants: list[dict[str, Any]], device: torch.device) -> Callable[[], Any]:

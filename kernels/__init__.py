@@ -7,6 +7,7 @@ and why not.
 """
 
 from ._triton import triton_status
+from .add_projected import add_projected, add_projected_reference
 from .add_upsample import (
     add_upsample,
     add_upsample_reference,
@@ -39,6 +40,8 @@ __all__ = [
     "NATIVE_DTYPES",
     "UPSAMPLED",
     "Buffers",
+    "add_projected",
+    "add_projected_reference",
     "add_upsample",
     "add_upsample_reference",
     "add_with_stats",

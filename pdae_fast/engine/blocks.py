@@ -15,7 +15,7 @@ from ..models.layers import AttentionBlock, Downsample, HalfBlock, ResBlock, Sta
 from ..models.unet import HalfUNet
 from . import float8, rewrites
 from .attention import Attend
-from .convolution import PointwiseConvolution, convolution, native_fits
+from .convolution import PointwiseConvolution, StemConvolution, convolution, native_fits
 from .norms import SMALL_GROUP, Join, Skip, add, bare, fixed_normaliser, materialise, normaliser, statistics_of
 from .options import Rewrites
 from .rewrites import Affine, AffineTable
@@ -87,14 +87,17 @@ class FusedResBlock:
             else:
                 h = h.add_(affine.offset[:, :, None, None])
         h = self.norm_out(h, affine, x_bias=bias, overwrite=True)
-        residual = materialise(x) if self.skip is None else self.skip(x)
-        if not self.options.folded_biases:
-            if self.resample == "up":
-                residual = F.interpolate(residual, scale_factor=2, mode="nearest")
-            y = self.conv_out(h, residual)
-        else:
-            y = add(self.conv_out(h), residual, self.bias_out, self.part)
+        y = self._end(h, x)
         return y if self.divisor == 1 else y / self.divisor
+
+    def _end(self, h: Tensor, x: Tensor | Join) -> Tensor | Skip:
+        """The last convolution, of h, and what it is added to."""
+        residual = materialise(x) if self.skip is None else self.skip(x)
+        if self.options.folded_biases:
+            return add(self.conv_out(h), residual, self.bias_out, self.part)
+        if self.resample == "up":
+            residual = F.interpolate(residual, scale_factor=2, mode="nearest")
+        return self.conv_out(h, residual)
 
 
 class FusedDownsample:
@@ -188,6 +191,8 @@ def reader(layer: nn.Module, options: Rewrites, attend: Attend) -> Callable[[Ten
         return FusedDownsample(layer, options)
     if isinstance(layer, Upsample):
         return layer if isinstance(layer.conv, nn.Identity) else UpsampledConvolution(layer.conv, options)
+    if options.folded_biases and layer.padding[0] == layer.kernel_size[0] // 2:
+        return StemConvolution(layer)
     return convolution(layer, options.packed_weights, native=options.tile)
 
 
@@ -303,10 +308,6 @@ class SharedProducts:
         both = [self._products(i, skip) for i, skip in enumerate(skips)]
         first, second = ([skip._replace(product=p[k]) for skip, p in zip(skips, both, strict=True)] for k in (0, 1))
         return first, second
-
-    def stacked(self, skips: list[Skip]) -> list[Skip]:
-        """The skips for both decoders as one."""
-        return [skip._replace(product=self._products(i, skip)) for i, skip in enumerate(skips)]
 
     def _products(self, i: int, skip: Skip) -> Tensor:
         """[2, B * H * W, O]"""

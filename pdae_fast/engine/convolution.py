@@ -82,6 +82,22 @@ class PlainConvolution:
         return y if residual is None else y.add_(residual)
 
 
+class StemConvolution:
+    """conv(x) + bias of few channels to many. The bias is the weight of one more channel, of ones, at the centre, which
+    never lies in the padding: added afterwards it would take a pass over the map."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        weight, padding = layer.weight.detach(), layer.padding[0]
+        self.ones, bias = weight.new_ones(1, 1, 1, 1), torch.zeros_like(weight[:, :1])
+        bias[:, 0, padding, padding] = layer.bias.detach()
+        self.conv = PlainConvolution(torch.cat([weight, bias], 1), None, layer.stride[0], padding)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        joined = torch.empty(B, C + 1, H, W, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        return self.conv(torch.cat([x, self.ones.expand(B, 1, H, W)], 1, out=joined))
+
+
 class PackedConvolution:
     """conv(x) [+ residual] by oneDNN, the residual added inside it, weights in the layout it wants.
 

@@ -219,7 +219,7 @@ class Networks(Plan):
             own, skips = self._products(skips)
         if stacked:
             affine, side = self._stacked.affine(affines[1:], len(x)), None if large else self._side
-            eps, gradient = self._stacked(self._products.stacked(skips), affine, side)
+            eps, gradient = self._stacked(skips, affine, side)
             eps = self._as_eps(eps, x, row)
         elif self._side is None or not run_gradient or large:
             eps = self._decode_eps(x, row, own, affines, workload, kept)

@@ -57,17 +57,19 @@ def bare(x: Tensor | Skip) -> Tensor:
 
 def statistics_of(x: Tensor, part: int, x_bias: Tensor | None = None) -> Tensor:
     """Of ``part`` channels together, in the splits that every map of this size and batch comes in."""
-    splits = kernels.stats_splits(len(x), x.shape[2] * x.shape[3], x.device)
-    return kernels.partial_stats(x, part, splits, x_bias)
+    return kernels.partial_stats(x, part, splits_of(x, len(x)), x_bias)
+
+
+def splits_of(x: Tensor, images: int) -> int:
+    """Those of maps like x, of ``images`` together: of stacked networks as of the skips, which are not stacked."""
+    return kernels.stats_splits(images, x.shape[2] * x.shape[3], x.device)
 
 
 def add(h: Tensor, residual: Tensor, bias: Tensor, part: int) -> Tensor | Skip:
     """h + residual + bias, the residual upsampled where it is half as high and wide; with ``part``, which is not 0, and
     its statistics."""
     if part:
-        # Of stacked networks the maps are split as the skips, which are not stacked.
-        images = len(h) // (len(bias) if bias.dim() == 2 else 1)
-        splits = kernels.stats_splits(images, h.shape[2] * h.shape[3], h.device)
+        splits = splits_of(h, len(h) // (len(bias) if bias.dim() == 2 else 1))
         return Skip(*kernels.add_with_stats(h, residual, bias, part, splits))
     return (kernels.residual_add if residual.shape == h.shape else kernels.upsample_add)(h, residual, bias)
 

@@ -1,8 +1,8 @@
 """Two decoders of one structure as one, on twice the images: those of the first decoder, then those of the other.
 
 What is the same for both, norms, additions, resampling and attention, is one launch; matrix products are batched, and
-convolutions are one for each half, into one map, on small maps side by side. Skips are as the trunk left them: each is
-read for both halves.
+3x3 convolutions are one for each half, into one map, on small maps side by side. A 1x1 skip convolution is part of the
+addition after it. Skips are as the trunk left them: each is read for both halves.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import kernels
-from .blocks import FusedAttention, FusedDecoder, FusedResBlock, SplitSkip, UpsampledConvolution
+from .blocks import FusedAttention, FusedDecoder, FusedResBlock, UpsampledConvolution
 from .convolution import PlainConvolution
-from .norms import Join, Skip
+from .norms import Join, Skip, splits_of
 from .rewrites import Affine, attend_rows
 
 
@@ -82,19 +82,6 @@ class StackedConvolution:
         return y
 
 
-class StackedSkip:
-    """The 1x1 convolutions of a joined input; their part of the skip, of both, is there already."""
-
-    def __init__(self, skips: Sequence[SplitSkip]) -> None:
-        alike(*((type(skip), skip.weight.shape, skip.bias is None) for skip in skips))
-        self.weight = torch.stack([skip.weight.T for skip in skips])
-
-    def __call__(self, x: Join) -> Tensor:
-        B, C, H, W = x.h.shape
-        rows = x.h.permute(0, 2, 3, 1).reshape(len(self.weight), -1, C)
-        return x.skip.product.baddbmm_(rows, self.weight[:, :C]).view(B, H, W, -1).permute(0, 3, 1, 2)
-
-
 class StackedAttention:
     def __init__(self, parts: Sequence[FusedAttention]) -> None:
         blocks = [part.block for part in parts]
@@ -120,26 +107,37 @@ class StackedAttention:
         return found.view(B, H, W, C).permute(0, 3, 1, 2)
 
 
-def stacked_block(blocks: Sequence[FusedResBlock], branches: Branches) -> FusedResBlock:
-    first = blocks[0]
-    alike(*((b.resample, b.divisor, b.part, b.skip is None, b.bias_out.shape, b.norm_out.keywords) for b in blocks))
-    if first.divisor != 1:
-        raise CannotStack
-    block = object.__new__(FusedResBlock)
-    block.__dict__.update(vars(first))
-    block.norm_in = stacked_norm([b.norm_in for b in blocks])
-    block.conv_in = StackedConvolution([b.conv_in for b in blocks], branches)
-    block.conv_out = StackedConvolution([b.conv_out for b in blocks], branches)
-    block.skip = None if first.skip is None else StackedSkip([b.skip for b in blocks])
-    # What is added before the second norm is in its affine.
-    block.bias_in, block.bias_out = None, torch.stack([b.bias_out for b in blocks])
-    return block
+class StackedResBlock(FusedResBlock):
+    """``skip`` are the weights of the 1x1 convolutions of a Join, [networks, channels of the Join, outputs]."""
+
+    def __init__(self, blocks: Sequence[FusedResBlock], branches: Branches) -> None:
+        first, skips = blocks[0], [b.skip for b in blocks]
+        alike(*((b.resample, b.divisor, b.part, b.bias_out.shape, b.norm_out.keywords) for b in blocks))
+        alike(*(None if s is None else (type(s), s.weight.shape, s.bias is None) for s in skips))
+        if first.divisor != 1:
+            raise CannotStack
+        self.__dict__.update(vars(first))
+        self.norm_in = stacked_norm([b.norm_in for b in blocks])
+        self.conv_in = StackedConvolution([b.conv_in for b in blocks], branches)
+        self.conv_out = StackedConvolution([b.conv_out for b in blocks], branches)
+        self.skip = None if first.skip is None else torch.stack([skip.weight.T for skip in skips])
+        # What is added before the second norm is in its affine.
+        self.bias_in, self.bias_out = None, torch.stack([b.bias_out for b in blocks])
+
+    def _end(self, h: Tensor, x: Tensor | Join) -> Tensor | Skip:
+        if self.skip is None:
+            return super()._end(h, x)
+        splits = splits_of(h, len(x.skip.x)) if self.part else 1
+        y, statistics = kernels.add_projected(
+            self.conv_out(h), x.h, x.skip.x, self.skip, self.bias_out, self.part, splits
+        )
+        return y if statistics is None else Skip(y, statistics)
 
 
 def stacked_layer(layers: Sequence[Callable], branches: Branches) -> Callable:
     alike(*map(type, layers))
     if isinstance(layers[0], FusedResBlock):
-        return stacked_block(layers, branches)
+        return StackedResBlock(layers, branches)
     if isinstance(layers[0], FusedAttention):
         return StackedAttention(layers)
     return StackedConvolution(layers, branches)

@@ -1,5 +1,6 @@
 """Weights that are laid out by whichever thread comes first."""
 
+import copy
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from golden_rule import relative
 from pdae_fast import kernels
-from pdae_fast.engine.convolution import PackedConvolution, WinogradConvolution, can_pack
+from pdae_fast.engine.convolution import PackedConvolution, StemConvolution, WinogradConvolution, can_pack
 
 KINDS = [
     pytest.param(
@@ -51,3 +52,14 @@ def test_weights_are_laid_out_once_whoever_comes_first(monkeypatch, cls, lay_out
     assert len(calls) == 1
     expected = F.conv2d(x, weight, bias, padding=1)
     assert max(relative(y, expected) for y in found) < 1e-5
+
+
+@pytest.mark.parametrize("size", [3, 1, 5])
+def test_a_stem_has_its_bias_in_its_weights(size):
+    random = torch.Generator().manual_seed(0)
+    layer = torch.nn.Conv2d(3, 32, size, padding=size // 2).requires_grad_(False)
+    layer.bias.copy_(100 * torch.randn(32, generator=random))
+    x = torch.randn(2, 3, 5, 7, generator=random).contiguous(memory_format=torch.channels_last)
+    y = StemConvolution(layer)(x)
+    assert relative(y, copy.deepcopy(layer).double()(x.double())) < 1e-6
+    assert y.is_contiguous(memory_format=torch.channels_last)

@@ -22,7 +22,13 @@ import pytest
 import torch
 
 CUDA = torch.cuda.is_available()
-KERNEL_MODULES = ("group_norm_plan", "ddim_update_triton", "add_upsample_triton", "float8_triton")
+KERNEL_MODULES = (
+    "group_norm_plan",
+    "ddim_update_triton",
+    "add_upsample_triton",
+    "add_projected_triton",
+    "float8_triton",
+)
 
 
 def _prepare() -> str | None:

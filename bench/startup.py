@@ -1,7 +1,9 @@
-"""How long a user waits for the first step: `python -m bench.startup --network celeba64` starts a fresh process.
+"""How long a user waits for the first step, and how much memory the process takes: `python -m bench.startup --network
+celeba64` starts fresh ones.
 
 What is counted is everything a command does before its first image advances: the interpreter, the imports, reading the
-weights from a file, building the plan, the projections of z, and one step.
+weights from a file, building the plan, the projections of z, and one step. The memory is the process's peak, on Linux,
+after two more steps.
 """
 
 from __future__ import annotations
@@ -31,12 +33,19 @@ device = torch.device(device)
 imported = time.time()
 model = PDAE.from_pretrained(folder)
 loaded = time.time()
-plan = build_plan(model, device, getattr(torch, dtype), plan)
+plan = build_plan(model, device, getattr(torch, dtype), plan, copy=False)
 built = time.time()
 x = torch.randn(int(batch), *model.image_shape, device=device)
-eps, gradient = plan.field(torch.randn(int(batch), model.config.latent_dim))(x, 499, True)
+field = plan.field(torch.randn(int(batch), model.config.latent_dim))
+eps, gradient = field(x, 499, True)
 assert bool(torch.isfinite(eps).all() and torch.isfinite(gradient).all())
-print(imported, loaded, built, time.time(), plan.name)
+stepped, peak = time.time(), 0
+if sys.platform == "linux":  # getrusage would count the process that started this one as well
+    for _ in range(2):
+        field(x, 499, True)
+    with open("/proc/self/status") as status:
+        peak = next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+print(imported, loaded, built, stepped, peak, plan.name)
 """
 
 
@@ -48,11 +57,11 @@ def measure(
     batch: int = 1,
     repeats: int = 3,
 ) -> dict[str, Any]:
-    """A row of the "startup" table: the median of ``repeats`` new processes, and its parts, in seconds."""
+    """A row of the "startup" table: the median of ``repeats`` new processes, its parts, in seconds, and the memory."""
     from .networks import build
     from .timing import spread
 
-    parts: list[list[float]] = []
+    parts, peaks = [], []
     with tempfile.TemporaryDirectory() as folder:
         build(network).save_pretrained(folder)
         for _ in range(repeats):
@@ -63,9 +72,10 @@ def measure(
             )  # fmt: skip
             if done.returncode:
                 raise RuntimeError(f"the new process failed:\n{done.stderr}")
-            *times, name = done.stdout.split()
+            *times, peak, name = done.stdout.split()
             marks = [start, *map(float, times)]
             parts.append([b - a for a, b in zip(marks[:-1], marks[1:], strict=True)])
+            peaks.append(int(peak))
     totals = spread([sum(p) for p in parts])
     medians = [spread(column).median for column in zip(*parts, strict=True)]
     return {
@@ -75,6 +85,7 @@ def measure(
         "total_s": totals.median,
         "spread_s": [totals.low, totals.high],
         **dict(zip(("import_s", "load_s", "build_s", "first_step_s"), medians, strict=True)),
+        "memory_bytes": sorted(peaks)[len(peaks) // 2] or None,
     }
 
 

@@ -41,7 +41,7 @@ TITLES = {
     "peak": "what the machine reaches: a large matrix product, a large copy (read plus written)",
     "quality": "the bundled model on the bundled images, encoded and decoded",
     "demo": "from a slider's move to its picture on the page, without drawing it; ms a picture",
-    "startup": "from the start of a new process to the end of its first step",
+    "startup": "from the start of a new process to the end of its first step; memory: the process's peak",
     "training": "one step of mean-shift training with all around it (loading, draws, Adam, EMA); contenders and the "
     "published loop took turns; ratio: published loop over contender; memory: building the side and its first steps; "
     "error: largest relative difference of the losses of those steps",

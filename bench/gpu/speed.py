@@ -273,7 +273,7 @@ def start_up(context: Context) -> Cases:
 
 
 def sanitizer(context: Context) -> Cases:
-    for file in ("test_add_upsample.py", "test_ddim_update.py"):
+    for file in ("test_add_upsample.py", "test_add_projected.py", "test_ddim_update.py"):
         yield f"memcheck of {file}", lambda file=file: _memcheck(file, context)
 
 

@@ -48,9 +48,8 @@ def add_projected_kernel(
     x += image * c1 * pixels
     x2 += image2 * c2 * pixels
     weight += image // weight_share * (c1 + c2) * channels
-    added = tl.load(channel_row(bias, image, bias_share, bias_stride) + channel, real, other=0.0).to(tl.float32)[
-        None, :
-    ]
+    bias = channel_row(bias, image, bias_share, bias_stride)
+    added = tl.load(bias + channel, real, other=0.0).to(tl.float32)[None, :]
     mean = tl.zeros([BLOCK_C], tl.float32)
     m2 = tl.zeros([BLOCK_C], tl.float32)
     # Loads of the next product overlap this one; those of the next tile as well would take twice the shared memory.

@@ -110,13 +110,7 @@ class Pipeline:
         self.recipe.check(self.schedule)
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device, sum(p.numel() for p in model.parameters()))
-        options = {
-            "attention": attention,
-            "large_tiles": large_tiles,
-            "fp8": fp8,
-            "reuse": self.recipe.reuse,
-            "copy": copy,
-        }
+        options = dict(attention=attention, large_tiles=large_tiles, fp8=fp8, reuse=self.recipe.reuse, copy=copy)
         self.plan = build_plan(model, self.device, self.dtype, plan, **options)
         self.batch_size = batch_size or self.plan.batch_size()
         # In float32, whatever the networks run in.

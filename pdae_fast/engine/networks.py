@@ -75,7 +75,7 @@ class Networks(Plan):
                 if isinstance(unet, PDAEDecoder)
                 else None
             )
-            # On a GPU it runs once for many steps, and the modules are what has run there.
+            # On a GPU it runs once for many steps, by the modules.
             fused_encoder = device.type == "cpu" and isinstance(model, Autoencoder)
             self.encoder = FusedEncoder(self.model.encoder, options, attend) if fused_encoder else None
         shared = options.shared_products and self.gradient is not None
@@ -196,6 +196,7 @@ class Networks(Plan):
         return Conditioning(scale, shift, weights.to(self.device).float()[:, :, None, None, None])
 
     def _encode(self, x0: Tensor) -> Tensor:
+        """As :meth:`Plan._encode`."""
         if self.encoder is None:
             return super()._encode(x0)
         return self.encoder(x0.to(self.dtype).contiguous(memory_format=torch.channels_last))

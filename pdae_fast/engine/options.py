@@ -54,7 +54,8 @@ class Rewrites:
     shared_statistics: a map's statistics are computed once for all norms that read it: with the addition that makes it
         (where biases are folded), or apart.
     shared_products: the parts of both decoders' skip convolutions that read one skip are one product.
-    folded_biases: convolution biases are added where the result is read next; an attention's is part of its residual.
+    folded_biases: convolution biases are added where the result is read next; an attention's is part of its residual,
+        that of the first convolution one of its weights.
     fused_update: time tables, coefficients and the step index live on the device; the DDIM update is one op.
     stacked_decoders: two decoders of one structure run as one on twice the images, where both run at every evaluation.
     parallel_decoders: the two decoders, of stacked ones the convolutions, as branches on two streams (CUDA, small

@@ -38,9 +38,9 @@ class Plan:
     part of a network ran, that is counted apart ("outer_eps"), and so is an eps-decoder that stopped after its K-th
     output block ("eps_until_K"). This plan knows of reuse only the window of G.
 
-    The weights are the plan's own and never change: what happens to ``model`` later is not seen, unless it is given
-    away, without ``copy``, and then it must not change. Several threads may
-    use a plan; copies share the weights, and a pickled plan is built anew where it is read.
+    The weights are the plan's own and never change: what happens to ``model`` later is not seen. Without ``copy`` they
+    are those of ``model`` where they will do, and it must not change. Several threads may use a plan; copies share the
+    weights, and a pickled plan is built anew where it is read.
     """
 
     name = "eager"

@@ -1,9 +1,5 @@
 """The end of a block that reads two maps: against float64, with the statistics of what is stored."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -121,14 +117,10 @@ for dtype in (torch.float32, torch.bfloat16):
 
 
 @pytest.mark.slow
-def test_it_compiles(tmp_path):
+def test_it_compiles(compiled):
     """Without spills."""
-    pytest.importorskip("triton")
-    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=tmp_path, capture_output=True, text=True, env=inherited)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = done.stdout.splitlines()
-    assert len(lines) == 64 and all(line.endswith("fits") for line in lines), done.stdout
+    lines = compiled(COMPILE)
+    assert len(lines) == 64 and all(line.endswith("fits") for line in lines), lines
 
 
 def test_errors():

@@ -1,9 +1,6 @@
 """fp8 codes: the norm that writes them and the convolution that multiplies them; kernels, ops and fallbacks."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -176,14 +173,10 @@ for arch in (89, 90, 100):
 """
 
 
-def test_it_compiles_for_what_has_fp8(tmp_path):
+def test_it_compiles_for_what_has_fp8(compiled):
     """Without spills, and the norms that write codes within the budget of those that do not."""
-    pytest.importorskip("triton")
-    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=tmp_path, capture_output=True, text=True, env=inherited)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = done.stdout.splitlines()
-    assert len(lines) == 12 and all(line.endswith("fits") for line in lines), done.stdout
+    lines = compiled(COMPILE)
+    assert len(lines) == 12 and all(line.endswith("fits") for line in lines), lines
 
 
 def test_why_a_gpu_cannot(monkeypatch):

@@ -66,8 +66,9 @@ class Pipeline:
             1.6 times the rounding error of a step.
         fp8: an approximation: convolutions of values rounded to e4m3, by the scales that ``calibrate`` wrote to this
             file, or that it holds. Emulated: what it costs in quality can be seen, and no device is faster for it.
-        copy: False gives the model away: its weights are used where they are, which takes less memory, and it must not
-            change any more.
+        copy: False uses the model's weights where they are, which takes less memory; it must not change any more.
+        consume: gives the model away, for the least memory: it loses the weights that are laid out anew, so that it can
+            no longer be run or saved, and the pipeline cannot be pickled.
         label: the class of every image, of a class-conditional model; the methods' ``y`` goes before it.
 
     Images are floating point tensors [B, C, H, W] in [-1, 1], or arrays of NumPy (arguments.as_images); results come
@@ -95,6 +96,7 @@ class Pipeline:
         fp8: str | os.PathLike | Mapping[str, Any] | None = None,
         label: int | None = None,
         copy: bool = True,
+        consume: bool = False,
         **fields: Any,
     ) -> None:
         if not isinstance(model, (Autoencoder, Prior)):
@@ -110,8 +112,8 @@ class Pipeline:
         self.recipe.check(self.schedule)
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device, sum(p.numel() for p in model.parameters()))
-        options = dict(attention=attention, large_tiles=large_tiles, fp8=fp8, reuse=self.recipe.reuse, copy=copy)
-        self.plan = build_plan(model, self.device, self.dtype, plan, **options)
+        options = dict(attention=attention, large_tiles=large_tiles, fp8=fp8, reuse=self.recipe.reuse)
+        self.plan = build_plan(model, self.device, self.dtype, plan, copy=copy, consume=consume, **options)
         self.batch_size = batch_size or self.plan.batch_size()
         # In float32, whatever the networks run in.
         self._latents = self._directions = None

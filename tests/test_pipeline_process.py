@@ -2,10 +2,12 @@
 
 import contextlib
 import copy
+import gc
 import multiprocessing
 import pickle
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,8 +15,9 @@ import torch
 
 from golden_rule import relative
 from helpers import ON_DEVICE, TINY_FULL, images, needs_sklearn, tiny_pdae
-from pdae_fast import PDAE, Pipeline, UserError
+from pdae_fast import PDAE, Pipeline, UserError, kernels
 from pdae_fast.engine.build import build_plan
+from pdae_fast.engine.convolution import native_layers
 from pdae_fast.engine.options import Rewrites
 
 CPU = torch.device("cpu")
@@ -147,6 +150,34 @@ def test_a_model_that_is_given_away_is_used_where_it_is(plan):
     own = pipe.plan.model.state_dict()
     for name, v in model.state_dict().items():
         assert v.data_ptr() == own[name].data_ptr() == before[name][0] and torch.equal(v, before[name][1])
+
+
+@pytest.mark.skipif(not kernels.winograd_status()[0], reason=kernels.winograd_status()[1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_of_a_model_that_is_consumed_are_freed(dtype, no_collection):
+    model, x0 = tiny_pdae(TINY_FULL), images(2)
+    chosen = {"steps": 3, "device": "cpu", "dtype": dtype}
+    expected = _everything(Pipeline(model, **chosen), x0)
+    layers = native_layers(model) if Pipeline(model, **chosen).plan.options.native_convolutions else []
+    assert layers or dtype == "bfloat16"
+    weights = [weakref.ref(layer.weight.untyped_storage()) for layer in layers]
+    pipe = Pipeline(model, consume=True, **chosen)
+    for a, b in zip(_everything(pipe, x0), expected, strict=True):
+        assert torch.equal(a, b)
+    assert not [w for w in weights if w() is not None]
+    if layers:
+        with pytest.raises(UserError, match="a pipeline took them"):
+            Pipeline(model)
+        with pytest.raises(UserError, match="cannot be pickled"):
+            pickle.dumps(pipe)
+
+
+@pytest.fixture
+def no_collection():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ def workbench(args: argparse.Namespace) -> Any:
     from .workbench import Workbench
 
     model = load_model(args.model, **cli.foreign_options(args))
-    pipe = Pipeline(model, "fast", args.device, args.dtype, label=args.label, copy=False)
+    pipe = Pipeline(model, "fast", args.device, args.dtype, label=args.label, consume=True)
     channels, size, _ = model.image_shape
     spec = args.input or [bundled_for(str(args.model), channels)]
     dataset = open_dataset(spec, size, channels, split="test", crop=crop_for(args.crop, model.config))

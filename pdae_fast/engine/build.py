@@ -42,9 +42,10 @@ def build_plan(
     large_tiles: bool = False,
     fp8: str | os.PathLike | Mapping[str, Any] | None = None,
     copy: bool = True,
+    consume: bool = False,
 ) -> Plan:
     """The plan for ``model`` on ``device``, with weights of its own, or without ``copy`` with those of ``model`` where
-    they will do; the model itself is never changed.
+    they will do; the model itself is not changed, but with ``consume`` it loses those that the plan lays out anew.
 
     "auto" is "fused"; both compute the same function up to rounding. On CUDA, where kernels of this project run on
     whatever driver and chip the user has, the fused plan is compared with the modules before it is handed out: "auto"
@@ -63,12 +64,12 @@ def build_plan(
             raise UserError(f"the eager plan runs PyTorch's attention; {attention!r} needs --plan fused")
         if large_tiles:
             raise UserError("the eager plan runs PyTorch's convolutions; large tiles need --plan fused")
-        return Plan(model, device, dtype, copy=copy).reusing(reuse)
+        return Plan(model, device, dtype, copy=copy and not consume).reusing(reuse)
     if large_tiles:
         if dtype is not torch.bfloat16:
             raise UserError(f"large tiles are an approximation for bfloat16; {str(dtype)[6:]} networks do without")
         options = dataclasses.replace(options or Rewrites.for_device(device), large_tiles=True)
-    plan = FusedPlan(model, device, dtype, options, attention, copy)
+    plan = FusedPlan(model, device, dtype, options, attention, copy, consume)
     if large_tiles and plan.options.tile != 4:
         reason = plan.native.get("native_convolutions", "no: they run on the CPU").removeprefix("no: ")
         raise UserError(f"large tiles need native bfloat16 convolutions: {reason}")
@@ -81,7 +82,7 @@ def build_plan(
             if name == "fused":
                 raise UserError(f"{found}, more than rounding; use --plan eager")
             warnings.warn(f"{found}; running the modules instead", stacklevel=2)
-            return Plan(model, device, dtype, copy=copy).reusing(reuse)
+            return Plan(model, device, dtype, copy=copy and not consume).reusing(reuse)
     return plan.reusing(reuse)
 
 
@@ -130,6 +131,8 @@ def _rebuilt(
 
 
 def _reduced(plan: Plan) -> tuple:
+    if any(p.is_meta for p in plan.model.parameters()):
+        raise UserError("a pipeline that took its model's weights (consume=True) cannot be pickled")
     choices = {**plan.choices(), "reuse": plan.reuse}
     return _rebuilt, (plan.model, str(plan.device), plan.dtype, plan.name, choices, plan.counts())
 

@@ -42,6 +42,12 @@ def native_layers(network: nn.Module) -> list[nn.Conv2d]:
     return [layer for layer in network.modules() if native_fits(layer)]
 
 
+def forget(layers: list[nn.Conv2d]) -> None:
+    """Leave ``layers`` without the values of their weights."""
+    for layer in layers:
+        layer.weight = nn.Parameter(layer.weight.detach().to("meta"), requires_grad=False)
+
+
 def upsampled_layers(network: nn.Module) -> list[nn.Conv2d]:
     """Those of `native_layers` that read a map upsampled by nearest-2x."""
     blocks = [m for m in network.modules() if isinstance(m, ResBlock) and m.resample == "up"]

@@ -41,8 +41,9 @@ class FusedPlan(Networks):
         options: Rewrites | None = None,
         attention: str = "auto",
         copy: bool = True,
+        consume: bool = False,
     ) -> None:
-        super().__init__(model, device, dtype, options, attention, copy)
+        super().__init__(model, device, dtype, options, attention, copy, consume)
         self._trajectories: OrderedDict[tuple, OnDevice] = OrderedDict()
 
     def reusing(self, reuse: Reuse) -> FusedPlan:

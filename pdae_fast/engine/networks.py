@@ -18,7 +18,7 @@ from ..models.unet import PDAEDecoder
 from . import graphs, rewrites
 from .attention import resolve_attention
 from .blocks import FusedDecoder, FusedEncoder, FusedStages, SharedProducts, make_skip, repeat
-from .convolution import default_tile, native_bytes, native_layers, upsampled_layers
+from .convolution import default_tile, forget, native_bytes, native_layers, upsampled_layers
 from .norms import Skip, bare, common_part
 from .options import Rewrites
 from .plan import Plan
@@ -51,6 +51,7 @@ class Networks(Plan):
         options: Rewrites | None = None,
         attention: str = "auto",
         copy: bool = True,
+        consume: bool = False,
     ) -> None:
         wanted = options or Rewrites.for_device(device)
         if attention != "auto":
@@ -62,7 +63,7 @@ class Networks(Plan):
         self._awaited: list[int] = []
         self._buffers = kernels.Buffers() if device.type == "cpu" else None
         layers = self._choose_tiles(model, dtype) if self.options.native_convolutions else []
-        super().__init__(model, device, dtype, [layer.weight for layer in layers], copy)
+        super().__init__(model, device, dtype, [layer.weight for layer in layers], copy and not consume)
         options, unet = self.options, self.unet
         shape = self._attention_shape()
         self.attention, attend = resolve_attention(attention, device, dtype, shape, options.native_attention)
@@ -78,6 +79,9 @@ class Networks(Plan):
             # On a GPU it runs once for many steps, by the modules.
             fused_encoder = device.type == "cpu" and isinstance(model, Autoencoder)
             self.encoder = FusedEncoder(self.model.encoder, options, attend) if fused_encoder else None
+        if consume and options.native_convolutions:
+            # Each is held by the convolution alone that transforms it, and freed when it has.
+            forget(layers + native_layers(self.model))
         shared = options.shared_products and self.gradient is not None
         self._products = SharedProducts((self.eps, self.gradient)) if shared else None
         self._stacked = None

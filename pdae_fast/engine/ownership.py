@@ -33,7 +33,9 @@ def owned(
             tensors[id(value)] = nn.Parameter(own, requires_grad=False) if isinstance(value, nn.Parameter) else own
         return tensors[id(value)]
 
-    return _rebuilt(model, tensor)
+    own = _rebuilt(model, tensor)
+    tensors.clear()  # functions that call themselves live until the garbage is collected, and what they know of
+    return own
 
 
 def sharing(model: M) -> M:
@@ -47,7 +49,9 @@ def _rebuilt(model: M, tensor: Callable[[Tensor], Tensor]) -> M:
 
     def held(value: Tensor) -> Tensor:
         if value.is_meta:
-            raise UserError("the model has no weights (it is on the meta device); load it before it is run")
+            raise UserError(
+                "the model has no weights (it is on the meta device, or a pipeline took them); load it before it is run"
+            )
         return tensor(value)
 
     def module(given: nn.Module) -> nn.Module:

@@ -58,10 +58,12 @@ def add_options(p: argparse.ArgumentParser, out: str, labels: bool = False) -> N
 
 @dataclass
 class Run:
-    """What a command works with. ``spec`` is the data as it was named."""
+    """What a command works with. ``weights``: fingerprint of the model, whose own the pipeline takes; ``spec``: the data
+    as it was named."""
 
     args: argparse.Namespace
     model: Autoencoder | Prior
+    weights: str
     pipe: Pipeline
     dataset: Any
     spec: list[str]
@@ -91,8 +93,9 @@ def open_run(
     recipe = Recipe.from_args(args) if recipe is None else recipe
     load = load_model if prior else Autoencoder.from_pretrained
     model = load(args.model, **cli.foreign_options(args))
+    weights = fingerprint(model)
     options = {name: getattr(args, name) for name in ("plan", "attention", "large_tiles", "fp8", "label")}
-    pipe = Pipeline(model, recipe, args.device, args.dtype, args.batch_size, copy=False, **options)
+    pipe = Pipeline(model, recipe, args.device, args.dtype, args.batch_size, consume=True, **options)
     if infers:
         recipe.up(pipe.schedule)
     spec = data_spec(args, model, default_input)
@@ -102,7 +105,7 @@ def open_run(
         limit = default_limit
     if limit is not None and limit < 1:
         raise UserError(f"--limit must be at least 1, not {limit}")
-    return Run(args, model, pipe, limited(dataset, limit), spec)
+    return Run(args, model, weights, pipe, limited(dataset, limit), spec)
 
 
 def data_spec(
@@ -264,7 +267,7 @@ def progress(pipe: Pipeline, total: float, name: str, quiet: bool) -> Iterator[C
             pipe.progress = previous
 
 
-def fingerprint(model: Autoencoder) -> str:
+def fingerprint(model: Autoencoder | Prior) -> str:
     """16 hexadecimal digits of the configuration and every weight."""
     digest = hashlib.sha256(configs.dumps(model.config).encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -301,7 +304,7 @@ def job_settings(run: Run, **values: Any) -> dict[str, Any]:
     args = run.args
     return {
         "model": str(args.model),
-        "weights": fingerprint(run.model),
+        "weights": run.weights,
         "input": run.spec,
         "names": names_digest(run.dataset),
         **run.pipe.recipe.describe(),

@@ -209,7 +209,7 @@ def _write(
         file=str(path),
         arrays=arrays,
         latent_dim=run.model.config.latent_dim,
-        weights=common.fingerprint(run.model),
+        weights=run.weights,
         labels=None if targets is None else {"kind": targets.kind, "names": targets.names},
         **encoded.cost.report(count),
     )

@@ -25,7 +25,7 @@ from ..pipeline import Pipeline
 from ..plots import COLOURS, chart
 from ..samplers import Recipe
 from . import common
-from .common import MODES, Cost, Run, autoencode, fingerprint, names_digest
+from .common import MODES, Cost, Run, autoencode, names_digest
 from .pareto_settings import FAMILIES, SETS, Candidate, candidates, select
 
 # Evaluations that time the machine before every batch: decoding by that many plain steps.
@@ -139,7 +139,7 @@ def job(run: Run) -> dict[str, Any]:
     args, pipe = run.args, run.pipe
     return {
         "model": str(args.model),
-        "weights": fingerprint(run.model),
+        "weights": run.weights,
         "noise": pipe.noise,
         "input": list(run.spec),
         "images": len(run.dataset),

@@ -58,8 +58,8 @@ def add_options(p: argparse.ArgumentParser, out: str, labels: bool = False) -> N
 
 @dataclass
 class Run:
-    """What a command works with. ``weights``: fingerprint of the model, whose own the pipeline takes; ``spec``: the data
-    as it was named."""
+    """What a command works with. ``weights``: fingerprint of the model, whose weights the pipeline takes; ``spec``: the
+    data as it was named."""
 
     args: argparse.Namespace
     model: Autoencoder | Prior

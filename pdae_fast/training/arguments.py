@@ -43,9 +43,13 @@ HELP = {
 }
 # Of a new prior: the field of UNetConfig or PriorConfig, and what it is.
 NEW_PRIOR = {
-    "norm_groups": (int, None, "groups of every norm; 8 where a level has 32 channels, so that it can see colour"),
-    "num_classes": (int, None, "classes of a class-conditional network, whose images need labels"),
-    "prediction": (str, PREDICTIONS, "what the network predicts"),
+    "norm_groups": (
+        int,
+        None,
+        "groups of a norm, of a new prior; 8 where a level has 32 channels, so that it sees colour",
+    ),
+    "num_classes": (int, None, "classes of a new, class-conditional prior, whose images need labels"),
+    "prediction": (str, PREDICTIONS, "what the network predicts, also where --init-from predicts something else"),
 }
 FLAGS = {"num_classes": "--classes"}
 ENCODING = ("encoder", "latent", "classifier", "student")  # tasks that know a code of every image, kept in files
@@ -97,7 +101,7 @@ def _options(p: argparse.ArgumentParser, task: str) -> None:
         if task == "prior":
             for name, (kind, choices, text) in NEW_PRIOR.items():
                 flag = FLAGS.get(name, f"--{name.replace('_', '-')}")
-                p.add_argument(flag, dest=name, type=kind, choices=choices, help=f"{text} (without --init-from)")
+                p.add_argument(flag, dest=name, type=kind, choices=choices, help=text)
         else:
             p.add_argument("--latent-dim", type=int, help="dimensions of z (default: those of --architecture)")
             if task != "diffae":

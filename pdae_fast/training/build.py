@@ -55,13 +55,14 @@ def _new_prior(args) -> Prior:
 
 
 def _trained_prior(args) -> Prior:
-    """The prior of --init-from; UserError where --architecture, or an option for a new prior, says otherwise."""
+    """The prior of --init-from; with another --prediction a start; UserError where --architecture, or an
+    option for a new prior, says otherwise."""
     if not args.init_from:
         raise UserError(
             f"train {args.task} needs a pre-trained prior: give --init-from NAME, DIR or FILE (or train prior first)"
         )
     for name in NEW_PRIOR:
-        if getattr(args, name, None) is not None:
+        if name != "prediction" and getattr(args, name, None) is not None:
             flag = FLAGS.get(name, f"--{name.replace('_', '-')}")
             raise UserError(f"{flag} is for a new prior; that of --init-from {args.init_from} is trained as it is")
     named = _prior_of(args.architecture) if args.architecture else None
@@ -73,7 +74,7 @@ def _trained_prior(args) -> Prior:
                 f"--architecture {args.architecture}: its {found[0]} is {found[1]}, that of the prior of --init-from "
                 f"{found[2]}; the networks are those of --init-from: leave --architecture out"
             )
-    return prior
+    return warm_start.predicting(prior, getattr(args, "prediction", None) or prior.config.prediction)
 
 
 def _autoencoder(args, prior: Prior) -> dict[str, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from ..models import PDAE, Prior
 from ..tensors import weights_fingerprint
 from .target_codes import BATCH
 from .tasks import EncoderTask, ImagesWithRows
+
+M = TypeVar("M", PDAE, Prior)
 
 # -- what is taken over ------------------------------------------------------------------------------------------------
 
@@ -41,12 +43,24 @@ def take_trained_half(model: PDAE, start: PDAE, name: str) -> None:
 
 def around(start: PDAE, prior: Prior, name: str) -> PDAE:
     """``start``, with everything that sits on its codes, around another prior of the same shape."""
-    for field in ("image_size", "unet", "schedule", "prediction"):
+    for field in ("image_size", "unet", "schedule"):
         own, other = getattr(prior.config, field), getattr(start.config, field)
         if own != other:
             raise UserError(f"--start-from {name}: its {field} is {other}; the prior of --init-from has {own}")
+    start = predicting(start, prior.config.prediction)
     start.decoder.load_state_dict(prior.unet.state_dict(), strict=False)
     return start
+
+
+def predicting(model: M, prediction: str) -> M:
+    """``model`` with a U-Net that is to predict ``prediction``: what it knows of images is a start. G speaks of eps
+    whatever that is."""
+    if model.config.prediction == prediction:
+        return model
+    other = type(model)(dataclasses.replace(model.config, prediction=prediction))
+    other.load_state_dict(model.state_dict())
+    other.notes = model.notes
+    return other
 
 
 def misfit(own: PriorConfig, other: PriorConfig, but: Sequence[str] = ()) -> tuple[str, Any, Any] | None:

@@ -16,18 +16,20 @@ from helpers import (
     image_folder,
     images,
     needs_sklearn,
+    noise,
     resumed_equals_whole,
     tiny_pdae,
     tiny_prior,
 )
-from pdae_fast import PDAE, UserError, cli, train
+from pdae_fast import PDAE, Prior, UserError, cli, train
 from pdae_fast.data import open_dataset
 from pdae_fast.data.latents import Latents, encode_dataset, statistics
+from pdae_fast.schedule import build_schedule
 from pdae_fast.training import Trainer, TrainSettings, warm_start
 from pdae_fast.training.objective import encoder_loss
 from pdae_fast.training.target_codes import feature_codes, pca_codes
 from pdae_fast.training.tasks import EncoderTask, ImagesWithRows
-from pdae_fast.training.warm_start import encoder_task, evaluate, take_g, take_g_for_codes
+from pdae_fast.training.warm_start import encoder_task, evaluate, predicting, take_g, take_g_for_codes
 
 D = TINY.latent_dim
 
@@ -334,6 +336,40 @@ def test_a_g_of_another_shape_is_said(places, capsys):
     assert run(*command(places, "--target", places / "other")) == 0
     assert f"G is not taken from {places / 'other'}: its channel_multiplier is (1, 2)" in capsys.readouterr().out
     assert not PDAE.from_pretrained(places / "out").decoder.shift_out[-1].weight.any()  # as it starts: G = 0
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+def test_another_prediction_of_the_same_weights(prediction):
+    """The output, which was eps, is v or x0 now; G is what it was."""
+    model, x, z = tiny_pdae().eval(), noise(3, *tiny_pdae().image_shape), noise(3, TINY.latent_dim, seed=1)
+    t = torch.tensor([3, 40, 90])
+    other = predicting(model, prediction).eval()
+    assert other.config == dataclasses.replace(TINY, prediction=prediction) and predicting(model, "epsilon") is model
+    with torch.no_grad():
+        (eps, gradient), (found, same) = model(x, t, z), other(x, t, z)
+    alpha_bar = torch.tensor(build_schedule(TINY.schedule).alpha_bar)[t][:, None, None, None]
+    signal, spread = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    v = eps.double()
+    expected = spread * x + signal * v if prediction == "v_prediction" else (x - signal * v) / spread
+    assert torch.equal(gradient, same)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_prior_that_predicts_v_from_one_that_predicted_eps(places):
+    """And G alone, around it."""
+    tiny_pdae(TINY_FULL).save_pretrained(places / "whole")
+    base = ("--data", places / "images", *SMALL, "--quiet")
+    assert (
+        run("prior", *base, "--init-from", places / "prior", "--prediction", "v_prediction", "--out", places / "v") == 0
+    )
+    prior = Prior.from_pretrained(places / "v")
+    assert prior.config == dataclasses.replace(TINY.prior, prediction="v_prediction")
+    g = ("--init-from", places / "v", "--start-from", places / "whole", "--freeze-encoder", "--out", places / "g")
+    assert run("pdae", *base, *g) == 0
+    model = PDAE.from_pretrained(places / "g")
+    assert model.config == dataclasses.replace(TINY_FULL, prediction="v_prediction")
+    for name, value in prior.unet.state_dict().items():
+        assert torch.equal(model.decoder.state_dict()[name], value)
 
 
 def test_g_alone_keeps_what_sits_on_the_codes(places):

@@ -28,6 +28,7 @@ from pdae_fast.engine.fused import FusedPlan
 from pdae_fast.engine.networks import Conditioning
 from pdae_fast.engine.trajectory import DeviceTrajectory
 from pdae_fast.kernels._launch import Launch
+from pdae_fast.samplers.ddim import Weights
 from pdae_fast.schedule import build_schedule
 
 from .networks import CONFIGS
@@ -76,17 +77,20 @@ def meta_plan(model: PDAE, dtype: torch.dtype = torch.bfloat16, options: Rewrite
     return plan
 
 
-def meta_trajectory(plan: FusedPlan, batch: int, steps: int = 10, codes: int | None = 1) -> DeviceTrajectory:
-    """``batch`` images with G of one z each, of a mixture of several, or without (None)."""
+def meta_trajectory(
+    plan: FusedPlan, batch: int, steps: int = 10, codes: int | None = 1, weights: Weights = ()
+) -> DeviceTrajectory:
+    """``batch`` images with G of one z each, of a mixture of several, or without (None); by DDIM, or the linear method
+    of ``weights``."""
     D, conditioning = getattr(plan.model.config, "latent_dim", None), None
     if codes is not None:
         shape = (batch, D) if codes == 1 else (codes, batch, D)
-        weights = None if codes == 1 else torch.empty(codes, batch, device=META)
-        conditioning = plan.conditioning(torch.empty(shape, device=META), weights)
+        shares = None if codes == 1 else torch.empty(codes, batch, device=META)
+        conditioning = plan.conditioning(torch.empty(shape, device=META), shares)
     assert conditioning is None or isinstance(conditioning, Conditioning)
     schedule = build_schedule(plan.model.config.schedule)
     with torch.inference_mode():
-        return DeviceTrajectory(plan, batch, conditioning, schedule.decoding(steps), 1.0)
+        return DeviceTrajectory(plan, batch, conditioning, schedule.decoding(steps), 1.0, weights)
 
 
 @dataclasses.dataclass
@@ -145,9 +149,9 @@ class Counting(TorchDispatchMode):
             self.budget.add(launch.kernel.fn.__name__, read)
 
 
-def count(model: PDAE, batch: int, options: Rewrites = ON_A_GPU) -> Budget:
+def count(model: PDAE, batch: int, options: Rewrites = ON_A_GPU, weights: Weights = ()) -> Budget:
     """Of a step with G in bfloat16."""
-    trajectory, counting = meta_trajectory(meta_plan(model, options=options), batch), Counting()
+    trajectory, counting = meta_trajectory(meta_plan(model, options=options), batch, weights=weights), Counting()
     with torch.inference_mode(), cuda_functions(counting.run), counting:
         trajectory._step(trajectory.workloads[0])  # what is made once
         counting.budget = Budget()

@@ -6,13 +6,14 @@ import contextlib
 import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
 from ..models import PDAE, Prior
+from ..samplers.ddim import Weights
 from ..samplers.reuse import Reuse
 from ..schedule import Trajectory
 from . import float8
@@ -62,14 +63,14 @@ class FusedPlan(Networks):
 
     @contextlib.contextmanager
     def trajectory(
-        self, batch: int, codes: Conditioning | None, steps: Trajectory, clamp: float | None
+        self, batch: int, codes: Conditioning | None, steps: Trajectory, clamp: float | None, weights: Weights = ()
     ) -> Iterator[DeviceTrajectory]:
         """The buffers (and captured graphs) that run ``steps`` on ``batch`` images, lent to one call at a time.
 
         A ragged last batch is padded into buffers of up to four times its size rather than captured anew.
         """
-        make = functools.partial(DeviceTrajectory, self, batch, codes, steps, clamp)
-        with self._lent(make, batch, codes, clamp is not None, steps) as run:
+        make = functools.partial(DeviceTrajectory, self, batch, codes, steps, clamp, weights)
+        with self._lent(make, batch, codes, clamp is not None, steps, weights) as run:
             yield run
 
     @contextlib.contextmanager
@@ -172,5 +173,20 @@ class DeviceField(FusedField):
         self, x: Tensor, steps: Trajectory, clamp: float | None, progress: Callable[[], None] | None
     ) -> Tensor:
         """As ddim.integrate; ``clamp`` is 1 or None."""
-        with self.plan.trajectory(len(x), self.codes, steps, clamp) as run:
-            return run(x, self.codes, progress)
+        return self._carry([x], steps, (), clamp, progress)[0]
+
+    @property
+    def combine(self) -> Callable[..., list[Tensor]] | None:
+        """As ddim.combine; ``clamp`` is 1 or None. None where it is switched off."""
+        return self._carry if self.plan.options.fused_solvers else None
+
+    def _carry(
+        self,
+        states: Sequence[Tensor],
+        steps: Trajectory,
+        weights: Weights,
+        clamp: float | None,
+        progress: Callable[[], None] | None,
+    ) -> list[Tensor]:
+        with self.plan.trajectory(len(states[0]), self.codes, steps, clamp, weights) as run:
+            return run(states, self.codes, progress)

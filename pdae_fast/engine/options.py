@@ -32,6 +32,7 @@ NEEDS = {
     "stacked_decoders": Needs((("shared_products",),), without=("phase_upsample", "native_convolutions")),
     "parallel_decoders": Needs((("a GPU",),)),
     "float8": Needs((("kernels",), ("folded_biases",)), without=("native_norms",)),
+    "fused_solvers": Needs((("fused_update",),)),
     "graphs": Needs((("a GPU",), ("fused_update",))),
     "captured_fields": Needs((("graphs",),)),
 }
@@ -57,11 +58,12 @@ class Rewrites:
     folded_biases: convolution biases are added where the result is read next; an attention's is part of its residual,
         that of the first convolution one of its weights.
     fused_update: time tables, coefficients and the step index live on the device; the DDIM update is one op.
+    fused_solvers: the same for the multistep solvers, belm, and x_T by one evaluation a step (off until measured).
     stacked_decoders: two decoders of one structure run as one on twice the images, where both run at every evaluation.
     parallel_decoders: the two decoders, of stacked ones the convolutions, as branches on two streams (CUDA, small
         batches).
     graphs: one step captured as a CUDA graph and replayed (CUDA).
-    captured_fields: single evaluations captured too, for solvers other than DDIM (CUDA; off until measured).
+    captured_fields: single evaluations captured too, for what runs step by step (CUDA; off until measured).
     float8: convolutions that round to fp8 multiply codes, which the norms write (CUDA from 8.9; off until measured).
     large_tiles: native convolutions of bfloat16 in tiles of 4x4 pixels, as of float32: an approximation.
     small_tiles: all of them in tiles of 2x2: less memory.
@@ -76,6 +78,7 @@ class Rewrites:
     shared_products: bool = False
     stacked_decoders: bool = False
     fused_update: bool = False
+    fused_solvers: bool = False
     parallel_decoders: bool = False
     graphs: bool = False
     captured_fields: bool = False

@@ -1,16 +1,17 @@
-"""What runs on the device without the host: whole DDIM trajectories, by a step index into tables and one captured CUDA
-graph that is replayed for every step; and single evaluations, captured, for other samplers."""
+"""What runs on the device without the host: whole trajectories of DDIM and other linear methods, by a step index into
+tables and one captured CUDA graph that is replayed for every step; and single evaluations, captured, for the rest."""
 
 from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import kernels
+from ..samplers.ddim import Weights
 from ..schedule import Trajectory
 from . import graphs
 from .networks import Conditioning, Networks
@@ -20,15 +21,18 @@ QUEUED_STEPS = 4  # replays the host may be ahead of the device, so that progres
 
 
 class OnDevice:
-    """Static buffers for ``batch`` images and their codes, and the graphs that were captured with them, in memory of
-    their own and on a stream of their own. One call at a time."""
+    """Static buffers for ``batch`` images, ``columns`` times, and their codes, and the graphs that were captured with
+    them, in memory of their own and on a stream of their own. One call at a time."""
 
-    def __init__(self, plan: Networks, batch: int, codes: Conditioning | None) -> None:
+    def __init__(self, plan: Networks, batch: int, codes: Conditioning | None, columns: int = 1) -> None:
         self.plan = plan
         with torch.inference_mode():
             float32 = {"dtype": torch.float32, "device": plan.device}
+            C, H, W = plan.model.image_shape
             # As the networks read it and answer: nothing has to change layout between them and the update.
-            self.x = torch.empty(batch, *plan.model.image_shape, **float32, memory_format=torch.channels_last)
+            self.columns = torch.empty(columns, batch, H, W, C, **float32)
+            self.images = self.columns.permute(0, 1, 4, 2, 3)
+            self.x = self.images[0]
             self.codes = None
             if codes is not None:
                 K = 1 if codes.weights is None else len(codes.weights)
@@ -63,10 +67,11 @@ class OnDevice:
         else:
             self._step(workload)
 
-    def _load(self, x: Tensor, codes: Conditioning | None) -> None:
-        B, size = len(x), len(self.x)
+    def _load(self, states: Sequence[Tensor], codes: Conditioning | None) -> None:
+        B, size = len(states[0]), len(self.x)
         padding = torch.arange(size, device=self.x.device) % B  # a ragged batch is filled up with its own images
-        self.x.copy_(x.to(self.x.device)[padding])
+        for image, x in zip(self.images, states, strict=False):
+            image.copy_(x.to(image.device)[padding])
         if codes is None:
             return
         for buffer, values in zip(self.codes[:2], codes[:2], strict=True):
@@ -95,7 +100,7 @@ class DeviceEvaluation(OnDevice):
     ) -> tuple[Tensor, Tensor | None]:
         """As :meth:`Networks.evaluate` (new tensors, float32); inside of ``plan.precision()``."""
         self.row.copy_(row)
-        self._load(x, codes)
+        self._load([x], codes)
         if workload not in self.graphs and self.plan.capture_failure is None:
             self._capture(workload)
         self._run(workload)
@@ -111,13 +116,19 @@ class DeviceTrajectory(OnDevice):
     The step reads its row of the tables by that index, moves x in place and advances the index, so one captured step
     serves the whole trajectory; steps that compute different things (with and without G, say) are different graphs.
     Where graphs are off or capture fails the same step runs as it is. x is overwritten by the next call: a call returns
-    a copy.
+    a copy. With ``weights``, those of `samplers.ddim.combine`, x is the first of n states.
     """
 
     def __init__(
-        self, plan: Networks, batch: int, codes: Conditioning | None, steps: Trajectory, clamp: float | None
+        self,
+        plan: Networks,
+        batch: int,
+        codes: Conditioning | None,
+        steps: Trajectory,
+        clamp: float | None,
+        weights: Weights = (),
     ) -> None:
-        super().__init__(plan, batch, codes)
+        super().__init__(plan, batch, codes, len(weights[0]) + 1 if weights else 1)
         self.steps, self.clamp = steps, clamp is not None
         with torch.inference_mode():
             self.index = torch.zeros((), dtype=torch.int64, device=plan.device)
@@ -125,6 +136,7 @@ class DeviceTrajectory(OnDevice):
             self.coefficients = kernels.ddim_coefficients(
                 [step.alpha_bar for step in steps], [step.alpha_bar_next for step in steps]
             ).to(plan.device)
+            self.weights = torch.tensor(weights, dtype=torch.float32, device=plan.device) if weights else None
         workloads = Workloads(plan.reuse)
         has_gradient = codes is not None and plan.gradient is not None
         self.workloads = [workloads(step.t, step.use_gradient and has_gradient) for step in steps]
@@ -133,25 +145,31 @@ class DeviceTrajectory(OnDevice):
     def _step(self, workload: Workload) -> None:
         row = self.rows.index_select(0, self.index[None])
         step = (self.coefficients, self.index, self.clamp)
-        self.x.copy_(self.plan.advance(self.x, row, self.codes, workload, self.kept, *step))
+        # Of DDIM, the only column.
+        self.images[-1].copy_(self.plan.advance(self.x, row, self.codes, workload, self.kept, *step))
+        if self.weights is not None:
+            columns = self.columns.flatten(1)
+            columns[:-1].copy_(self.weights.index_select(0, self.index[None])[0] @ columns)
         self.index.add_(1)
 
     def _reset(self) -> None:
         self.index.zero_()
 
     @torch.inference_mode()
-    def __call__(self, x: Tensor, codes: Conditioning | None, progress: Callable[[], None] | None) -> Tensor:
-        """x float32 [B, C, H, W], B at most ``batch``, after all steps (a new tensor)."""
-        plan, B = self.plan, len(x)
+    def __call__(
+        self, states: Sequence[Tensor], codes: Conditioning | None, progress: Callable[[], None] | None
+    ) -> list[Tensor]:
+        """``states``, float32 [B, C, H, W], B at most ``batch``, after all steps (new tensors)."""
+        plan, B = self.plan, len(states[0])
         with plan.precision():
             if plan.options.graphs and plan.capture_failure is None:
                 # In their order on the trajectory: what a workload takes over, an earlier one has left.
                 for workload in [workload for workload in dict.fromkeys(self.workloads) if workload not in self.graphs]:
-                    self._load(x, codes)
+                    self._load(states, codes)
                     self._capture(workload)
                     if plan.capture_failure:
                         break
-            self._load(x, codes)
+            self._load(states, codes)
             self.index.zero_()
             queued: deque[torch.cuda.Event] = deque()
             for workload in self.workloads:
@@ -160,7 +178,8 @@ class DeviceTrajectory(OnDevice):
                 if progress:
                     self._wait(queued)
                     progress()
-            return self.x[:B].clone(memory_format=torch.contiguous_format)
+            ends = self.images[: len(states), :B]
+            return [x.clone(memory_format=torch.contiguous_format) for x in ends]
 
     def _wait(self, queued: deque[torch.cuda.Event]) -> None:
         if self.x.device.type != "cuda":

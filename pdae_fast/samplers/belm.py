@@ -24,8 +24,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..errors import UserError
-from ..schedule import Trajectory
-from .ddim import Field, Progress, estimate_noise, state
+from ..schedule import Step, Trajectory
+from .ddim import Field, Progress, combine
 from .inversion import invert_implicit
 
 START_ITERATIONS = 2
@@ -53,23 +53,10 @@ def belm(
     (``stop_percent``), u jumps: one DDIM step is taken there.
     """
     _check(decoding)
-    above, first = state(x_T), decoding[0]
-    if companion is not None:
-        x = state(companion)
-    else:
-        x = _ddim(above, estimate_noise(field, above, first, clamp), first.alpha_bar, first.alpha_bar_next)
-        if progress:
-            progress()
-    for before, step in pairwise(decoding):
-        u = estimate_noise(field, x, step, clamp)
-        if step.use_gradient == before.use_gradient:
-            a, b, c = _coefficients(step.alpha_bar_next, step.alpha_bar, before.alpha_bar)
-            above, x = x, a * above + b * x - c * u
-        else:
-            above, x = x, _ddim(x, u, step.alpha_bar, step.alpha_bar_next)
-        if progress:
-            progress()
-    return x
+    # The states are x and the one above it.
+    states, known = ([x_T, x_T], [_ddim(decoding[0])]) if companion is None else ([companion, x_T], [])
+    rows = [*known, *(_down(before, step) for before, step in pairwise(decoding))]
+    return _carry(field, states, decoding[-len(rows) :], rows, clamp, progress)[0]
 
 
 def belm_invert(
@@ -87,14 +74,40 @@ def belm_invert(
     _check(decoding)
     if len({step.use_gradient for step in decoding}) > 1:
         raise UserError("belm inverts a decoding with G in all of its steps or in none")
-    below = state(x0)
-    x = invert_implicit(field, below, decoding[-1:], iterations=START_ITERATIONS, clamp=clamp, progress=progress).x_T
-    for step, after in pairwise(reversed(decoding)):
-        a, b, c = _coefficients(step.alpha_bar_next, step.alpha_bar, after.alpha_bar)
-        below, x = x, (below - b * x + c * estimate_noise(field, x, step, clamp)) / a
-        if progress:
-            progress()
-    return ReversibleLatent(x, below)
+    x = invert_implicit(field, x0, decoding[-1:], iterations=START_ITERATIONS, clamp=clamp, progress=progress).x_T
+    upward = decoding[::-1]
+    rows = [_up(step, after) for step, after in pairwise(upward)]
+    # The states are x and the one below it.
+    return ReversibleLatent(*_carry(field, [x, x0], upward[:-1], rows, clamp, progress))
+
+
+Row = tuple[float, float, float]  # the weights of x, of the state beyond it and of u(x)
+
+
+def _carry(
+    field: Field,
+    states: list[Tensor],
+    steps: Trajectory,
+    rows: list[Row],
+    clamp: float | None,
+    progress: Progress | None,
+) -> list[Tensor]:
+    """``states`` are x and its neighbour, which x becomes when it moves on."""
+    steps = tuple(step._replace(alpha_bar_next=0.0) for step in steps)
+    weights = tuple((row, (1.0, 0.0, 0.0)) for row in rows)
+    return combine(field, states, steps, weights, clamp=clamp, progress=progress)
+
+
+def _down(before: Step, step: Step) -> Row:
+    if step.use_gradient != before.use_gradient:
+        return _ddim(step)
+    a, b, c = _coefficients(step.alpha_bar_next, step.alpha_bar, before.alpha_bar)
+    return b, a, -c
+
+
+def _up(step: Step, after: Step) -> Row:
+    a, b, c = _coefficients(step.alpha_bar_next, step.alpha_bar, after.alpha_bar)
+    return -b / a, 1 / a, c / a
 
 
 def _coefficients(low: float, middle: float, high: float) -> tuple[float, float, float]:
@@ -105,9 +118,9 @@ def _coefficients(low: float, middle: float, high: float) -> tuple[float, float,
     return g * (low / high) ** 0.5, (1 - g) * (low / middle) ** 0.5, (h + g * h_above) * low**0.5
 
 
-def _ddim(x: Tensor, u: Tensor, alpha_bar: float, alpha_bar_next: float) -> Tensor:
-    r = (alpha_bar_next / alpha_bar) ** 0.5
-    return r * x + ((1 - alpha_bar_next) ** 0.5 - r * (1 - alpha_bar) ** 0.5) * u
+def _ddim(step: Step) -> Row:
+    r = (step.alpha_bar_next / step.alpha_bar) ** 0.5
+    return r, 0.0, (1 - step.alpha_bar_next) ** 0.5 - r * (1 - step.alpha_bar) ** 0.5
 
 
 def _check(decoding: Trajectory) -> None:

@@ -9,7 +9,7 @@ PDAE (arXiv 2212.12990).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -19,6 +19,7 @@ from ..schedule import Schedule, Step, Trajectory
 
 Progress = Callable[[], None]
 Noise = Callable[[], Tensor]  # a fresh standard normal of x's shape
+Weights = tuple[tuple[tuple[float, ...], ...], ...]  # [S, n, n + 1], of `combine`
 
 
 class Field(Protocol):
@@ -126,6 +127,42 @@ def integrate(
         if progress:
             progress()
     return x
+
+
+def combine(
+    field: Field,
+    states: Sequence[Tensor],
+    trajectory: Trajectory,
+    weights: Weights,
+    *,
+    clamp: float | None = 1.0,
+    progress: Progress | None = None,
+) -> list[Tensor]:
+    """Carry n ``states`` [B, ...] along a linear method, whose coefficients are all known before it starts.
+
+    A step evaluates ``field`` at the first state. Where DDIM would go from there is the value found: x0_hat where the
+    step's alpha_bar_next is 1, u where it is 0. The next states are sums of the states and this value, by the rows of
+    the step's ``weights``, a matrix [n, n + 1] (a general linear method: Butcher, 1966).
+
+    A field that knows how to run whole trajectories says so by a method ``combine``, as in :func:`integrate`.
+    """
+    own = getattr(field, "combine", None)
+    if own is not None and clamp in (None, 1.0):
+        return own(states, trajectory, weights, clamp, progress)
+    states = [state(x) for x in states]
+    for step, rows in zip(trajectory, weights, strict=True):
+        estimate = estimate_x0 if step.alpha_bar_next else estimate_noise
+        columns = [*states, estimate(field, states[0], step, clamp)]
+        states = [_sum(row, columns) for row in rows]
+        if progress:
+            progress()
+    return states
+
+
+def _sum(row: Sequence[float], columns: list[Tensor]) -> Tensor:
+    pairs = zip(row, columns, strict=True)
+    first, *others = (column if weight == 1 else weight * column for weight, column in pairs if weight)
+    return sum(others, first)
 
 
 def ddim(

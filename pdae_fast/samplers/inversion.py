@@ -19,6 +19,7 @@ step; the second and later ones are extrapolated by Anderson's rule with one pre
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..schedule import Step, Trajectory
-from .ddim import Field, Progress, estimate_noise, state
+from .ddim import Field, Progress, combine, estimate_noise, state
 
 MAX_EXTRAPOLATION = 2.0  # beyond it two residuals in a row were nearly the same, and their difference is rounding
 
@@ -62,13 +63,11 @@ def invert_implicit(
     if not tolerance >= 0:
         raise UserError(f"tolerance must not be negative, not {tolerance}")
     x, residuals, evaluations = state(x0), [], 1
-    last = decoding[-1]
-    u = estimate_noise(field, x, Step(0, last.alpha_bar_next, last.alpha_bar, last.use_gradient), clamp)
+    u = estimate_noise(field, x, _below(decoding), clamp)
     if progress:
         progress()
     for step in reversed(decoding):
-        r = (step.alpha_bar / step.alpha_bar_next) ** 0.5
-        gain = (1 - step.alpha_bar) ** 0.5 - r * (1 - step.alpha_bar_next) ** 0.5
+        r, gain = _move(step)
         solver = _FixedPoint(u)
         for _ in range(iterations):
             solver.add(estimate_noise(field, r * x + gain * solver.u, step, clamp))
@@ -82,6 +81,31 @@ def invert_implicit(
         x = r * x + gain * u
         residuals.append(gain / r * solver.residual)
     return Inversion(x, torch.stack(residuals), evaluations)
+
+
+def invert_once(
+    field: Field, x0: Tensor, decoding: Trajectory, *, clamp: float | None = 1.0, progress: Progress | None = None
+) -> Tensor:
+    """x_T as :func:`invert_implicit` finds it with one iteration a step, which is a linear method: every u is taken at
+    the point to which the u before it leads."""
+    upward = (_below(decoding), *reversed(decoding))
+    moves = [(1.0, 0.0), *(_move(step) for step in reversed(decoding)), (1.0, 0.0)]
+    # The states are that point, which at last is x itself, and x.
+    weights = tuple(((0.0, s * r, s * gain + h), (0.0, r, gain)) for (r, gain), (s, h) in pairwise(moves))
+    steps = tuple(step._replace(alpha_bar_next=0.0) for step in upward)
+    return combine(field, [x0, x0], steps, weights, clamp=clamp, progress=progress)[0]
+
+
+def _below(decoding: Trajectory) -> Step:
+    """Where the decoding ends."""
+    last = decoding[-1]
+    return Step(0, last.alpha_bar_next, last.alpha_bar, last.use_gradient)
+
+
+def _move(step: Step) -> tuple[float, float]:
+    """r and the gain of u, of the fixed point."""
+    r = (step.alpha_bar / step.alpha_bar_next) ** 0.5
+    return r, (1 - step.alpha_bar) ** 0.5 - r * (1 - step.alpha_bar_next) ** 0.5
 
 
 class _FixedPoint:

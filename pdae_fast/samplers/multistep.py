@@ -18,6 +18,7 @@ circulation takes half of the second-derivative term, which makes it a method of
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..schedule import Step, Trajectory
-from .ddim import Field, Progress, estimate_x0, state
+from .ddim import Field, Progress, Weights, combine
 
 
 class Method(NamedTuple):
@@ -41,8 +42,10 @@ FEW_STEPS = 15
 
 
 class _Point(NamedTuple):
+    """A value of x0_hat, as weights [n + 1] of what a step has."""
+
     log_snr: float
-    x0: Tensor
+    x0: np.ndarray
 
 
 def multistep(
@@ -60,26 +63,37 @@ def multistep(
     """
     if len(trajectory) < method.order:
         raise UserError(f"a method of order {method.order} needs at least {method.order} steps, not {len(trajectory)}")
-    x = state(x)
-    known: list[_Point] = []  # latest first
-    start, previous = x, None
+    steps, weights = _weights_of(trajectory, method)
+    return combine(field, [x] * len(weights[0]), steps, weights, clamp=clamp, progress=progress)[0]
+
+
+@functools.lru_cache(maxsize=8)
+def _weights_of(trajectory: Trajectory, method: Method) -> tuple[Trajectory, Weights]:
+    """(steps, weights) for :func:`combine`. The states are x, with a corrector the start of the step that led to it,
+    and the values of x0_hat before, latest first."""
+    before = 1 + method.corrector
+    count = before + method.order - 1 + method.corrector
+    x_predicted, *_, value = basis = np.eye(count + 1)
+    history, weights = basis[before:-1], []
+    known: list[float] = []  # the half log-SNR of the history
+    previous = None
     for i, step in enumerate(trajectory):
-        point = _Point(_log_snr(step.alpha_bar), estimate_x0(field, x, step, clamp))
+        x, point = x_predicted, _Point(_log_snr(step.alpha_bar), value)
+        points = [_Point(*pair) for pair in zip(known, history, strict=False)]
         if previous is not None and step.use_gradient != previous.use_gradient:
-            known = []
+            points = []
         elif previous is not None and method.corrector:
-            x = _advance(start, previous, [point, *known])
-        known = [point, *known][: method.order]
+            x = _advance(basis[1], previous, [point, *points])
+        points = [point, *points][: method.order]
         if len(trajectory) < FEW_STEPS:
-            known = known[: len(trajectory) - i]
-        start, previous = x, step
-        x = _advance(x, step, known)
-        if progress:
-            progress()
-    return x
+            points = points[: len(trajectory) - i]
+        rows = [_advance(x, step, points), *[x] * method.corrector, value, *history]
+        weights.append(tuple(tuple(map(float, row)) for row in rows[:count]))
+        known, previous = [point.log_snr for point in points], step
+    return tuple(step._replace(alpha_bar_next=1.0) for step in trajectory), tuple(weights)
 
 
-def _advance(x: Tensor, step: Step, points: list[_Point]) -> Tensor:
+def _advance(x: np.ndarray, step: Step, points: list[_Point]) -> np.ndarray:
     """x at the end of ``step`` with x0_hat interpolated through ``points``, of which one is the start of the step."""
     h = _log_snr(step.alpha_bar_next) - _log_snr(step.alpha_bar)
     weights = _weights([(point.log_snr - _log_snr(step.alpha_bar)) / h for point in points], h)

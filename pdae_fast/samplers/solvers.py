@@ -13,7 +13,7 @@ from ..schedule import Schedule, Trajectory
 from . import ddim
 from .belm import belm, belm_invert
 from .ddim import Field, Noise, Progress
-from .inversion import invert_implicit
+from .inversion import invert_implicit, invert_once
 from .multistep import Method, multistep
 
 
@@ -67,6 +67,8 @@ class Ddim(Solver):
         """``iterations`` 0: upward as published; from 1 on ``up`` is what decodes, and each of its steps is solved."""
         if not iterations:
             return super().infer(field, x0, up, iterations, progress)
+        if iterations == 1:
+            return invert_once(field, x0, up, progress=progress)
         return invert_implicit(field, x0, up, iterations=iterations, progress=progress).x_T
 
     def decode(self, field, latent, trajectory, *, eta=0.0, noise=None, clamp=1.0, progress=None) -> Tensor:

@@ -1,9 +1,13 @@
 """Launches and bytes of one captured step, held to a budget, so that a change shows; counted on meta tensors."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from bench.budget import Budget, Counting, count, cuda_functions, empty_model
+from bench.budget import META, ON_A_GPU, Budget, Counting, count, cuda_functions, empty_model, meta_plan
+from pdae_fast.samplers import Recipe
+from pdae_fast.schedule import build_schedule
 
 # One DDIM step with G in bfloat16: kernels of this project, convolutions, matrix products and attention, launches in
 # all, and GB that have to move. A step that needs less may tighten its line; one that needs more has to say why.
@@ -29,6 +33,41 @@ def test_a_step_keeps_to_its_budget(model, batch):
     ours = sum(n for kind, n in found.launches.items() if kind.endswith("_kernel"))
     of = found.launches["conv2d"], found.launches["product"]
     assert (ours, *of, found.nodes, round(found.bytes / 1e9, 2)) == BUDGETS[network, batch]
+
+
+# Launches of one step beside those of the networks, stepped from the host. "up" is x_T by one evaluation a step.
+STEPPED = {"ddim": 4, "dpm++2m": 14, "dpm++3m": 16, "unipc2": 23, "unipc3": 27, "belm": 16, "up": 17}
+ON_THE_DEVICE = 7  # of every linear method but DDIM, all of them in the captured step
+
+
+@pytest.mark.parametrize("solver", STEPPED)
+def test_what_solvers_add_keeps_to_its_budget(solver):
+    found = [beside_the_networks(solver, dataclasses.replace(ON_A_GPU, fused_solvers=on)) for on in (False, True)]
+    assert found == [STEPPED[solver], STEPPED[solver] if solver == "ddim" else ON_THE_DEVICE]
+
+
+def test_a_captured_step_of_a_linear_method_holds_all_of_it(model):
+    network, model = model
+    weights = (((0.5,) * 3,) * 2,) * 10
+    assert count(model, 1, weights=weights).nodes == BUDGETS[network, 1][3] + ON_THE_DEVICE - STEPPED["ddim"]
+
+
+def beside_the_networks(solver, options):
+    """Launches of one step more in whole runs: what a run does once is in both."""
+    plan, totals = meta_plan(empty_model("tiny"), options=options), []
+    config, schedule = plan.model.config, build_schedule(plan.model.config.schedule)
+    x, z = torch.empty(1, *plan.model.image_shape, device=META), torch.empty(1, config.latent_dim, device=META)
+    plan.prepare(range(schedule.T))
+    plan.evaluate = lambda x, *_: (torch.empty_like(x, dtype=torch.bfloat16),) * 2
+    for steps in (20, 21):
+        recipe, counting = Recipe(steps=steps, **({} if solver == "up" else {"solver": solver})), Counting()
+        with torch.inference_mode(), cuda_functions(counting.run), counting:
+            if solver == "up":
+                recipe.method.infer(plan.field(z), x, recipe.up(schedule), recipe.iterations)
+            else:
+                recipe.method.decode(plan.field(z), x, recipe.down(schedule))
+        totals.append(counting.budget.nodes)
+    return totals[1] - totals[0]
 
 
 def test_what_is_counted():

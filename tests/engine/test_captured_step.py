@@ -83,6 +83,12 @@ def test_without_usable_triton(options, dtype, codes):
     run(meta_plan(PDAE(CONFIG), dtype, options), "no triton here", codes=codes)
 
 
+@pytest.mark.parametrize("obstacle", [pytest.param(None, marks=needs_triton), "no triton here"])
+def test_a_linear_method(obstacle):
+    """Of four states, at ten steps: what the weights are is nothing to the step."""
+    run(meta_plan(PDAE(CONFIG)), obstacle, weights=(((0.5,) * 5,) * 4,) * 10)
+
+
 @needs_triton
 @pytest.mark.parametrize("spec", ["gradient:2", "trunk:2", "deep:2:2", "window:200-700"])
 def test_with_approximations(spec):

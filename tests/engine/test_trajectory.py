@@ -11,7 +11,8 @@ from pdae_fast.engine import graphs
 from pdae_fast.engine.fused import FusedPlan
 from pdae_fast.engine.options import NEEDS, Rewrites
 from pdae_fast.engine.plan import Plan
-from pdae_fast.samplers import ddim
+from pdae_fast.samplers import Recipe, ddim
+from pdae_fast.samplers.reuse import Reuse
 from pdae_fast.schedule import build_schedule
 
 CPU = torch.device("cpu")
@@ -105,9 +106,77 @@ def test_the_table_of_needs_is_read_from_the_top():
         assert not named & set(list(NEEDS)[place:])
 
 
-def with_graphs(monkeypatch, capture):
+LINEAR = {
+    "default": {},
+    "default, strided": {"spacing": "strided"},
+    "dpm++2m": {"solver": "dpm++2m"},
+    "dpm++3m": {"solver": "dpm++3m"},
+    "unipc2": {"solver": "unipc2"},
+    "unipc3": {"solver": "unipc3", "spacing": "quadratic"},
+    "belm": {"solver": "belm"},
+}
+
+
+def whole(plan):
+    """The trajectories that the plan has run: (states, steps) of each."""
+    return [(len(lent.images) - 1 or 1, len(lent.steps)) for lent in plan._trajectories.values()]
+
+
+@pytest.mark.parametrize("fields", LINEAR.values(), ids=LINEAR)
+def test_linear_methods_are_those_stepped_from_the_host(both, fields):
+    model, host, _ = both
+    plan = FusedPlan(model, CPU, torch.float32, dataclasses.replace(ON_DEVICE, fused_solvers=True))
+    recipe, schedule = Recipe(steps=20, **fields), build_schedule(model.config.schedule)
+    z, x0, ticks = noise(2, model.config.latent_dim, seed=1), images(2), []
+    host.evaluations.clear()
+
+    def run(plan, B):
+        infer, up = recipe.method.infer, recipe.up(schedule)
+        latent = infer(plan.field(z[:B]), x0[:B], up, recipe.iterations, progress=lambda: ticks.append(plan))
+        ends = [
+            recipe.method.decode(plan.field(z[:B]), x_T, recipe.down(schedule, stop))
+            for x_T, stop in ((latent, 0.0), (latent, 0.4), (noise(2, *model.image_shape)[:B], 0.0))
+        ]
+        return [latent, *ends]
+
+    for B in (2, 1):
+        for found, expected in zip(run(plan, B), run(host, B), strict=True):
+            assert found.dtype == torch.float32 and found.is_contiguous() and relative(found, expected) < 1e-4
+    assert plan.evaluations == host.evaluations and ticks.count(plan) == ticks.count(host)
+    states = {"dpm++2m": 2, "dpm++3m": 3, "unipc2": 4, "unipc3": 5, "belm": 2, "ddim": 1}[recipe.solver]
+    expected = {
+        "ddim": [(2, 21), (1, 20), (1, 20)], "belm": [(2, 19), (2, 19), (2, 19), (2, 20)],
+    }.get(recipe.solver, [(1, 20), (states, 20), (states, 20)])  # fmt: skip
+    assert sorted(whole(plan)) == sorted(expected)
+
+
+def test_linear_methods_of_mixtures_priors_and_kept_work(both):
+    model, host, _ = both
+    options, schedule = dataclasses.replace(ON_DEVICE, fused_solvers=True), build_schedule(model.config.schedule)
+    decode, down = Recipe(steps=20, solver="unipc3").method.decode, schedule.decoding(20)
+    x_T, z = noise(2, *model.image_shape), noise(3, 2, model.config.latent_dim, seed=2)
+    weights = torch.tensor([[0.2, 0.5], [0.3, 0.5], [0.5, 0.0]])
+    plan, prior = FusedPlan(model, CPU, torch.float32, options), tiny_prior()
+    alone = [FusedPlan(prior, CPU, torch.float32, options) for options in (options, ON_DEVICE)]
+    keeping = [p.reusing(Reuse.parse("gradient:2")) for p in (plan, host)]
+    for found, expected in (
+        (plan.field(z, weights), host.field(z, weights)), [p.field() for p in alone],
+        [p.field(z[0]) for p in keeping],
+    ):  # fmt: skip
+        assert relative(decode(found, x_T, down), decode(expected, x_T, down)) < 1e-4
+        assert whole(found.plan) == [(5, 20)] and (5, 20) not in whole(expected.plan)
+    # A clamp that the fused update does not know goes step by step.
+    assert relative(*(decode(p.field(z[0]), x_T, down, clamp=0.5) for p in (plan, host))) < 1e-4
+    assert len(whole(plan)) == 1
+    # Other weights along the same steps are another trajectory.
+    other = Recipe(solver="dpm++2m").method.decode
+    assert relative(*(other(p.field(z, weights), x_T, down) for p in (plan, host))) < 1e-4
+    assert sorted(whole(plan)) == [(2, 20), (5, 20)]
+
+
+def with_graphs(monkeypatch, capture, **changes):
     """A plan on the CPU that believes it can capture."""
-    plan = FusedPlan(tiny_pdae(), CPU, torch.float32, ON_DEVICE)
+    plan = FusedPlan(tiny_pdae(), CPU, torch.float32, dataclasses.replace(ON_DEVICE, **changes))
     plan.options = dataclasses.replace(plan.options, graphs=True)
     plan.graph_pool = object()
     monkeypatch.setattr(graphs, "capture", capture)
@@ -124,6 +193,19 @@ def test_one_graph_for_steps_with_and_one_without_gradient(monkeypatch, both):
         assert relative(found, expected[:B]) < 1e-4
     assert captured == [plan.graph_pool] * 2
     assert plan.evaluations == {"trunk": 30, "eps": 30, "gradient": 15}  # warming up does not count
+
+
+@pytest.mark.parametrize("solver", ["dpm++3m", "unipc2", "belm"])
+def test_the_graphs_of_a_linear_method(monkeypatch, both, solver):
+    captured = []
+    plan, schedule = with_graphs(monkeypatch, capture_into(captured), fused_solvers=True)
+    z, x_T = noise(2, plan.model.config.latent_dim, seed=1), noise(2, *plan.model.image_shape)
+    decode, down = Recipe(solver=solver).method.decode, schedule.decoding(6, 0.5)
+    expected = decode(both[1].field(z), x_T, down)
+    for B in (2, 2, 1):  # what warming up left in the states is of no account
+        assert relative(decode(plan.field(z[:B]), x_T[:B], down), expected[:B]) < 1e-4
+    assert captured == [plan.graph_pool] * 2
+    assert plan.evaluations == {"trunk": 30, "eps": 30, "gradient": 15}
 
 
 def test_a_capture_that_fails_is_reported_and_survived(monkeypatch, both):

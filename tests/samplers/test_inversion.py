@@ -10,7 +10,7 @@ from pdae_fast.config import ScheduleConfig
 from pdae_fast.data import open_dataset
 from pdae_fast.data.bundled import SAMPLES
 from pdae_fast.samplers.ddim import ddim_invert, integrate
-from pdae_fast.samplers.inversion import _FixedPoint, invert_implicit
+from pdae_fast.samplers.inversion import _FixedPoint, invert_implicit, invert_once
 from pdae_fast.schedule import build_schedule
 
 SCHEDULE = build_schedule(ScheduleConfig())
@@ -108,6 +108,22 @@ def test_clamped_regions_come_back():
     explicit = ddim_invert(field, x0, SCHEDULE, 20)
     errors = [float((integrate(field, x, trajectory) - x0).norm()) for x in (found.x_T, explicit)]
     assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("spacing", ["uniform", "quadratic", "strided"])
+@pytest.mark.parametrize("clamp", [1.0, None])
+def test_one_evaluation_a_step_is_a_linear_method(spacing, clamp):
+    calls, x0 = [], noise(2, 1, 8, 8).double().clamp(-1, 1)
+
+    def field(x, t, use_gradient):
+        calls.append((t, use_gradient))
+        return x.tanh() - (1.3 * x).sin(), x.cos() if use_gradient else None
+
+    trajectory, ticks = SCHEDULE.decoding(20, 0.4, spacing), []
+    found = invert_once(field, x0, trajectory, clamp=clamp, progress=lambda: ticks.append(1))
+    evaluated, calls[:] = list(calls), []
+    torch.testing.assert_close(found, invert_implicit(field, x0, trajectory, iterations=1, clamp=clamp).x_T)
+    assert evaluated == calls and len(ticks) == len(calls) == 21
 
 
 def test_an_image_that_diverges_keeps_its_best_point_and_disturbs_no_other():

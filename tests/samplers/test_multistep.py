@@ -9,7 +9,7 @@ import torch
 from golden_rule import relative
 from helpers import images, tiny_pdae, tiny_prior
 from pdae_fast import Pipeline, ScheduleConfig, UserError
-from pdae_fast.samplers.ddim import integrate
+from pdae_fast.samplers.ddim import combine, integrate
 from pdae_fast.samplers.multistep import _weights
 from pdae_fast.samplers.noise import ImageNoise
 from pdae_fast.samplers.solvers import SOLVERS, Multistep
@@ -254,6 +254,25 @@ def test_only_ddim_is_left_to_the_device(solver):
     assert field.whole == (solver == "ddim")
     if solver != "ddim":
         torch.testing.assert_close(x, SOLVERS[solver].decode(clamped_field, x_T, SCHEDULE.decoding(5)))
+
+
+class Combining(Deviceside):
+    """And along all linear methods."""
+
+    def combine(self, states, trajectory, weights, clamp, progress):
+        self.whole += 1
+        return combine(clamped_field, states, trajectory, weights, clamp=clamp, progress=progress)
+
+
+@pytest.mark.parametrize("solver", ORDERS)
+def test_a_device_that_combines_is_left_them_all(solver):
+    field, x_T = Combining(), ImageNoise(0, [0], (1, 4, 4))()
+    x = SOLVERS[solver].decode(field, x_T, SCHEDULE.decoding(5))
+    assert field.whole == 1
+    if solver != "ddim":
+        torch.testing.assert_close(x, SOLVERS[solver].decode(clamped_field, x_T, SCHEDULE.decoding(5)))
+    SOLVERS[solver].decode(field, x_T, SCHEDULE.decoding(5), clamp=0.5)
+    assert field.whole == 1  # a clamp that no device knows
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ class Rewrites:
     folded_biases: convolution biases are added where the result is read next; an attention's is part of its residual,
         that of the first convolution one of its weights.
     fused_update: time tables, coefficients and the step index live on the device; the DDIM update is one op.
-    fused_solvers: the same for the multistep solvers, belm, and x_T by one evaluation a step (off until measured).
+    fused_solvers: the same for the multistep solvers, belm, and x_T by one evaluation a step.
     stacked_decoders: two decoders of one structure run as one on twice the images, where both run at every evaluation.
     parallel_decoders: the two decoders, of stacked ones the convolutions, as branches on two streams (CUDA, small
         batches).
@@ -107,7 +107,7 @@ class Rewrites:
         usable = kernels.triton_status()[0]
         names = "kernels split_skips shared_statistics folded_biases shared_products stacked_decoders"
         ops = dict.fromkeys(names.split(), usable)
-        whole = dict.fromkeys(("fused_update", "parallel_decoders", "graphs"), True)
+        whole = dict.fromkeys(("fused_update", "fused_solvers", "parallel_decoders", "graphs"), True)
         return cls(packed_weights=False, phase_upsample=False, **ops, **whole)
 
     def usable_on(self, device: torch.device, dtype: torch.dtype) -> Rewrites:

@@ -184,6 +184,7 @@ def smooth(monkeypatch):
 
 OPTIONS = {"default": None, "framework": Rewrites(), "plain": Rewrites(packed_weights=False), "cuda": ON_DEVICE}
 CODED = dataclasses.replace(ON_DEVICE, float8=True)
+STACKED = dataclasses.replace(ON_DEVICE, shared_products=True, stacked_decoders=True)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -200,15 +201,19 @@ def smooth_codes(x, scale):
     return (x / scale / 50).tanh() * 50
 
 
-@pytest.mark.parametrize("share", [True, False])
-def test_a_plan_by_codes_multiplies_what_the_modules_round(model, scales, monkeypatch, share):
-    """Its norms and convolutions by torch's operators, codes that are no codes but as smooth as above."""
+@pytest.fixture
+def coded(monkeypatch):
+    """Codes that are no codes but as smooth as above; of weights, which are rounded already, what they stand for."""
     monkeypatch.setattr(float8, "rounded", lambda x, scale: smooth_codes(x, scale) * scale)
-    eight = float8.in_float8(model, scales)
-    expected = outputs(Plan(eight, CPU, torch.float32), model)
-    # The weights are rounded already.
     monkeypatch.setattr(kernels, "float8_codes", lambda x, scale: x / scale)
     monkeypatch.setattr(kernels.float8, "float8_codes", smooth_codes)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_plan_by_codes_multiplies_what_the_modules_round(model, scales, monkeypatch, coded, share):
+    """Its norms and convolutions by torch's operators."""
+    eight = float8.in_float8(model, scales)
+    expected = outputs(Plan(eight, CPU, torch.float32), model)
     made = []
     monkeypatch.setattr(float8, "CodedConvolution", lambda *a, cls=float8.CodedConvolution: made.append(a) or cls(*a))
     plan = FusedPlan(eight, CPU, torch.float32, dataclasses.replace(CODED, shared_statistics=share))
@@ -217,6 +222,23 @@ def test_a_plan_by_codes_multiplies_what_the_modules_round(model, scales, monkey
     pooled = sum(b.resample == "down" for b in model.decoder.modules() if isinstance(b, ResBlock))
     assert pooled and len(made) == len(float8.float8_layers(model.decoder)) - pooled
     assert {upsample for _, upsample in made} == {True, False}
+
+
+@pytest.mark.parametrize("by_codes", [False, True], ids=["emulated", "codes"])
+@pytest.mark.parametrize("B", [1, 2])
+def test_stacked_decoders_round_as_each_does(model, scales, coded, by_codes, B):
+    """By its own scales: here those of G are eight times as large."""
+    largest = {name: size * (8 if "shift" in name else 1) for name, size in scales["largest"].items()}
+    eight = float8.in_float8(model, float8.calibration(model, largest))
+    stacked, apart = (
+        FusedPlan(eight, CPU, torch.float32, dataclasses.replace(STACKED, float8=by_codes, stacked_decoders=both))
+        for both in (True, False)
+    )
+    assert stacked.options.stacked_decoders and stacked._stacked is not None and apart._stacked is None
+    expected = outputs(apart, model, B)
+    assert relative(outputs(stacked, model, B), expected) < 1e-5
+    one = outputs(FusedPlan(float8.in_float8(model, scales), CPU, torch.float32, apart.options), model, B)
+    assert relative(one, expected) > 1e-3  # a scale that is another's shows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -68,6 +68,31 @@ def test_norm_kernels_write_codes(launch, image, vector, interpreted, last, path
     check_codes(y, truth, scale, interpreted)
 
 
+@pytest.mark.parametrize("path", ["fused", "split", "given", "cpu"])
+def test_a_norm_of_several_scales(request, image, vector, interpreted, path):
+    """Each for as many images in turn."""
+    from pdae_fast.kernels import channel_stats
+
+    x, weight, bias = image((4, 64, 5, 6), torch.float32, True), vector(64), vector(64)
+    scales = torch.tensor([2.0**-4, 2.0**-6], device=x.device)
+    truth = group_norm_reference(x.double(), weight, bias, 32, 1e-5, None, None, True)
+    if path == "cpu":
+        y = group_norm_float8(x, weight, bias, scales, 32, 1e-5, None, None, True)
+    else:
+        launch = request.getfixturevalue("launch")
+        from pdae_fast.kernels.group_norm_plan import apply_launches, given_statistics, group_norm_launches
+
+        y = torch.empty(x.shape, device=x.device, memory_format=torch.channels_last).fill_(float("nan")).to(CODE)
+        tables = (torch.empty(4, 32, device=x.device) for _ in range(2))
+        arguments = (weight, bias, 32, 1e-5, None, None, True, None, None, y, *tables)
+        if path == "given":
+            launch(apply_launches(x, given_statistics(x, channel_stats(x), None), *arguments, scales))
+        else:
+            launch(group_norm_launches(x, *arguments, path, code_scale=scales))
+    for part, of, scale in zip(y.chunk(2), truth.chunk(2), scales.tolist(), strict=True):
+        check_codes(part, of, scale, interpreted and path != "cpu")
+
+
 SHAPES = {  # batch, channels, height, width, outputs
     "least": (1, 32, 4, 4, 32), "odd": (2, 48, 5, 7, 40), "rest-of-channels": (1, 96, 4, 6, 64),
     "blocks": (2, 32, 10, 9, 160), "one-pixel": (3, 64, 1, 1, 32), "few-outputs": (1, 32, 6, 3, 5),
@@ -119,10 +144,29 @@ def test_conv_kernel(launch, case, error, interpreted, shape, upsample):
 def test_conv_op(case, error, cuda, monkeypatch, shape, upsample, where):
     x, weight, scale = case(shape)
     monkeypatch.setattr(float8, "float8_obstacle", lambda: "none" if "without" in where else None)
-    op = conv_float8 if where == "cpu" else cuda("float8", "conv_float8")
-    y = op(x, weight, scale, torch.float32, upsample)
+    if where != "cpu":
+        monkeypatch.setattr(float8, "_conv_float8", cuda("float8", "conv_float8"))
+    y = conv_float8(x, weight, scale, torch.float32, upsample)
     assert y.dtype is torch.float32 and y.is_contiguous(memory_format=torch.channels_last)
     assert error(y, convolved(x, weight, scale, upsample)) < 1e-6
+
+
+@by_upsample
+@pytest.mark.parametrize("where", ["cpu", "cuda", "cuda without kernels"])
+def test_conv_into_a_half(case, cuda, monkeypatch, upsample, where):
+    x, weight, scale = case(SHAPES["odd"])
+    monkeypatch.setattr(float8, "float8_obstacle", lambda: "none" if "without" in where else None)
+    if where != "cpu":
+        monkeypatch.setattr(float8, "_conv_float8", cuda("float8", "conv_float8"))
+    expected = conv_float8(x, weight, scale, torch.float32, upsample)
+    shape = (2 * len(x), *expected.shape[1:])
+    whole = torch.empty(shape, device=x.device, memory_format=torch.channels_last).fill_(7.0)
+    y = conv_float8(x, weight, scale, torch.float32, upsample, whole[len(x) :])
+    assert y.data_ptr() == whole[len(x)].data_ptr()
+    assert torch.equal(whole[len(x) :], expected) and bool((whole[: len(x)] == 7).all())
+    for wrong in (whole, whole[: len(x)].bfloat16(), whole[: len(x)].contiguous()):
+        with pytest.raises(ValueError, match="out must be torch.float32"):
+            conv_float8(x, weight, scale, torch.float32, upsample, wrong)
 
 
 @pytest.mark.parametrize("where", ["cpu", "cuda", "cuda without kernels"])

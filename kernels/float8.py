@@ -102,8 +102,10 @@ def conv_float8(
     """scale[o] * conv3x3(x), or of nearest2x(x): [B, O, H, W] in ``dtype``, channels-last, padding 1, no bias; in the
     memory ``out`` where that is given.
 
-    x [B, C, H, W] and weight [O, 3, 3, C] are codes, scale float32 [O] those of both together. Sums are float32; tensor
-    cores of compute capability 9.0 keep fewer bits of them. Raises ValueError for another ``out`` than the result.
+    x [B, C, H, W] and weight [O, 3, 3, C] are codes, scale float32 [O] those of both together. Sums are float32, but
+    tensor cores of compute capability 8.9 and 9.0 cut off what they add 13 binary digits below the sum: an error of
+    2^-13 sqrt(9 C) of it at most, 0.4% for 96 channels and in practice a fifth of that, where rounding to codes costs
+    2% to 3%. Raises ValueError for another ``out`` than the result.
     """
     shape = (len(x), len(weight), *(side << upsample for side in x.shape[2:]))
     if out is None:

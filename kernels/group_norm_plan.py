@@ -88,12 +88,14 @@ def _blocks(channels: int, pixels: int, channels_last: bool, tile: int, widest: 
     return {"BLOCK_C": min(widest, power_of_two(channels), max(1, tile // block_s)), "BLOCK_S": block_s}
 
 
-def _elementwise(x: torch.Tensor, channels: int, widest: int = 128) -> tuple[tuple[int, int, int], dict, int]:
+def _elementwise(
+    x: torch.Tensor, channels: int, widest: int = 128, tile: int = ELEMENTWISE_TILE
+) -> tuple[tuple[int, int, int], dict, int]:
     """(grid, blocks, warps) of a pass over [B, channels, H, W]; small tensors take small tiles, to fill the
     chip."""
     batch, pixels = x.shape[0], x.shape[2] * x.shape[3]
     few = batch * channels * pixels < 2 * processors(x.device) * ELEMENTWISE_TILE
-    blocks = _blocks(channels, pixels, is_channels_last(x), 1024 if few else ELEMENTWISE_TILE, min(widest, 128))
+    blocks = _blocks(channels, pixels, is_channels_last(x), 1024 if few else tile, min(widest, 128))
     grid = (cdiv(pixels, blocks["BLOCK_S"]), cdiv(channels, blocks["BLOCK_C"]), batch)
     return grid, blocks, _warps(blocks["BLOCK_C"] * blocks["BLOCK_S"])
 
@@ -207,7 +209,9 @@ def apply_launches(
     pair = _biased_pair(x, x2, x_bias)
     columns = per_group // statistics.part * statistics.splits
     block_m = min(power_of_two(columns), MAX_COLUMNS)
-    grid, blocks, warps = _elementwise(x, channels, max(32, MERGE_TILE // block_m))
+    # Of codes a thread would write 16 at once, and hold what so many channels need: 136 registers.
+    tile = ELEMENTWISE_TILE if code_scale is None else ELEMENTWISE_TILE // 2
+    grid, blocks, warps = _elementwise(x, channels, max(32, MERGE_TILE // block_m), tile)
     table2 = statistics.table if statistics.table2 is None else statistics.table2
     arguments = {
         **pair, "stats1": statistics.table, "stats2": table2, "splits": statistics.splits, "chunk": statistics.chunk,

@@ -111,8 +111,8 @@ for dtype in (torch.float32, torch.bfloat16):
             (launch,) = add_projected_launches(h, x, x2, empty(2, 2 * c, c, dtype=dtype), bias, h, table, splits)
             for arch in aot.ARCHITECTURES:
                 usage = aot.compile_launch(launch, arch)
-                # A thread has at most 255 registers; three tiles of both operands are in flight.
-                print(arch, dtype, launch.constants, usage, usage.excess(aot.Budget(255, 99 << 10)) or "fits")
+                excess = usage.excess(aot.BUDGETS["add_projected_kernel"])
+                print(arch, dtype, launch.constants, usage, excess or "fits")
 """
 
 

@@ -208,6 +208,15 @@ def test_conv_into_a_half(case, cuda, monkeypatch, upsample, where):
             conv_float8(x, weight, scale, torch.float32, upsample, wrong)
 
 
+def test_conv_of_unaligned_rows(case, error, cuda, monkeypatch):
+    """The kernel would spill: no layer of a network whose norms have 32 groups asks for it."""
+    x, weight, scale = case((1, 40, 5, 4, 32))
+    monkeypatch.setattr(float8, "float8_obstacle", lambda: None)
+    monkeypatch.setattr(float8, "_conv_float8", cuda("float8", "conv_float8"))
+    monkeypatch.setattr(float8, "run", lambda launches: pytest.fail("launched"))
+    assert error(conv_float8(x, weight, scale, torch.float32), convolved(x, weight, scale, False)) < 1e-6
+
+
 @pytest.mark.parametrize("where", ["cpu", "cuda", "cuda without kernels"])
 @pytest.mark.parametrize("given", [False, True], ids=["", "given"])
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels-last"])
@@ -250,9 +259,7 @@ for arch in (89, 90, 100):
     for launch in launches:
         name = launch.kernel.fn.__name__
         usage = aot.compile_launch(launch, arch)
-        # A thread has at most 255 registers; three tiles of both operands are in flight.
-        budget = aot.BUDGETS.get(name, aot.Budget(255, 56 << 10))
-        print(arch, name, usage, usage.excess(budget) or "fits")
+        print(arch, name, usage, usage.excess(aot.BUDGETS[name]) or "fits")
 """
 
 

@@ -127,8 +127,8 @@ _conv_float8 = _torch_conv_float8
 
 
 def _conv_float8_cuda(x, weight, scale, y, upsample):
-    # Pixels of all images, and the weights, are counted in 32 bits. Rows that do not begin at a multiple of 16 bytes are
-    # read code by code, by more addresses than registers.
+    # Pixels of all images, and the weights, are counted in 32 bits. Rows that begin at no multiple of 16 bytes are read
+    # code by code, by more addresses than registers.
     large = max(y.numel() // len(weight), weight.numel()) > MAX_IMAGE_ELEMENTS
     if large or x.shape[1] % 16 or fallback_reason(y) or float8_obstacle():
         return _torch_conv_float8(x, weight, scale, y, upsample)

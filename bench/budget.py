@@ -14,6 +14,7 @@ import dataclasses
 import importlib
 from collections import Counter
 from collections.abc import Iterator
+from typing import TypeVar
 from unittest import mock
 
 import torch
@@ -28,10 +29,12 @@ from pdae_fast.engine.fused import FusedPlan
 from pdae_fast.engine.networks import Conditioning
 from pdae_fast.engine.trajectory import DeviceTrajectory
 from pdae_fast.kernels._launch import Launch
+from pdae_fast.models import Autoencoder, Prior, unet_of
 from pdae_fast.schedule import build_schedule
 
 from .networks import CONFIGS
 
+M = TypeVar("M", bound=Autoencoder | Prior)
 META = torch.device("meta")
 # cuDNN's convolution into memory that it is given, which PyTorch does not know how to run without values.
 OF_META = torch.library.Library("aten", "IMPL", "Meta")
@@ -166,9 +169,9 @@ def empty_model(network: str, fp8: bool = False) -> PDAE:
     return rounding(model) if fp8 else model
 
 
-def rounding(model: PDAE) -> PDAE:
+def rounding(model: M) -> M:
     """``model`` itself, with layers that round to fp8, by no scales of its own."""
-    float8.round_layers(model.decoder, dict.fromkeys(float8.float8_layers(model.decoder), 1.0))
+    float8.round_layers(unet_of(model), dict.fromkeys(float8.float8_layers(unet_of(model)), 1.0))
     return model
 
 

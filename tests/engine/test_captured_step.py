@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench.budget import META, ON_A_GPU, cuda_functions, meta_plan, meta_trajectory, rounding
 from helpers import TINY, TINY_UNET, tiny_pdae, tiny_prior
-from pdae_fast import PDAE, PDAEConfig
+from pdae_fast import PDAE, DiffAE, DiffAEConfig, PDAEConfig
 from pdae_fast.samplers.reuse import Reuse
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -103,6 +103,14 @@ def test_in_fp8(dtype, codes, by_codes):
 def test_in_fp8_without_usable_triton(by_codes):
     options = dataclasses.replace(ON_A_GPU, float8=by_codes)
     run(meta_plan(rounding(PDAE(CONFIG)), torch.bfloat16, options), "no triton here")
+
+
+@needs_triton
+@pytest.mark.parametrize("fp8", [False, True], ids=["", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_diffae(dtype, fp8):
+    model = DiffAE(DiffAEConfig(32, 8, dataclasses.replace(CONFIG.unet, time_channel=32), (1, 2)))
+    run(meta_plan(rounding(model) if fp8 else model, dtype, dataclasses.replace(ON_A_GPU, float8=fp8)), None)
 
 
 @needs_triton

@@ -13,15 +13,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from golden_rule import relative
-from helpers import ON_DEVICE, TINY, images, tiny_pdae, tiny_prior
-from pdae_fast import PDAEConfig, Pipeline, UNetConfig, kernels
+from golden_rule import fill, relative
+from helpers import ON_DEVICE, TINY, images, noise, tiny_pdae, tiny_prior
+from pdae_fast import DiffAE, DiffAEConfig, PDAEConfig, Pipeline, UNetConfig, kernels
 from pdae_fast.engine import build_plan, float8
 from pdae_fast.engine.convolution import WinogradConvolution
 from pdae_fast.engine.fused import FusedPlan
 from pdae_fast.engine.options import Rewrites
 from pdae_fast.engine.plan import Plan
 from pdae_fast.errors import UserError
+from pdae_fast.experiments.calibrate import calibrate
+from pdae_fast.models import unet_of
 from pdae_fast.models.layers import ResBlock
 
 CPU = torch.device("cpu")
@@ -155,7 +157,7 @@ def test_which_layers(model):
 def independent(model, largest):
     """float64 modules whose weights are rounded, and whose maps are by hooks."""
     model = copy.deepcopy(model).double().eval()
-    for name, layer in float8.float8_layers(model.decoder).items():
+    for name, layer in float8.float8_layers(unet_of(model)).items():
         layer.weight.data = torch.stack([rounded64(w, float(w.abs().max())) for w in layer.weight.detach()])
         layer.register_forward_pre_hook(lambda _, arguments, top=largest[name]: (rounded64(arguments[0], top),))
     return model
@@ -174,6 +176,27 @@ def test_a_step_is_one_of_rounded_values(model, scales):
     found = torch.cat(plan.field(z.double())(x.double(), 400, True))
     exact = outputs(Plan(model, CPU, torch.float64), model)
     assert relative(found, expected) < 1e-5 < 1e-3 < relative(found, exact) < 0.1
+
+
+@pytest.fixture(scope="module")
+def diffae():
+    unet = UNetConfig(
+        input_channel=1, base_channel=32, channel_multiplier=(1, 2), num_residual_blocks_of_a_block=1,
+        attention_resolutions=(2,), time_channel=32,
+    )  # fmt: skip
+    model = fill(DiffAE(DiffAEConfig(32, 8, unet, (1, 2))))
+    pipe = Pipeline(model, device="cpu", dtype="float32", plan="eager", steps=2)
+    return model, float8.calibration(model, calibrate(pipe, images(2), range(2)))
+
+
+def test_a_step_of_a_diffae_is_one_of_rounded_values(diffae):
+    """Calibrated as the command does it."""
+    model, scales = diffae
+    x, z, t = noise(2, 1, 32, 32).double(), noise(2, 8, seed=1).double(), torch.full((2,), 400)
+    with torch.no_grad():
+        expected, exact = independent(model, scales["largest"])(x, t, z), copy.deepcopy(model).double()(x, t, z)
+    found, gradient = build_plan(model, CPU, torch.float64, "eager", fp8=scales).field(z)(x, 400, True)
+    assert gradient is None and relative(found, expected) < 1e-5 < 1e-3 < relative(found, exact) < 0.1
 
 
 @pytest.fixture
@@ -222,6 +245,20 @@ def test_a_plan_by_codes_multiplies_what_the_modules_round(model, scales, monkey
     pooled = sum(b.resample == "down" for b in model.decoder.modules() if isinstance(b, ResBlock))
     assert pooled and len(made) == len(float8.float8_layers(model.decoder)) - pooled
     assert {upsample for _, upsample in made} == {True, False}
+
+
+@pytest.mark.parametrize("options", [ON_DEVICE, CODED, None], ids=["emulated", "codes", "default"])
+def test_the_fused_plan_of_a_diffae_rounds_what_the_modules_round(diffae, coded, options):
+    model, scales = diffae
+    eight, x, z = float8.in_float8(model, scales), noise(2, 1, 32, 32), noise(2, 8, seed=1)
+    expected, found, exact = (
+        plan.field(z)(x, 400, True)[0]
+        for plan in (
+            Plan(eight, CPU, torch.float32), FusedPlan(eight, CPU, torch.float32, options),
+            Plan(model, CPU, torch.float32),
+        )
+    )  # fmt: skip
+    assert relative(found, expected) < 1e-4 < 1e-3 < relative(found, exact)
 
 
 @pytest.mark.parametrize("by_codes", [False, True], ids=["emulated", "codes"])

@@ -45,9 +45,7 @@ def truth_of(h, x, x2, weight, bias):
 @by_shape
 @pytest.mark.parametrize("with_stats", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_kernel(given, launch, poisoned, error, assert_no_worse, interpreted, shape, dtype, with_stats):
-    if interpreted and dtype is torch.bfloat16:
-        pytest.skip("Triton's interpreter multiplies the bits of bfloat16 as integers")
+def test_kernel(given, launch, poisoned, error, assert_no_worse, shape, dtype, with_stats):
     from pdae_fast.kernels.add_projected_triton import add_projected_launches
 
     arguments = given(shape, dtype)

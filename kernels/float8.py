@@ -75,6 +75,7 @@ def _torch_group_norm_float8(x, weight, bias, code_scale, rest, stats, stats2):
     return float8_codes(group_norm_apply(x, stats, weight, bias, *rest, stats2, x_bias), code_scale)
 
 
+# By the names of the other ops, which are registered: these are for inference alone.
 _group_norm_float8 = _torch_group_norm_float8
 
 
@@ -104,8 +105,8 @@ def conv_float8(
 
     x [B, C, H, W] and weight [O, 3, 3, C] are codes, scale float32 [O] those of both together. Sums are float32, but
     tensor cores of compute capability 8.9 and 9.0 cut off what they add 13 binary digits below the sum: an error of
-    2^-13 sqrt(9 C) of it at most, 0.4% for 96 channels and in practice a fifth of that, where rounding to codes costs
-    2% to 3%. Raises ValueError for another ``out`` than the result.
+    2^-13 sqrt(9 C) of it at most, 0.4% for 96 channels and simulated a fifth of that, where rounding to codes costs a
+    few percent. Raises ValueError for another ``out`` than the result.
     """
     shape = (len(x), len(weight), *(side << upsample for side in x.shape[2:]))
     if out is None:

@@ -14,6 +14,7 @@ import dataclasses
 import importlib
 from collections import Counter
 from collections.abc import Iterator
+from typing import TypeVar
 from unittest import mock
 
 import torch
@@ -22,17 +23,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pdae_fast import PDAE, presets
-from pdae_fast.engine import Rewrites
+from pdae_fast.engine import Rewrites, float8
 from pdae_fast.engine import plan as plans
 from pdae_fast.engine.fused import FusedPlan
 from pdae_fast.engine.networks import Conditioning
 from pdae_fast.engine.trajectory import DeviceTrajectory
 from pdae_fast.kernels._launch import Launch
+from pdae_fast.models import Autoencoder, Prior, unet_of
 from pdae_fast.samplers.ddim import Weights
 from pdae_fast.schedule import build_schedule
 
 from .networks import CONFIGS
 
+M = TypeVar("M", bound=Autoencoder | Prior)
 META = torch.device("meta")
 # cuDNN's convolution into memory that it is given, which PyTorch does not know how to run without values.
 OF_META = torch.library.Library("aten", "IMPL", "Meta")
@@ -47,6 +50,7 @@ OPS = {
     "convolution": ("convolution_into",),
     "add_upsample": ("add_upsample", "upsample_add", "residual_add", "add_with_stats"),
     "ddim_update": ("ddim_update",),
+    "float8": ("conv_float8", "group_norm_float8"),
     "group_norm": ("group_norm", "channel_stats", "group_norm_apply", "partial_stats"),
 }
 
@@ -58,7 +62,8 @@ def cuda_functions(run, obstacle: str | None = None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, ops in OPS.items():
             module = importlib.import_module(f"pdae_fast.kernels.{name}")
-            found = {"run": run, "fallback_reason": lambda *_: obstacle, "_has_cudnn": lambda: obstacle is None}
+            found = {"run": run, "_has_cudnn": lambda: obstacle is None}
+            found |= dict.fromkeys(("fallback_reason", "float8_obstacle"), lambda *_: obstacle)
             for function in found.keys() & vars(module).keys():
                 stack.enter_context(mock.patch.object(module, function, found[function]))
             for op in ops:
@@ -159,22 +164,31 @@ def count(model: PDAE, batch: int, options: Rewrites = ON_A_GPU, weights: Weight
     return counting.budget
 
 
-def empty_model(network: str) -> PDAE:
-    """The preset, bundled or tiny test ``network`` without values."""
+def empty_model(network: str, fp8: bool = False) -> PDAE:
+    """The preset, bundled or tiny test ``network`` without values; with ``fp8`` its layers round."""
     config = CONFIGS.get(network) or presets.get(network)
     config = config or PDAE.from_pretrained(network).config
     with META:
-        return PDAE(config)
+        model = PDAE(config)
+    return rounding(model) if fp8 else model
+
+
+def rounding(model: M) -> M:
+    """``model`` itself, with layers that round to fp8, by no scales of its own."""
+    float8.round_layers(unet_of(model), dict.fromkeys(float8.float8_layers(unet_of(model)), 1.0))
+    return model
 
 
 def main() -> None:
     p = argparse.ArgumentParser(prog="python -m bench.budget", description=__doc__.splitlines()[0])
     p.add_argument("--networks", nargs="+", default=["celeba64", "ffhq128"])
     p.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
+    p.add_argument("--fp8", choices=["emulated", "codes"], help="with layers that round, or that multiply codes")
     args = p.parse_args()
+    options = dataclasses.replace(ON_A_GPU, float8=args.fp8 == "codes")
     for network in args.networks:
         for batch in args.batches:
-            budget = count(empty_model(network), batch)
+            budget = count(empty_model(network, args.fp8 is not None), batch, options)
             print(f"{network} batch {batch}: {budget.nodes} launches, {budget.bytes / 1e9:.2f} GB")
             for kind, launches in budget.launches.most_common():
                 print(f"    {kind:28} {launches:5} {budget.moved[kind] / 1e9:8.3f} GB")

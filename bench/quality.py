@@ -19,7 +19,7 @@ from .contenders import relative
 
 MODEL = "fashion32"
 # Recipes that precision is measured with, and on how many images.
-RECIPES, IMAGES = ("published", "fast", "balanced", "exact", "reversible"), 64
+RECIPES, IMAGES = ("published", "fast", "balanced", "exact", "reversible", "diffae"), 64
 # Of a recipe's SSIM and MSE in bfloat16, inferred x_T, where nothing amplifies rounding.
 RECIPE_SSIM_BOUND, RECIPE_MSE_BOUND = 0.001, 0.1
 # The bounds that are held: a low precision against float32 of the same plan (the images have a spread of their own,

@@ -21,7 +21,7 @@ from .attention import attention_fits, attention_native, attention_status
 from .buffers import Buffers, empty_map
 from .convolution import convolution_into
 from .ddim_update import ddim_coefficients, ddim_update, ddim_update_reference
-from .float8 import conv_float8, float8_codes, float8_obstacle, group_norm_float8
+from .float8 import conv_float8, float8_codes, float8_obstacle, group_norm_float8, image_scales
 from .group_norm import channel_stats, group_norm, group_norm_apply, partial_stats, stats_splits
 from .group_norm_native import NATIVE_DTYPES, group_norm_native, native_fits, native_status
 from .group_norm_torch import group_norm_reference
@@ -62,6 +62,7 @@ __all__ = [
     "group_norm_float8",
     "group_norm_native",
     "group_norm_reference",
+    "image_scales",
     "native_fits",
     "native_status",
     "partial_stats",

@@ -23,12 +23,13 @@ from dataclasses import dataclass
 import torch
 
 from ._launch import Launch
+from .float8 import CODE, MIN_CAPABILITY
 
 ARCHITECTURES = (80, 89, 90, 100)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 POINTER = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
-    torch.float8_e4m3fn: "*fp8e4nv",
+    CODE: "*fp8e4nv",
 }  # fmt: skip
 
 
@@ -43,7 +44,8 @@ class Budget:
 # A multiprocessor holds 65536 registers and these kernels run at most 256 threads, so 64 registers let four
 # programs share one, 80 three and 128 two: enough to hide memory latency behind each other. Shared memory is
 # the scratch of reductions across warps, and 0 where there are none: more would mean that the compiler moves
-# data between layouts. Of add_stats_kernel Triton 3.9 takes 1024 at most, Triton 3.6 takes 4096.
+# data between layouts. Of add_stats_kernel Triton 3.9 takes 1024 at most, Triton 3.6 takes 4096. Products keep their
+# sums in registers, of which a thread has 255, and three tiles of both operands in flight, or a float32 tile of sums.
 BUDGETS = {
     "fused_kernel": Budget(128, 2048),
     "stats_kernel": Budget(80, 1024),
@@ -55,6 +57,8 @@ BUDGETS = {
     "upsample_kernel": Budget(40, 0),
     "residual_kernel": Budget(48, 0),
     "add_stats_kernel": Budget(80, 4096),
+    "add_projected_kernel": Budget(255, 99 << 10),
+    "conv_float8_kernel": Budget(255, 64 << 10),
 }
 
 
@@ -78,6 +82,12 @@ class Usage:
         return [f"{value} {name} > {limit}" for name, value, limit in limits if value > limit]
 
 
+def runs_on(launch: Launch, architecture: int) -> bool:
+    """Whether this capability has the dtypes of the launch: codes of fp8 from 8.9 on."""
+    codes = any(isinstance(v, torch.Tensor) and v.dtype == CODE for v in launch.arguments.values())
+    return not codes or divmod(architecture, 10) >= MIN_CAPABILITY
+
+
 def cases(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
     """(what, launch) for every kernel on the shapes that ask most of it, in both layouts, with every option
     on."""
@@ -88,8 +98,10 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
 
 def _calls(dtype: torch.dtype) -> Iterator[tuple]:
     """(what, launch, ...) a call."""
+    from .add_projected_triton import add_projected_launches
     from .add_upsample_triton import add_stats_launches, residual_launches, upsample_launches
     from .ddim_update_triton import ddim_launches
+    from .float8_triton import conv_float8_launches
     from .group_norm_plan import (
         apply_launches,
         channel_stats_launches,
@@ -106,13 +118,14 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple]:
     def table(*shape):
         return torch.empty(shape, dtype=torch.float32, device="meta")
 
-    def norm(batch, c1, c2, size, channels_last, path, bias=True):
+    def norm(batch, c1, c2, size, channels_last, path, bias=True, codes=False):
         x, x2 = image(batch, c1, size, channels_last), image(batch, c2, size, channels_last) if c2 else None
         channels = c1 + c2
         affine = table(batch, channels)
         return group_norm_launches(
             x, table(channels), table(channels), 32, 1e-5, affine, affine, True, x2, table(c1) if bias else None,
-            image(batch, channels, size, channels_last), table(batch, 32), table(batch, 32), path,
+            image(batch, channels, size, channels_last, CODE if codes else dtype), table(batch, 32), table(batch, 32),
+            path, table(2) if codes else None,
         )  # fmt: skip
 
     for layout, last in (("NCHW", False), ("channels-last", True)):
@@ -161,6 +174,22 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple]:
     odd = image(1, 75, 15, True)
     yield "odd sizes, sum and statistics", *add_stats_launches(odd, odd, table(75), odd, table(1, 75, 3, 2))
     yield "channels", *channel_stats_launches(image(1, 128, 128, True), table(128), table(1, 128, 2))
+    for size, batch, side, c, splits in (("small", 2, 8, 512, 1), ("large", 128, 64, 128, 4), ("odd", 2, 15, 96, 1)):
+        h, x2 = image(batch, c, side, True), image(batch // 2, c, side, True)
+        weight = torch.empty(2, 2 * c, c, dtype=dtype, device="meta")
+        given, partial = (h, h, x2, weight, table(2, c), h), table(batch, c, splits, 2)
+        yield f"{size} map, sum and product", *add_projected_launches(*given, None, splits)
+        yield f"{size} map, sum, product, statistics", *add_projected_launches(*given, partial, splits)
+    for what, batch, side, given, c, outputs in (
+        ("small map of codes", 2, 8, 8, 512, 512),
+        ("large map of codes", 64, 64, 64, 128, 128),
+        ("odd map of codes", 1, 15, 15, 48, 75),
+        ("upsampled codes", 64, 64, 32, 128, 128),
+    ):
+        x, weight = image(batch, c, given, True, CODE), torch.empty(outputs, 3, 3, c, dtype=CODE, device="meta")
+        yield what, *conv_float8_launches(x, weight, table(outputs), image(batch, outputs, side, True))
+    yield "to codes, in registers", *norm(2, 256, 256, 16, True, "fused", codes=True)
+    yield "to codes, two passes", norm(64, 128, 128, 64, True, "split", codes=True)[-1]
     # One pixel and one channel a group: the arguments equal to 1, which Triton compiles in as constants.
     yield "one pixel", *norm(1, 32, 0, 1, False, "fused")
     yield "one pixel, two passes", *norm(1, 32, 0, 1, False, "split")
@@ -235,6 +264,8 @@ def check(architectures=ARCHITECTURES, dtypes=tuple(DTYPES), kernels=tuple(BUDGE
             if kernel not in kernels:
                 continue
             for architecture in architectures:
+                if not runs_on(launch, architecture):
+                    continue
                 row = f"{kernel:22} {case:38} {dtype:9} {'sm_' + str(architecture):>6}"
                 try:
                     usage = compile_launch(launch, architecture)

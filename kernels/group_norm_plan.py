@@ -64,6 +64,14 @@ def _outer(x: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | No
     return {"scale": scale, "shift": shift, "scale_stride": scale.stride(0), "shift_stride": shift.stride(0)}
 
 
+def _codes(code_scale: torch.Tensor | float | None, y: torch.Tensor, unread: torch.Tensor) -> dict:
+    """Kernel arguments of the scales of fp8 codes: a number, or float32 [S] for equal shares of the images in turn."""
+    if code_scale is None:
+        return {"code_scale": unread, "code_share": 1}
+    scales = torch.as_tensor(code_scale, dtype=torch.float32, device=y.device).reshape(-1)
+    return {"code_scale": scales, "code_share": len(y) // len(scales)}
+
+
 def _warps(tile: int) -> int:
     """Eight elements a thread (one 16-byte access in half precision), more from tiles of 2048 on."""
     return max(1, min(8, tile // 256))
@@ -80,12 +88,14 @@ def _blocks(channels: int, pixels: int, channels_last: bool, tile: int, widest: 
     return {"BLOCK_C": min(widest, power_of_two(channels), max(1, tile // block_s)), "BLOCK_S": block_s}
 
 
-def _elementwise(x: torch.Tensor, channels: int, widest: int = 128) -> tuple[tuple[int, int, int], dict, int]:
+def _elementwise(
+    x: torch.Tensor, channels: int, widest: int = 128, tile: int = ELEMENTWISE_TILE
+) -> tuple[tuple[int, int, int], dict, int]:
     """(grid, blocks, warps) of a pass over [B, channels, H, W]; small tensors take small tiles, to fill the
     chip."""
     batch, pixels = x.shape[0], x.shape[2] * x.shape[3]
     few = batch * channels * pixels < 2 * processors(x.device) * ELEMENTWISE_TILE
-    blocks = _blocks(channels, pixels, is_channels_last(x), 1024 if few else ELEMENTWISE_TILE, min(widest, 128))
+    blocks = _blocks(channels, pixels, is_channels_last(x), 1024 if few else tile, min(widest, 128))
     grid = (cdiv(pixels, blocks["BLOCK_S"]), cdiv(channels, blocks["BLOCK_C"]), batch)
     return grid, blocks, _warps(blocks["BLOCK_C"] * blocks["BLOCK_S"])
 
@@ -191,20 +201,22 @@ def given_statistics(x: torch.Tensor, stats: torch.Tensor, stats2: torch.Tensor 
 
 
 def apply_launches(
-    x, statistics: Statistics, weight, bias, groups, eps, scale, shift, silu, x2, x_bias, y, mean, rstd, code_scale=1.0
+    x, statistics: Statistics, weight, bias, groups, eps, scale, shift, silu, x2, x_bias, y, mean, rstd, code_scale=None
 ) -> list[Launch]:
-    """Write y, mean and rstd from given statistics; y as codes of fp8 where that is its dtype (`_stored`)."""
+    """Write y, mean and rstd from given statistics; y as codes of fp8, by `code_scale`, where that is its dtype."""
     channels = y.shape[1]
     per_group = channels // groups
     pair = _biased_pair(x, x2, x_bias)
     columns = per_group // statistics.part * statistics.splits
     block_m = min(power_of_two(columns), MAX_COLUMNS)
-    grid, blocks, warps = _elementwise(x, channels, max(32, MERGE_TILE // block_m))
+    # Of codes a thread would write 16 at once, and hold what so many channels need: 136 registers.
+    tile = ELEMENTWISE_TILE if code_scale is None else ELEMENTWISE_TILE // 2
+    grid, blocks, warps = _elementwise(x, channels, max(32, MERGE_TILE // block_m), tile)
     table2 = statistics.table if statistics.table2 is None else statistics.table2
     arguments = {
         **pair, "stats1": statistics.table, "stats2": table2, "splits": statistics.splits, "chunk": statistics.chunk,
-        **_inner(x, weight, bias), **_outer(x, scale, shift),
-        "y": y, "mean_out": mean, "rstd_out": rstd, "eps": eps, "inverse": 1 / code_scale,
+        **_inner(x, weight, bias), **_outer(x, scale, shift), **_codes(code_scale, y, weight),
+        "y": y, "mean_out": mean, "rstd_out": rstd, "eps": eps,
     }  # fmt: skip
     constants = {
         "GROUP_CHANNELS": per_group, "PART": statistics.part, "SILU": silu, "HAS_AFFINE": scale is not None,
@@ -229,7 +241,7 @@ def _choose_path(x: torch.Tensor, groups: int, per_group: int) -> str:
 
 def group_norm_launches(
     x, weight, bias, groups, eps, scale, shift, silu, x2, x_bias, y, mean, rstd, path: str | None = None,
-    code_scale: float = 1.0,
+    code_scale: torch.Tensor | float | None = None,
 ) -> list[Launch]:  # fmt: skip
     """Write y [B, C1 + C2, H, W] and mean, rstd [B, groups]; `path`, "fused" or "split", overrides the
     choice. y is as of `apply_launches`."""
@@ -247,8 +259,8 @@ def group_norm_launches(
     pair = _biased_pair(x, x2, x_bias)
     block_s = min(power_of_two(pair["pixels"]), GROUP_TILE // block_c)
     arguments = {
-        **pair, **_inner(x, weight, bias), **_outer(x, scale, shift),
-        "y": y, "mean_out": mean, "rstd_out": rstd, "eps": eps, "inverse": 1 / code_scale,
+        **pair, **_inner(x, weight, bias), **_outer(x, scale, shift), **_codes(code_scale, y, weight),
+        "y": y, "mean_out": mean, "rstd_out": rstd, "eps": eps,
     }  # fmt: skip
     constants = {
         "GROUP_CHANNELS": per_group, "SILU": silu, "HAS_AFFINE": scale is not None,

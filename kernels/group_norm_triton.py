@@ -157,6 +157,16 @@ def _silu(y):
 
 
 @triton.jit
+def _inverse(code_scale, y, image, code_share):
+    """1 / the scale of the image's codes of fp8, of which every one is that of `code_share` images; 1 where y holds no
+    codes."""
+    if y.dtype.element_ty == tl.float8e4nv:
+        return 1.0 / tl.load(code_scale + image // code_share)
+    else:
+        return 1.0
+
+
+@triton.jit
 def _stored(out, y, inverse):
     """What is written to y; where y holds codes of fp8, out * inverse rounded to one, of at most 448."""
     if y.dtype.element_ty == tl.float8e4nv:
@@ -166,8 +176,8 @@ def _stored(out, y, inverse):
 
 @triton.jit
 def fused_kernel(
-    x1, x2, x_bias, weight, bias, scale, shift, y, mean_out, rstd_out,
-    c1, c2, pixels, images2, bias_share, bias_stride, share, weight_stride, scale_stride, shift_stride, eps, inverse,
+    x1, x2, x_bias, weight, bias, scale, shift, y, mean_out, rstd_out, code_scale,
+    c1, c2, pixels, images2, bias_share, bias_stride, share, weight_stride, scale_stride, shift_stride, code_share, eps,
     GROUP_CHANNELS: tl.constexpr, SILU: tl.constexpr, HAS_AFFINE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_X2: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, STEPS: tl.constexpr,
@@ -216,6 +226,7 @@ def fused_kernel(
         offset = mean
     channels = c1 + c2
     base = y + image * channels * pixels
+    inverse = _inverse(code_scale, y, image, code_share)
     for step in range(STEPS):
         pixel = step * BLOCK_S + lane_s
         valid = real[:, None] & (pixel < pixels)[None, :]
@@ -332,9 +343,9 @@ def _group_column(
 
 @triton.jit
 def apply_kernel(
-    x1, x2, x_bias, stats1, stats2, weight, bias, scale, shift, y, mean_out, rstd_out,
+    x1, x2, x_bias, stats1, stats2, weight, bias, scale, shift, y, mean_out, rstd_out, code_scale,
     c1, c2, pixels, images2, bias_share, bias_stride, splits, chunk, share, weight_stride, scale_stride, shift_stride,
-    eps, inverse,
+    code_share, eps,
     GROUP_CHANNELS: tl.constexpr, PART: tl.constexpr, SILU: tl.constexpr, HAS_AFFINE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_X2: tl.constexpr, HAS_STATS2: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, MERGES: tl.constexpr,
@@ -418,4 +429,4 @@ def apply_kernel(
     if SILU:
         out = _silu(out)
     address = y + image * channels * pixels + _offset(channel, pixel, channels, pixels, CHANNELS_LAST)
-    tl.store(address, _stored(out, y, inverse), valid)
+    tl.store(address, _stored(out, y, _inverse(code_scale, y, image, code_share)), valid)

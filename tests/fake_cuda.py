@@ -1,8 +1,9 @@
 """What PyTorch's CUDA runtime does about devices, streams, captures and the memory of graphs, without a GPU.
 
 Streams and graphs are objects that remember; ``torch.cuda.graph`` itself is PyTorch's own. As strict as the real one
-where that is unforgiving: a capture that was broken cannot be ended, and leaves its stream current and its memory
-lent; streams come from a few in turn; devices without an index are refused where they are.
+where that is unforgiving: a capture that was broken cannot be ended, and leaves its stream current, its memory lent
+and the default generator in it (as in PyTorch 2.11); streams come from a few in turn; devices without an index are
+refused where they are. What is made on a device is on the CPU.
 """
 
 import contextlib
@@ -30,28 +31,34 @@ class FakeCuda:
         self.default = Stream(torch.device("cuda", 0), -1)
         self.current, self.device, self.broken = self.default, 0, None
         self.underway, self.users, self.captured, self.drawn = [], {}, [], itertools.count()
+        self.generator_captures = False
         cuda, fake = torch.cuda, self
 
         class Graph:
-            def capture_begin(self, pool, capture_error_mode="global", **_):
+            def capture_begin(self, pool=None, capture_error_mode="global", **_):
+                fake.generator_captures, self.alone = True, pool is None
+                pool = next(handles) if self.alone else pool
+                assert pool not in fake.underway, "beginAllocateToPool: already recording to mempool_id"
                 self.pool, self.stream, self.complete = pool, fake.current, False
                 fake.underway.append(pool)
-                fake.users[pool] = fake.users.get(pool, 0) + 1
+                if not self.alone:
+                    fake.users[pool] = fake.users.get(pool, 0) + 1
                 fake.broken = None
 
             def capture_end(self):
                 if fake.broken:
                     raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nmore")
                 fake.underway.remove(self.pool)
-                self.complete = True
-                fake.captured.append((self.pool, self.stream))
+                self.complete, fake.generator_captures = True, False
+                if not self.alone:
+                    fake.captured.append((self.pool, self.stream))
 
             def __del__(self):
-                if getattr(self, "complete", False):
+                if getattr(self, "complete", False) and not self.alone:
                     fake.users[self.pool] -= 1
 
             def replay(self):
-                pass
+                fake.draw()
 
         def end(device, pool):
             assert isinstance(device, int)
@@ -77,6 +84,13 @@ class FakeCuda:
                 raise ValueError(f"Expected a torch.device with a specified index or an integer, but got: {device}")
             fake.device = device if isinstance(device, int) else device.index
 
+        zeros = torch.zeros
+
+        def zeros_anywhere(*shape, device=None, **options):
+            there = device is not None and torch.device(device).type == "cuda"
+            return zeros(*shape, device="cpu" if there else device, **options)
+
+        monkeypatch.setattr(torch, "zeros", zeros_anywhere)
         handles = ((0, n) for n in itertools.count(1))
         for name, value in {
             "is_available": lambda: True,
@@ -101,6 +115,11 @@ class FakeCuda:
     def _empty_cache(self):
         if self.underway:
             raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    def draw(self):
+        """What drawing random numbers on the device does, and a replay, which may."""
+        if self.generator_captures:
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
 
     def break_capture(self, error):
         """What an operation does that a capture does not allow."""

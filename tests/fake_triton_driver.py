@@ -53,7 +53,8 @@ def launch_all(arch, chosen):
     fake = Driver(arch)
     driver.set_active(fake)
     start, compiled = time.perf_counter(), 0
-    launches = [launch for what, launch in aot.cases(torch.bfloat16) if chosen(what, launch)]
+    cases = ((what, launch) for what, launch in aot.cases(torch.bfloat16) if aot.runs_on(launch, arch))
+    launches = [launch for what, launch in cases if chosen(what, launch)]
     for launch in launches:
         run([launch])
     compiled = time.perf_counter() - start

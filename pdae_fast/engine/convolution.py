@@ -80,12 +80,21 @@ class PlainConvolution:
     """conv(x) [+ residual] by the framework's operator."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0) -> None:
-        self.weight = weight.contiguous(memory_format=torch.channels_last)
+        self.weight, self.dtype = weight.contiguous(memory_format=torch.channels_last), weight.dtype
         self.bias, self.stride, self.padding = bias, stride, padding
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
         return y if residual is None else y.add_(residual)
+
+    def shape(self, x: Tensor) -> tuple[int, ...]:
+        """Of the result."""
+        sides = ((n + 2 * self.padding - self.weight.shape[2]) // self.stride + 1 for n in x.shape[2:])
+        return (len(x), len(self.weight), *sides)
+
+    def into(self, x: Tensor, out: Tensor) -> None:
+        """The same, of a layer without a bias, in the memory ``out``, channels-last."""
+        kernels.convolution_into(x, self.weight, out, self.stride, self.padding)
 
 
 class StemConvolution:

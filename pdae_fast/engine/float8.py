@@ -64,11 +64,19 @@ class Float8Conv2d(nn.Conv2d):
         return super().forward(rounded(x, self.scale))
 
 
+class RoundedConvolution:
+    """``conv``, of the fused plan, of rounded maps."""
+
+    def __init__(self, conv: Callable[..., Tensor], scale: float) -> None:
+        self.conv, self.scale = conv, scale
+
+    def __call__(self, x: Tensor, *arguments: Tensor) -> Tensor:
+        return self.conv(rounded(x, self.scale), *arguments)
+
+
 def reading(layer: nn.Conv2d, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``run``, the fused plan's convolution for ``layer``, of maps that are rounded first where the layer asks it."""
-    if not isinstance(layer, Float8Conv2d):
-        return run
-    return lambda x, *arguments: run(rounded(x, layer.scale), *arguments)
+    return RoundedConvolution(run, layer.scale) if isinstance(layer, Float8Conv2d) else run
 
 
 class CodedConvolution:
@@ -81,7 +89,15 @@ class CodedConvolution:
         self.scale, self.dtype, self.upsample = scale * layer.scale, weight.dtype, upsample
 
     def __call__(self, x: Tensor) -> Tensor:
-        return kernels.conv_float8(x, self.weight, self.scale, self.dtype, self.upsample)
+        return self.into(x, None)
+
+    def shape(self, x: Tensor) -> tuple[int, ...]:
+        """Of the result."""
+        return (len(x), len(self.weight), *(side << self.upsample for side in x.shape[2:]))
+
+    def into(self, x: Tensor, out: Tensor | None) -> Tensor:
+        """The same in the memory ``out``, channels-last."""
+        return kernels.conv_float8(x, self.weight, self.scale, self.dtype, self.upsample, out)
 
 
 def by_codes(
@@ -91,7 +107,8 @@ def by_codes(
     codes where the layer rounds."""
     if not isinstance(layer, Float8Conv2d):
         return norm, run
-    return functools.partial(norm, code_scale=layer.scale), CodedConvolution(layer, upsample)
+    scale = torch.full((1,), layer.scale, dtype=torch.float32, device=layer.weight.device)
+    return functools.partial(norm, code_scale=scale), CodedConvolution(layer, upsample)
 
 
 def float8_layers(unet: UNet) -> dict[str, nn.Conv2d]:
@@ -109,11 +126,16 @@ def in_float8(model: M, scales: str | os.PathLike | Mapping[str, Any]) -> M:
     it. UserError for scales of other weights and for what is no scales."""
     model = sharing(model)
     unet = unet_of(model)
-    layers = float8_layers(unet)
-    for name, largest in _checked(scales, unet, layers).items():
-        parent, _, last = name.rpartition(".")
-        setattr(unet.get_submodule(parent), last, Float8Conv2d(layers[name], largest))
+    round_layers(unet, _checked(scales, unet))
     return model
+
+
+def round_layers(unet: UNet, largest: Mapping[str, float]) -> None:
+    """Put layers that round, by the ``largest`` magnitudes that they read, in the place of those of ``unet``."""
+    layers = float8_layers(unet)
+    for name, value in largest.items():
+        parent, _, last = name.rpartition(".")
+        setattr(unet.get_submodule(parent), last, Float8Conv2d(layers[name], value))
 
 
 def describe(unet: UNet, how: str = "emulated") -> dict[str, str]:
@@ -150,10 +172,8 @@ def calibration(model: PDAE | Prior, largest: Mapping[str, float]) -> dict[str, 
     return {"format": FORMAT, "weights": weights_fingerprint(unet_of(model)), "largest": dict(largest)}
 
 
-def _checked(
-    scales: str | os.PathLike | Mapping[str, Any], unet: UNet, layers: Mapping[str, nn.Conv2d]
-) -> Mapping[str, float]:
-    """The largest magnitudes of ``scales``, which are those of all ``layers``; UserError for anything else."""
+def _checked(scales: str | os.PathLike | Mapping[str, Any], unet: UNet) -> Mapping[str, float]:
+    """The largest magnitudes of ``scales``, which are those of all its layers; UserError for anything else."""
     where = "fp8"
     if isinstance(scales, (str, os.PathLike)):
         where = os.fspath(scales)
@@ -163,7 +183,7 @@ def _checked(
     if scales.get("weights") != weights_fingerprint(unet):
         raise UserError(f"{where}: scales of other weights; calibrate this model (python -m pdae_fast.calibrate)")
     largest = scales.get("largest")
-    if not isinstance(largest, Mapping) or largest.keys() != layers.keys():
+    if not isinstance(largest, Mapping) or largest.keys() != float8_layers(unet).keys():
         raise UserError(f"{where}: not the layers of this model; expected {EXPECTED}")
     for name, value in largest.items():
         if not is_number(value, 0, MOST):

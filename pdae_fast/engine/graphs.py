@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -99,7 +100,27 @@ def _reasons(error: BaseException | None, outside: BaseException | None) -> Iter
 
 
 def _abandon(device: torch.device, pool: Pool) -> None:
-    """Tell the allocator that a capture is over which did not come to its end.
+    """Put right what a capture that did not come to its end leaves behind, as far as that goes: why it failed is more
+    than what fails here."""
+    _give_back(device, pool)
+    with contextlib.suppress(RuntimeError):
+        _free_generator(device, pool)
+
+
+def _free_generator(device: torch.device, pool: Pool) -> None:
+    """Let the device's random numbers be drawn again, and other graphs be replayed.
+
+    PyTorch 2.11's default generator goes on taking the failed capture for underway, and raises "Offset increment
+    outside graph capture encountered unexpectedly" at both (2.13's does not). The end of any capture sets it free: here
+    of one operation, in memory of its own, as that of the pool may count as lent.
+    """
+    value = torch.zeros(1, device=device)
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=pool.stream, capture_error_mode="thread_local"):
+        value.zero_()
+
+
+def _give_back(device: torch.device, pool: Pool) -> None:
+    """Tell the allocator that the capture is over.
 
     It would take it for underway for ever: then it refuses to free memory, and the pool never dies. Where it knows of
     none (the capture had not begun, or had ended), it says so, and there is nothing to give back.

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import kernels
+from . import float8
 from .blocks import FusedAttention, FusedDecoder, FusedResBlock, UpsampledConvolution
 from .convolution import PlainConvolution
 from .norms import Join, Skip, splits_of
@@ -31,14 +32,18 @@ def alike(*values: object) -> None:
         raise CannotStack
 
 
+# What a norm may have of its own, and how several make one with a row for each.
+ROWS = {"affine": lambda of: Affine(*map(torch.cat, zip(*(a[:2] for a in of), strict=True))), "code_scale": torch.cat}
+
+
 def stacked_norm(norms: Sequence[functools.partial]) -> functools.partial:
-    """Norms with affines of their own as one, with a row of the affine for each."""
+    """Norms with affines, and scales of codes, of their own as one, with a row of each for every norm."""
     for norm in norms:
         if not isinstance(norm, functools.partial):
             raise CannotStack
-    alike(*({k: v for k, v in norm.keywords.items() if k != "affine"} for norm in norms))
-    affine = Affine(*(torch.cat(rows) for rows in zip(*(norm.keywords["affine"][:2] for norm in norms), strict=True)))
-    return functools.partial(norms[0], affine=affine)
+    alike(*({name: None if name in ROWS else v for name, v in norm.keywords.items()} for norm in norms))
+    known = [(name, stack) for name, stack in ROWS.items() if name in norms[0].keywords]
+    return functools.partial(norms[0], **{name: stack([n.keywords[name] for n in norms]) for name, stack in known})
 
 
 class Branches:
@@ -47,36 +52,44 @@ class Branches:
     side: torch.cuda.Stream | None = None
 
 
+def unwrapped(convs: Sequence[Callable], kind: type) -> tuple[Sequence[Callable], Sequence[Callable]]:
+    """Convolutions of a ``kind``, or none, and those that they run: (``convs``, inner ones) or ([], ``convs``)."""
+    alike(*map(type, convs))
+    return (convs, [conv.conv for conv in convs]) if isinstance(convs[0], kind) else ([], convs)
+
+
 class StackedConvolution:
     """Each half of the images by its own weights, into one map."""
 
-    def __init__(self, convs: Sequence[PlainConvolution | UpsampledConvolution], branches: Branches) -> None:
-        alike(*map(type, convs))
-        self.interpolate = isinstance(convs[0], UpsampledConvolution)
-        if self.interpolate:
-            convs = [conv.conv for conv in convs]
-        if not all(isinstance(conv, PlainConvolution) and conv.bias is None for conv in convs):
+    def __init__(self, convs: Sequence[Callable[[Tensor], Tensor]], branches: Branches) -> None:
+        rounding, convs = unwrapped(convs, float8.RoundedConvolution)
+        upsampling, convs = unwrapped(convs, UpsampledConvolution)
+        if not all(isinstance(conv, PlainConvolution | float8.CodedConvolution) for conv in convs):
             raise CannotStack
-        alike(*((conv.weight.shape, conv.stride, conv.padding) for conv in convs))
-        self.weights = [conv.weight for conv in convs]
-        self.stride, self.padding, self.branches = convs[0].stride, convs[0].padding, branches
+        alike(*({name: getattr(value, "shape", value) for name, value in vars(conv).items()} for conv in convs))
+        if getattr(convs[0], "bias", None) is not None:
+            raise CannotStack
+        self.convs, self.interpolate, self.branches, self.scales = convs, bool(upsampling), branches, None
+        if rounding:
+            scales = [conv.scale for conv in rounding]
+            self.scales = torch.tensor(scales, dtype=torch.float32, device=convs[0].weight.device)
 
     def __call__(self, x: Tensor) -> Tensor:
+        x = x if self.scales is None else float8.rounded(x, kernels.image_scales(self.scales, x))
         x = F.interpolate(x, scale_factor=2, mode="nearest") if self.interpolate else x
-        size = self.weights[0].shape[2] - 2 * self.padding
-        shape = (len(x), len(self.weights[0]), *((side - size) // self.stride + 1 for side in x.shape[2:]))
-        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-        first, *others = zip(*(t.chunk(len(self.weights)) for t in (x, y)), self.weights, strict=True)
+        shape, dtype = self.convs[0].shape(x), self.convs[0].dtype
+        y = torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+        first, *others = zip(self.convs, *(t.chunk(len(self.convs)) for t in (x, y)), strict=True)
         # The side waits for what is read and is waited for: memory that either frees is not reused too early.
         side, main = self.branches.side, None
         if side is not None:
             main = torch.cuda.current_stream(x.device)
             side.wait_stream(main)
         with contextlib.nullcontext() if side is None else torch.cuda.stream(side):
-            for given, found, weight in others:
-                kernels.convolution_into(given, weight, found, self.stride, self.padding)
-        given, found, weight = first
-        kernels.convolution_into(given, weight, found, self.stride, self.padding)
+            for conv, given, found in others:
+                conv.into(given, found)
+        conv, given, found = first
+        conv.into(given, found)
         if side is not None:
             main.wait_stream(side)
         return y
@@ -112,12 +125,12 @@ class StackedResBlock(FusedResBlock):
 
     def __init__(self, blocks: Sequence[FusedResBlock], branches: Branches) -> None:
         first, skips = blocks[0], [b.skip for b in blocks]
-        alike(*((b.resample, b.divisor, b.part, b.bias_out.shape, b.norm_out.keywords) for b in blocks))
+        alike(*((b.resample, b.divisor, b.part, b.bias_out.shape) for b in blocks))
         alike(*(None if s is None else (type(s), s.weight.shape, s.bias is None) for s in skips))
         if first.divisor != 1:
             raise CannotStack
         self.__dict__.update(vars(first))
-        self.norm_in = stacked_norm([b.norm_in for b in blocks])
+        self.norm_in, self.norm_out = (stacked_norm([getattr(b, n) for b in blocks]) for n in ("norm_in", "norm_out"))
         self.conv_in = StackedConvolution([b.conv_in for b in blocks], branches)
         self.conv_out = StackedConvolution([b.conv_out for b in blocks], branches)
         self.skip = None if first.skip is None else torch.stack([skip.weight.T for skip in skips])

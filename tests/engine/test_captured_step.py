@@ -12,9 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.budget import META, ON_A_GPU, cuda_functions, meta_plan, meta_trajectory
+from bench.budget import META, ON_A_GPU, cuda_functions, meta_plan, meta_trajectory, rounding
 from helpers import TINY, TINY_UNET, tiny_pdae, tiny_prior
-from pdae_fast import PDAE, PDAEConfig
+from pdae_fast import PDAE, DiffAE, DiffAEConfig, PDAEConfig
 from pdae_fast.samplers.reuse import Reuse
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -93,6 +93,30 @@ def test_a_linear_method(obstacle):
 @pytest.mark.parametrize("spec", ["gradient:2", "trunk:2", "deep:2:2", "window:200-700"])
 def test_with_approximations(spec):
     run(meta_plan(tiny_pdae()).reusing(Reuse.parse(spec)), None)
+
+
+@needs_triton
+@pytest.mark.parametrize("by_codes", [False, True], ids=["emulated", "codes"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("codes", [1, 3, None], ids=["z", "mixture", "no z"])
+def test_in_fp8(dtype, codes, by_codes):
+    plan = meta_plan(rounding(PDAE(CONFIG)), dtype, dataclasses.replace(ON_A_GPU, float8=by_codes))
+    assert plan.options.float8 == by_codes and plan.options.stacked_decoders
+    run(plan, None, codes=codes)
+
+
+@pytest.mark.parametrize("by_codes", [False, True], ids=["emulated", "codes"])
+def test_in_fp8_without_usable_triton(by_codes):
+    options = dataclasses.replace(ON_A_GPU, float8=by_codes)
+    run(meta_plan(rounding(PDAE(CONFIG)), torch.bfloat16, options), "no triton here")
+
+
+@needs_triton
+@pytest.mark.parametrize("fp8", [False, True], ids=["", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_diffae(dtype, fp8):
+    model = DiffAE(DiffAEConfig(32, 8, dataclasses.replace(CONFIG.unet, time_channel=32), (1, 2)))
+    run(meta_plan(rounding(model) if fp8 else model, dtype, dataclasses.replace(ON_A_GPU, float8=fp8)), None)
 
 
 @needs_triton

@@ -13,15 +13,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from golden_rule import relative
-from helpers import ON_DEVICE, TINY, images, tiny_pdae, tiny_prior
-from pdae_fast import PDAEConfig, Pipeline, UNetConfig, kernels
+from golden_rule import fill, relative
+from helpers import ON_DEVICE, TINY, images, noise, tiny_pdae, tiny_prior
+from pdae_fast import DiffAE, DiffAEConfig, PDAEConfig, Pipeline, UNetConfig, kernels
 from pdae_fast.engine import build_plan, float8
 from pdae_fast.engine.convolution import WinogradConvolution
 from pdae_fast.engine.fused import FusedPlan
 from pdae_fast.engine.options import Rewrites
 from pdae_fast.engine.plan import Plan
 from pdae_fast.errors import UserError
+from pdae_fast.experiments.calibrate import calibrate
+from pdae_fast.models import unet_of
 from pdae_fast.models.layers import ResBlock
 
 CPU = torch.device("cpu")
@@ -155,7 +157,7 @@ def test_which_layers(model):
 def independent(model, largest):
     """float64 modules whose weights are rounded, and whose maps are by hooks."""
     model = copy.deepcopy(model).double().eval()
-    for name, layer in float8.float8_layers(model.decoder).items():
+    for name, layer in float8.float8_layers(unet_of(model)).items():
         layer.weight.data = torch.stack([rounded64(w, float(w.abs().max())) for w in layer.weight.detach()])
         layer.register_forward_pre_hook(lambda _, arguments, top=largest[name]: (rounded64(arguments[0], top),))
     return model
@@ -176,6 +178,27 @@ def test_a_step_is_one_of_rounded_values(model, scales):
     assert relative(found, expected) < 1e-5 < 1e-3 < relative(found, exact) < 0.1
 
 
+@pytest.fixture(scope="module")
+def diffae():
+    unet = UNetConfig(
+        input_channel=1, base_channel=32, channel_multiplier=(1, 2), num_residual_blocks_of_a_block=1,
+        attention_resolutions=(2,), time_channel=32,
+    )  # fmt: skip
+    model = fill(DiffAE(DiffAEConfig(32, 8, unet, (1, 2))))
+    pipe = Pipeline(model, device="cpu", dtype="float32", plan="eager", steps=2)
+    return model, float8.calibration(model, calibrate(pipe, images(2), range(2)))
+
+
+def test_a_step_of_a_diffae_is_one_of_rounded_values(diffae):
+    """Calibrated as the command does it."""
+    model, scales = diffae
+    x, z, t = noise(2, 1, 32, 32).double(), noise(2, 8, seed=1).double(), torch.full((2,), 400)
+    with torch.no_grad():
+        expected, exact = independent(model, scales["largest"])(x, t, z), copy.deepcopy(model).double()(x, t, z)
+    found, gradient = build_plan(model, CPU, torch.float64, "eager", fp8=scales).field(z)(x, 400, True)
+    assert gradient is None and relative(found, expected) < 1e-5 < 1e-3 < relative(found, exact) < 0.1
+
+
 @pytest.fixture
 def smooth(monkeypatch):
     """Something smooth in the place of rounding, whose steps turn the last bit of a value into fp8's error."""
@@ -184,6 +207,7 @@ def smooth(monkeypatch):
 
 OPTIONS = {"default": None, "framework": Rewrites(), "plain": Rewrites(packed_weights=False), "cuda": ON_DEVICE}
 CODED = dataclasses.replace(ON_DEVICE, float8=True)
+STACKED = dataclasses.replace(ON_DEVICE, shared_products=True, stacked_decoders=True)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -200,15 +224,19 @@ def smooth_codes(x, scale):
     return (x / scale / 50).tanh() * 50
 
 
-@pytest.mark.parametrize("share", [True, False])
-def test_a_plan_by_codes_multiplies_what_the_modules_round(model, scales, monkeypatch, share):
-    """Its norms and convolutions by torch's operators, codes that are no codes but as smooth as above."""
+@pytest.fixture
+def coded(monkeypatch):
+    """Codes that are no codes but as smooth as above; of weights, which are rounded already, what they stand for."""
     monkeypatch.setattr(float8, "rounded", lambda x, scale: smooth_codes(x, scale) * scale)
-    eight = float8.in_float8(model, scales)
-    expected = outputs(Plan(eight, CPU, torch.float32), model)
-    # The weights are rounded already.
     monkeypatch.setattr(kernels, "float8_codes", lambda x, scale: x / scale)
     monkeypatch.setattr(kernels.float8, "float8_codes", smooth_codes)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_plan_by_codes_multiplies_what_the_modules_round(model, scales, monkeypatch, coded, share):
+    """Its norms and convolutions by torch's operators."""
+    eight = float8.in_float8(model, scales)
+    expected = outputs(Plan(eight, CPU, torch.float32), model)
     made = []
     monkeypatch.setattr(float8, "CodedConvolution", lambda *a, cls=float8.CodedConvolution: made.append(a) or cls(*a))
     plan = FusedPlan(eight, CPU, torch.float32, dataclasses.replace(CODED, shared_statistics=share))
@@ -217,6 +245,37 @@ def test_a_plan_by_codes_multiplies_what_the_modules_round(model, scales, monkey
     pooled = sum(b.resample == "down" for b in model.decoder.modules() if isinstance(b, ResBlock))
     assert pooled and len(made) == len(float8.float8_layers(model.decoder)) - pooled
     assert {upsample for _, upsample in made} == {True, False}
+
+
+@pytest.mark.parametrize("options", [ON_DEVICE, CODED, None], ids=["emulated", "codes", "default"])
+def test_the_fused_plan_of_a_diffae_rounds_what_the_modules_round(diffae, coded, options):
+    model, scales = diffae
+    eight, x, z = float8.in_float8(model, scales), noise(2, 1, 32, 32), noise(2, 8, seed=1)
+    expected, found, exact = (
+        plan.field(z)(x, 400, True)[0]
+        for plan in (
+            Plan(eight, CPU, torch.float32), FusedPlan(eight, CPU, torch.float32, options),
+            Plan(model, CPU, torch.float32),
+        )
+    )  # fmt: skip
+    assert relative(found, expected) < 1e-4 < 1e-3 < relative(found, exact)
+
+
+@pytest.mark.parametrize("by_codes", [False, True], ids=["emulated", "codes"])
+@pytest.mark.parametrize("B", [1, 2])
+def test_stacked_decoders_round_as_each_does(model, scales, coded, by_codes, B):
+    """By its own scales: here those of G are eight times as large."""
+    largest = {name: size * (8 if "shift" in name else 1) for name, size in scales["largest"].items()}
+    eight = float8.in_float8(model, float8.calibration(model, largest))
+    stacked, apart = (
+        FusedPlan(eight, CPU, torch.float32, dataclasses.replace(STACKED, float8=by_codes, stacked_decoders=both))
+        for both in (True, False)
+    )
+    assert stacked.options.stacked_decoders and stacked._stacked is not None and apart._stacked is None
+    expected = outputs(apart, model, B)
+    assert relative(outputs(stacked, model, B), expected) < 1e-5
+    one = outputs(FusedPlan(float8.in_float8(model, scales), CPU, torch.float32, apart.options), model, B)
+    assert relative(one, expected) > 1e-3  # a scale that is another's shows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -63,6 +63,25 @@ def test_a_failed_capture_leaves_the_pools_other_graphs_alone(cuda):
     with pytest.raises(graphs.CaptureError):
         capture(cuda, lambda: cuda.break_capture(RuntimeError("no")), pool)
     assert cuda.users == {pool.handle: 1} and first.complete
+    first.replay()
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no"), torch.OutOfMemoryError("CUDA out of memory"), KeyboardInterrupt()]
+)
+def test_random_numbers_are_drawn_after_a_failed_capture(cuda, error):
+    with pytest.raises((graphs.CaptureError, type(error))):
+        capture(cuda, lambda: cuda.break_capture(error))
+    cuda.draw()
+    assert not cuda.underway and cuda.current is cuda.default
+
+
+def test_what_cannot_be_put_right_hides_no_reason(cuda, monkeypatch):
+    """Not even memory for one number is left, or no other capture begins either."""
+    monkeypatch.setattr(graphs, "_free_generator", lambda *_: cuda.break_capture(RuntimeError("nor this")))
+    with pytest.raises(graphs.CaptureError, match="^the reason$") as failed:
+        capture(cuda, lambda: cuda.break_capture(RuntimeError("the reason")))
+    assert "nor this" not in map(str, graphs._reasons(failed.value, None))
 
 
 def test_a_failure_to_begin_takes_nothing_from_the_pool(cuda, monkeypatch):

@@ -71,6 +71,21 @@ def device():
     return torch.device("cuda" if CUDA else "cpu")
 
 
+def _multiply_bfloat16(monkeypatch):
+    """Let the interpreter multiply values of bfloat16, which it keeps as bits: it would multiply those, as integers."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def wide(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    dot = InterpreterBuilder.create_dot
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest))
+
+
 @pytest.fixture
 def launch(monkeypatch):
     """Run a list of kernel launches and wait for them; skips the test where the kernels cannot run."""
@@ -82,6 +97,7 @@ def launch(monkeypatch):
     if not CUDA:
         triton_status()  # kept for the life of the process: not what it would be below
         monkeypatch.setenv("TRITON_INTERPRET", "1")
+        _multiply_bfloat16(monkeypatch)
 
     def run_and_wait(launches):
         run(launches)

@@ -24,6 +24,7 @@ def test_every_kernel_is_launched_on_every_architecture(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])["found"]
     assert set(found) == set(map(str, order))
-    for arch in found.values():
-        assert set(arch["launches"]) == set(BUDGETS) and sum(arch["launches"].values()) == 2 * arch["kernels"]
+    for name, arch in found.items():
+        expected = set(BUDGETS) - ({"conv_float8_kernel"} if name == "80" else set())  # which has no fp8
+        assert set(arch["launches"]) == expected and sum(arch["launches"].values()) == 2 * arch["kernels"]
         assert arch["again"] < arch["seconds"] / 10  # nothing is compiled twice

@@ -52,6 +52,11 @@ def _recipe(asked: dict[str, Any]):
     return recipe_of(name, asked.get("solver"), asked.get("steps"))
 
 
+def _rank(what: str, asked: dict[str, Any]) -> int:
+    """What follows a slider goes first, then the picture where it rests."""
+    return 2 if what != "edit" else 0 if asked.get("preview") is True else 1
+
+
 # What may be asked for: a function of the workbench, the request's values and ``stop``.
 REQUESTS: dict[str, Handler] = {
     "edit": lambda bench, a, stop: bench.edit(a.get("image"), a.get("scales", {}), _recipe(a), stop),
@@ -110,7 +115,10 @@ def application(
             while (await request.receive())["type"] != "http.disconnect":
                 pass
 
-        return _answer(await turns.run(visitor, what, lambda stop: _plain(REQUESTS[what](bench, asked, stop)), left))
+        def job(stop: Callable[[int], None]) -> Any:
+            return _plain(REQUESTS[what](bench, asked, stop))
+
+        return _answer(await turns.run(visitor, what, job, left, _rank(what, asked)))
 
     routes = [
         *(Route(path, static) for path in PAGE),

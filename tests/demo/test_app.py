@@ -200,6 +200,21 @@ def test_a_newer_request_overtakes_and_others_are_served(serve, bench, slow):
     assert older[0].status == 409 and older[0].value == {"stopped": True}
 
 
+@pytest.mark.parametrize("visitor", ["a" * 16, "b" * 16], ids=["own", "another"])
+def test_a_slider_is_followed_while_a_long_request_runs(serve, bench, monkeypatch, visitor):
+    long, answers = Slow(), []
+    monkeypatch.setattr(bench, "interpolate", lambda *arguments: long("", {}, None, arguments[-1]))
+    served = serve(bench)
+    connection = served.connect()
+    connection.request("POST", "/api/interpolate", "{}", {"X-Visitor": "a" * 16})
+    assert long.started.wait(10)
+    for preview in (True, False):
+        answers.append(served.post("edit", visitor=visitor, image="data-0", scales={"dark": 0.2}, preview=preview))
+    assert [answer.status for answer in answers] == [200, 200] and not long.stopped.is_set()
+    connection.close()
+    assert long.stopped.wait(10)
+
+
 def test_visitors_at_once_get_their_own(served):
     found = {}
 

@@ -24,7 +24,7 @@ from ..cli import finite
 from ..data import to_png
 from ..errors import UserError
 from .turns import Busy, Stopped, Turns
-from .workbench import MOST_BYTES, PREVIEW, Workbench, recipe_of
+from .workbench import MOST_BYTES, PREVIEW, Gone, Workbench, recipe_of
 
 MOST_JSON, MOST_UPLOADS = 2**16, 2  # bytes of a request; files that are read at once
 MOST_SECONDS = 30  # until a request is there
@@ -207,7 +207,8 @@ def _answer(value: Any) -> Response:
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    return JSONResponse({"error": str(error)}, status_code=503 if isinstance(error, Busy) else 400)
+    gone = {"gone": error.key} if isinstance(error, Gone) else {}
+    return JSONResponse({"error": str(error), **gone}, status_code=503 if isinstance(error, Busy) else 400)
 
 
 async def _stopped(request: Request, error: Exception) -> Response:

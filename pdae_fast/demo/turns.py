@@ -28,9 +28,9 @@ class Turns:
     """A thread that computes, and at most ``most`` requests that wait for it, by rank and then in their order.
 
     A request is of a visitor and of a lane. A newer one of the same two stops the older, whether that waits or runs, so
-    that a visitor has at most one in each lane, and the latest wins. A request of a lower ``rank`` does not wait for the
-    end of one that runs: it is computed inside of that one's ``stop``, between two network evaluations. Used from one
-    event loop.
+    that a visitor has at most one in each lane, and the latest wins. A request of a lower ``rank`` is not kept waiting
+    by one that runs: it is computed inside of that one's ``stop``, between two network evaluations. Used from one event
+    loop.
     """
 
     def __init__(self, most: int = 12) -> None:

@@ -77,8 +77,9 @@ def test_of_many_positions_the_last_is_shown_and_few_are_computed(page, pipe):
 
 
 def centre(page, name):
-    box = page.run("const b = arguments[0].getBoundingClientRect(); return [b.left, b.top, b.width, b.height]", page[name])
-    return box[0] + box[2] / 2, box[1] + box[3] / 2, box[2]
+    """The middle of an element, and its width."""
+    script = "const b = arguments[0].getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2, b.width]"
+    return page.run(script, page[name])
 
 
 def mouse(page, kind, x, y):
@@ -104,15 +105,15 @@ def test_a_finger_that_scrolls_from_a_slider_leaves_it(page):
     page.run("arguments[0].scrollIntoView({block: 'end'})", page["slider-round"])
     x, y, width = centre(page, "slider-round")
     x -= width / 4
-    touch = {"Start": y, "Move": y - 30, "Move ": y - 80, "End": None}
+    touch = [("touchStart", y), ("touchMove", y - 30), ("touchMove", y - 80), ("touchEnd", None)]
     page.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
     try:
         page.run("window.seen = []; addEventListener('pointercancel', (e) => seen.push(e.target.id))")
         page.run("document.getElementById('slider-round').addEventListener('input', (e) => seen.push(e.target.value))")
         start = page.run("return scrollY")
-        for kind, at in touch.items():
+        for kind, at in touch:
             points = [] if at is None else [{"x": x, "y": at}]
-            page.driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": f"touch{kind.strip()}", "touchPoints": points})
+            page.driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
         page.until(lambda: page.run("return scrollY") > start and "slider-round" in page.run("return seen"))
         assert page["slider-round"].get_attribute("value") == value, page.run("return seen")
         page.until(lambda: page.rests() and page.source("edited") == before)
@@ -263,9 +264,7 @@ def test_the_status_says_what_was_computed(page):
 
 
 def select(page, name, value):
-    page.run(
-        "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('change'))", page[name], value
-    )  # fmt: skip
+    page.run("arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('change'))", page[name], value)
 
 
 def test_only_solvers_that_go_with_the_recipe_can_be_chosen(page):
@@ -287,7 +286,7 @@ def test_nothing_stale_is_shown(page):
     page["tab-inside"].click()
     page["go-inside"].click()
     page["go-recipe"].click()
-    page.until(lambda: page.run("return document.querySelector('#along img') && document.querySelector('#compare img')"))
+    page.until(lambda: page.run("return ['#along img', '#compare img'].every((s) => document.querySelector(s))"))
     select(page, "recipe", "balanced")
     edited, between = page.source("edited"), page.source("between")
     page["tab-interpolate"].click()
@@ -314,13 +313,20 @@ def test_without_an_image_nothing_can_be_asked_of_it(driver, serve, pipe, folder
     driver.get(page.url)
     page.until(lambda: "No images on offer" in page["missing"].text)
     driver.get_log("browser")
-    controls = "#edit, #interpolate, #inside"
-    enabled = f"return [...document.querySelectorAll(':is({controls}) :is(button, input, select)')].filter((e) => !e.disabled)"
-    assert not page.run(enabled) and not page.run("return [...document.images].filter((i) => i.checkVisibility("
-                                                  "{visibilityProperty: true}) && !i.getAttribute('src'))")  # fmt: skip
+    enabled = """
+      const controls = document.querySelectorAll(':is(#edit, #interpolate, #inside) :is(button, input, select)');
+      return [...controls].filter((e) => !e.disabled);"""
+    broken = """
+      const seen = (i) => i.checkVisibility({visibilityProperty: true});
+      return [...document.images].filter((i) => seen(i) && !i.getAttribute('src'));"""
+    click = """
+      const buttons = [...document.querySelectorAll('main button')];
+      for (const b of buttons) if (b.checkVisibility() && b.id !== 'draw') b.click();"""
+    assert not page.run(enabled)
     for name in ("interpolate", "inside", "edit"):
         page[f"tab-{name}"].click()
-        page.run("for (const b of document.querySelectorAll('main button')) if (b.checkVisibility() && b.id !== 'draw') b.click()")
+        assert not page.run(broken)
+        page.run(click)
         page.run("document.getElementById('solver').dispatchEvent(new Event('change'))")
     page["file"].send_keys(str(folder / "04.png"))
     page.until(page.rests)
@@ -349,8 +355,8 @@ def test_a_random_image_can_be_returned_to(page):
 
 def test_what_is_said_is_seen(page, folder):
     page["tab-interpolate"].click()
-    page["draw"].click()
-    page.until(lambda: "computing" in page["draw-status"].text or page["strip"].text is None, 5)
+    said = "arguments[0].click(); return arguments[1].offsetParent && arguments[1].textContent"
+    assert page.run(said, page["draw"], page["draw-status"]).startswith("computing")
     page.until(lambda: not page["draw-status"].text)
     page["tab-sample"].click()
     select(page, "which", "like")
@@ -379,8 +385,8 @@ def test_the_table_of_recipes_fits_a_phone(page):
         select(page, "recipe", recipe), select(page, "solver", solver)
         page["go-recipe"].click()
         page.until(lambda: page.run("return document.querySelector('#compare img')") and not page.status("compare"))
-    sizes = page.run("const e = document.getElementById('compare').parentElement; return [e.scrollWidth, e.clientWidth]")
-    assert sizes[0] <= sizes[1]
+    wide = "const e = arguments[0].parentElement; return e.scrollWidth - e.clientWidth"
+    assert page.run(wide, page["compare"]) <= 0
 
 
 def test_the_seed_of_the_pictures_is_said(page):

@@ -213,7 +213,8 @@ class Workbench:
                 f"{_short(name)}: too large; at most {MOST_BYTES >> 20} MiB and {MOST_PIXELS // 10**6} megapixels"
             )
         channels, side, _ = self.pipe.model.image_shape
-        crop = self.pipe.model.config.crop
+        # One of the model's own size is whole: such as a drawn one that the page sends again.
+        crop = "centre" if size == (side, side) else self.pipe.model.config.crop
         return self.keep(load_image(_short(name), side, channels, content=content, crop=crop), _short(name))
 
     def keep(self, image: Tensor, name: str) -> Values:

@@ -13,7 +13,7 @@ from PIL import Image
 from golden_rule import fill, relative
 from helpers import TINY, TINY_FULL, images, needs_sklearn, tiny_pdae, tiny_prior
 from pdae_fast import DiffAE, DiffAEConfig, Pipeline, Recipe, UserError
-from pdae_fast.data import load_image
+from pdae_fast.data import load_image, to_png
 from pdae_fast.demo import workbench
 from pdae_fast.demo.workbench import PREVIEW, Workbench, recipe_of
 from pdae_fast.experiments import manipulate
@@ -80,6 +80,8 @@ def test_an_edit_says_what_it_took_and_not_what_others_did(bench, pipe):
     inside = []
     edit = bench.edit("data-0", {"dark": 0.3}, FAST, others)
     assert edit["evaluations"] == FAST.steps and inside[0]["evaluations"] == 11 + 2 * PREVIEW.steps
+    torch.testing.assert_close(edit["edit"], bench.edit("data-0", {"dark": 0.3}, FAST)["edit"])
+    torch.testing.assert_close(inside[0]["edit"], bench.edit("data-0", {"dark": -0.1}, PREVIEW)["edit"])
     inside.clear()
     path = bench.interpolate("data-0", "data-1", "latent", 3, PREVIEW, others)
     assert path["evaluations"] == 11 + PREVIEW.steps + 3 * PREVIEW.steps
@@ -106,6 +108,16 @@ def test_uploads_are_read_like_files(bench, tmp_path):
     found = bench.upload(png(), "C:\\photos\\a.png")
     assert found["name"] == "a.png"
     assert torch.equal(bench.picture(found["key"]).image[0], load_image(tmp_path / "a.png", 32, 1))
+
+
+def test_an_image_of_the_models_size_is_not_cropped_again(bench):
+    model = tiny_pdae(dataclasses.replace(TINY_FULL, crop="celeba"))
+    own = Workbench(Pipeline(model, "fast", device="cpu"), bench.dataset)
+    drawn = own.sample(1, 0, PREVIEW)["images"][0]["image"].clamp(-1, 1)
+    again = own.upload(to_png(drawn), "drawn 0/0")
+    torch.testing.assert_close(own.picture(again["key"]).image[0], drawn, atol=1 / 127, rtol=0)
+    with pytest.raises(UserError, match="178 x 218"):
+        own.upload(png(), "a.png")
 
 
 @pytest.mark.parametrize(

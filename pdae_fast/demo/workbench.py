@@ -8,6 +8,7 @@ ends the work by an exception of its own. Results are plain values, and images [
 from __future__ import annotations
 
 import contextlib
+import math
 import secrets
 import threading
 import time
@@ -51,8 +52,8 @@ PREVIEW = Recipe(steps=5, spacing="quadratic", iterations=2)  # while a slider m
 # The first sliders, as far as a classifier has them: those that the bundled one moves most visibly.
 FIRST = ("sunglasses", "beard", "long_hair", "dark_skin", "hat", "dark_background", "eyeglasses", "jacket", "pale_skin",
          "gray_hair", "blond_hair", "brown_hair", "black_hair", "bald", "moustache", "Trouser")  # fmt: skip
-# A slider ends where the edit asks for so many logits of a middling attribute: more and images fall apart.
-REACH_LOGITS = 25
+# A slider goes as far as asks for so many logits of a middling attribute: farther on images fall apart.
+REACH_LOGITS = 20
 
 LATENT_STEPS = 20  # of the latent DPM; more change little (of avatars64: deviation of z 0.33, at 100 steps 0.36)
 
@@ -140,8 +141,8 @@ class Workbench:
     def reach(self) -> float:
         """The scale at which a slider ends."""
         names = self.pipe.model.config.attributes if self.attributes else ()
-        found = [float(asked(self.pipe, name, MOST_SCALE)[i]) for i, name in enumerate(names)]
-        return MOST_SCALE * max(0.1, round(REACH_LOGITS / max(REACH_LOGITS, float(np.median(found or 0))), 1))
+        found = [float(asked(self.pipe, name, 1.0)[i]) for i, name in enumerate(names)]
+        return min(MOST_SCALE, math.ceil(10 * REACH_LOGITS / max(1.0, float(np.median(found or 1)))) / 10)
 
     def describe(self) -> Values:
         """What this model can do, for the page: menus, sliders, pictures on offer, and ``missing``, in words."""

@@ -282,8 +282,8 @@ def test_sliders_end_where_edits_do(bench, pipe):
     model = tiny_pdae(TINY_FULL)
     model.classifier.weight.data *= 20
     found = Workbench(Pipeline(model, "fast", device="cpu"))
-    wanted = [float(manipulate.asked(found.pipe, name, found.reach)[i]) for i, name in enumerate(("round", "dark"))]
-    assert found.reach == 0.3 and np.median(wanted) == pytest.approx(workbench.REACH_LOGITS, rel=0.2)
+    wanted = np.median([float(manipulate.asked(found.pipe, k, found.reach)[i]) for i, k in enumerate(("round", "dark"))])
+    assert found.reach == 0.3 and wanted * 0.2 / 0.3 < workbench.REACH_LOGITS <= wanted
     assert Workbench(Pipeline(tiny_pdae(TINY), "fast", device="cpu")).describe()["reach"] == 1.0
 
 

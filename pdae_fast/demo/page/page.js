@@ -465,7 +465,7 @@ async function start() {
   $("solver").onchange = again;
 
   // The page opens with an edit that shows.
-  model.attributes.forEach((name, i) => addSlider(name, i ? 0 : 0.8 * model.reach));
+  model.attributes.forEach((name, i) => addSlider(name, i ? 0 : Math.round(75 * model.reach) / 100));
   $("reset").hidden = $("about-arrived").hidden = !model.attributes.length;
   $("kind").append(...model.kinds.map((k) => new Option(k === "latent" ? "codes" : k, k)));
   $("which").append(new Option("any", ""));

@@ -282,7 +282,8 @@ def test_sliders_end_where_edits_do(bench, pipe):
     model = tiny_pdae(TINY_FULL)
     model.classifier.weight.data *= 20
     found = Workbench(Pipeline(model, "fast", device="cpu"))
-    wanted = np.median([float(manipulate.asked(found.pipe, k, found.reach)[i]) for i, k in enumerate(("round", "dark"))])
+    names = enumerate(("round", "dark"))
+    wanted = np.median([float(manipulate.asked(found.pipe, name, found.reach)[i]) for i, name in names])
     assert found.reach == 0.3 and wanted * 0.2 / 0.3 < workbench.REACH_LOGITS <= wanted
     assert Workbench(Pipeline(tiny_pdae(TINY), "fast", device="cpu")).describe()["reach"] == 1.0
 

@@ -254,6 +254,18 @@ def test_the_command_serves_the_bundled_avatars():
     assert "Traceback" not in errors
 
 
+@pytest.mark.parametrize(
+    ("model", "image", "attribute", "reach"),
+    [("avatars64", "data-10", "sunglasses", 0.3), ("fashion32", "data-13", "Trouser", 0.8)],
+)
+def test_bundled_models_open_with_an_edit_that_arrives(model, image, attribute, reach):
+    bench = command.workbench(command.parser().parse_args(["--model", model, "--device", "cpu"]))
+    found = bench.describe()
+    assert (found["opening"][0], found["attributes"][0], found["reach"]) == (image, attribute, reach)
+    said = bench.edit(image, {attribute: 0.75 * reach}, PREVIEW)["attributes"][attribute]
+    assert said["before"] < 0.1 and said["after"] > 0.9
+
+
 def test_a_saved_directory_shows_its_name_alone(tmp_path, pipe, folder):
     pipe.model.save_pretrained(tmp_path / "mine")
     args = command.parser().parse_args(["--model", str(tmp_path / "mine"), "--input", str(folder)])

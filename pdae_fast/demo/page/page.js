@@ -117,7 +117,8 @@ const recipe = () => ({ recipe: $("recipe").value, solver: $("solver").value });
 
 // Most controls do something with the chosen image.
 function enable(on) {
-  for (const control of document.querySelectorAll(":is(#edit, #interpolate, #inside) :is(button, input, select)")) control.disabled = !on;
+  const controls = document.querySelectorAll(":is(#edit, #interpolate, #inside) :is(button, input, select)");
+  for (const control of controls) control.disabled = !on;
 }
 
 function choose(picture) {
@@ -139,7 +140,8 @@ function choose(picture) {
 }
 
 function thumbnail(picture, act) {
-  const button = make("button", { type: "button", title: picture.name, tabIndex: -1, picture }, make("img", { src: picture.src, alt: "" }));
+  const image = make("img", { src: picture.src, alt: "" });
+  const button = make("button", { type: "button", title: picture.name, tabIndex: -1, picture }, image);
   button.setAttribute("aria-label", `Image ${picture.name.replace("data-", "")}`);
   button.setAttribute("aria-pressed", false);
   button.onclick = () => act(picture, button);
@@ -288,7 +290,9 @@ function reset() {
 
 // A finger that scrolls the page may begin on a slider: the browser takes the pointer away, and the value is what it was.
 let held = null;
-addEventListener("pointerdown", ({ target }) => { held = target.type === "range" ? { target, value: target.value } : null; }, true);
+addEventListener("pointerdown", ({ target }) => {
+  held = target.type === "range" ? { target, value: target.value } : null;
+}, true);
 addEventListener("pointercancel", () => {
   if (!held || held.target.value === held.value) return;
   held.target.value = held.value;

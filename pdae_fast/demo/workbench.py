@@ -188,10 +188,8 @@ class Workbench:
         ways: dict[str, Values] = {}
         for solver in SOLVERS:
             with contextlib.suppress(UserError):
-                recipe = recipe_of(name, solver)
-                recipe.check(self.pipe.schedule)
-                evaluations = recipe.evaluations(self.pipe.schedule, inferred=True)
-                ways[solver] = {"text": str(recipe), "evaluations": evaluations}
+                (recipe := recipe_of(name, solver)).check(self.pipe.schedule)
+                ways[solver] = {"text": str(recipe), "evaluations": recipe.evaluations(self.pipe.schedule, True)}
         return ways
 
     def _draws_images(self) -> bool:
@@ -290,15 +288,12 @@ class Workbench:
         """An image encoded and decoded by ``recipe``, timed anew: what the recipe costs and what it leaves."""
         picture, spent = self.picture(key), Spent(stop)
         found = self.latent(picture, recipe, spent, again=True)
-        values = {"image": found.reconstruction[0], "recipe": str(recipe), **spent.values()}
-        return {**values, **self._quality(picture, found)}
+        about = {"recipe": str(recipe), **spent.values(), **self._quality(picture, found)}
+        return {"image": found.reconstruction[0], **about}
 
     def _quality(self, picture: Picture, found: Latent) -> Values:
         clamped = found.reconstruction.clamp(-1, 1)
-        return {
-            "mse": float(metrics.mse(picture.image, clamped)),
-            "ssim": float(metrics.ssim(picture.image, clamped)),
-        }
+        return {"mse": float(metrics.mse(picture.image, clamped)), "ssim": float(metrics.ssim(picture.image, clamped))}
 
     def _scales(self, scales: Any) -> dict[str, float]:
         if not isinstance(scales, Mapping):

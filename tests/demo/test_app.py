@@ -27,7 +27,7 @@ from pdae_fast.demo import command
 from pdae_fast.demo.workbench import PREVIEW, Workbench
 
 PAGE = Path(pdae_fast.__file__).parent / "demo" / "page"
-FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js", "/icon.svg": "icon.svg"}
+FILES = {"/": "index.html", **{f"/{name}": name for name in ("page.css", "page.js", "server.js", "icon.svg")}}
 
 
 def picture(uri):

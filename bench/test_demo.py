@@ -65,7 +65,7 @@ def test_slider_to_picture(benchmark, server):
         return
     for name in functions:
         times = alternation.spread(name)
-        cost = found[name]["edit_evaluations"] + (found[name]["evaluations"] if name == "first picture" else 0)
+        cost = found[name]["evaluations"]
         RUN.add(
             "demo",
             picture=name,

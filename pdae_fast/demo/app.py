@@ -24,7 +24,7 @@ from ..cli import finite
 from ..data import to_png
 from ..errors import UserError
 from .turns import Busy, Stopped, Turns
-from .workbench import MOST_BYTES, PREVIEW, Workbench, recipe_of
+from .workbench import MOST_BYTES, PREVIEW, Gone, Workbench, recipe_of
 
 MOST_JSON, MOST_UPLOADS = 2**16, 2  # bytes of a request; files that are read at once
 MOST_SECONDS = 30  # until a request is there
@@ -33,6 +33,7 @@ PAGE = {
     "/": ("index.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
+    "/server.js": ("server.js", "text/javascript"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 # A browser fetches nothing from anywhere else, whatever the page says.
@@ -50,6 +51,11 @@ Handler = Callable[[Workbench, dict[str, Any], Callable[[int], None]], Any]
 def _recipe(asked: dict[str, Any]):
     name = "preview" if asked.get("preview") is True else asked.get("recipe", "fast")
     return recipe_of(name, asked.get("solver"), asked.get("steps"))
+
+
+def _rank(what: str, asked: dict[str, Any]) -> int:
+    """What follows a slider goes first, then the picture where it rests."""
+    return 2 if what != "edit" else 0 if asked.get("preview") is True else 1
 
 
 # What may be asked for: a function of the workbench, the request's values and ``stop``.
@@ -110,7 +116,10 @@ def application(
             while (await request.receive())["type"] != "http.disconnect":
                 pass
 
-        return _answer(await turns.run(visitor, what, lambda stop: _plain(REQUESTS[what](bench, asked, stop)), left))
+        def job(stop: Callable[[int], None]) -> Any:
+            return _plain(REQUESTS[what](bench, asked, stop))
+
+        return _answer(await turns.run(visitor, what, job, left, _rank(what, asked)))
 
     routes = [
         *(Route(path, static) for path in PAGE),
@@ -199,7 +208,8 @@ def _answer(value: Any) -> Response:
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    return JSONResponse({"error": str(error)}, status_code=503 if isinstance(error, Busy) else 400)
+    gone = {"gone": error.key} if isinstance(error, Gone) else {}
+    return JSONResponse({"error": str(error), **gone}, status_code=503 if isinstance(error, Busy) else 400)
 
 
 async def _stopped(request: Request, error: Exception) -> Response:

@@ -18,7 +18,7 @@ from ..models import load_model
 from ..pipeline import Pipeline
 
 DEFAULT_MODEL = "avatars64"
-OPENING = {"avatars64": (10, 15)}  # bundled images that show most sliders, and a path, well
+OPENING = {"avatars64": (10, 15), "fashion32": (13, 2)}  # bundled images that show the first slider, and a path, well
 MOST_CONNECTIONS = 64
 
 

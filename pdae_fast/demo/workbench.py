@@ -7,6 +7,8 @@ ends the work by an exception of its own. Results are plain values, and images [
 
 from __future__ import annotations
 
+import contextlib
+import math
 import secrets
 import threading
 import time
@@ -20,14 +22,14 @@ import torch
 from torch import Tensor
 
 from .. import metrics
-from ..arguments import as_int, as_number, as_seed, brief
+from ..arguments import as_int, as_number, brief
 from ..data import BrokenImage, load_image
 from ..data.preprocess import stored_size
 from ..errors import UserError
 from ..experiments import animation, few_shot
 from ..experiments.analyze import shift
 from ..experiments.analyze.times import noise_at, points, time_grid
-from ..experiments.common import Cost, check_finite
+from ..experiments.common import check_finite
 from ..experiments.manipulate import asked
 from ..models import PDAE, Autoencoder, DiffAE
 from ..pipeline import INTERPOLATIONS, Pipeline
@@ -49,7 +51,9 @@ SHOWN, POOL = 32, 128  # images that the page offers; images that few-shot takes
 PREVIEW = Recipe(steps=5, spacing="quadratic", iterations=2)  # while a slider moves
 # The first sliders, as far as a classifier has them: those that the bundled one moves most visibly.
 FIRST = ("sunglasses", "beard", "long_hair", "dark_skin", "hat", "dark_background", "eyeglasses", "jacket", "pale_skin",
-         "gray_hair", "blond_hair", "brown_hair", "black_hair", "bald", "moustache")  # fmt: skip
+         "gray_hair", "blond_hair", "brown_hair", "black_hair", "bald", "moustache", "Trouser")  # fmt: skip
+# A slider goes as far as asks for so many logits of a middling attribute: farther on images fall apart.
+REACH_LOGITS = 20
 
 LATENT_STEPS = 20  # of the latent DPM; more change little (of avatars64: deviation of z 0.33, at 100 steps 0.36)
 
@@ -61,14 +65,29 @@ def never(count: int) -> None:
     """A ``stop`` that goes on."""
 
 
+class Spent:
+    """Network evaluations (in images) and seconds of one request: a ``stop`` that counts, and leaves out what others
+    compute inside of it."""
+
+    def __init__(self, stop: Stop) -> None:
+        self.evaluations, self._stop, self._start = 0, stop, time.perf_counter()
+
+    def __call__(self, count: int) -> None:
+        self.evaluations += count
+        before = time.perf_counter()
+        self._stop(count)
+        self._start += time.perf_counter() - before
+
+    def values(self) -> Values:
+        return {"evaluations": self.evaluations, "seconds": time.perf_counter() - self._start}
+
+
 class Latent(NamedTuple):
-    """x_T and the reconstruction [1, C, H, W] of an image by one recipe, and what the two took."""
+    """x_T and the reconstruction [1, C, H, W] of an image by one recipe."""
 
     x_T: Tensor
     reconstruction: Tensor
     logits: Tensor | None  # [attributes] of the reconstruction, encoded again
-    evaluations: int
-    seconds: float
 
 
 class Picture:
@@ -78,6 +97,14 @@ class Picture:
         self.name, self.image = name, image
         self.z: Tensor | None = None
         self.latents: OrderedDict[Recipe, Latent] = OrderedDict()
+
+
+class Gone(UserError):
+    """An image was kept, and is no longer: the page, which has it, sends it again."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__("this image is no longer kept; upload or draw it again")
+        self.key = key
 
 
 class Workbench:
@@ -110,9 +137,16 @@ class Workbench:
         names = list(config.attributes) if config.latent_statistics else []
         return [*(n for n in FIRST if n in names), *(n for n in names if n not in FIRST)]
 
+    @property
+    def reach(self) -> float:
+        """The scale at which a slider ends."""
+        names = self.pipe.model.config.attributes if self.attributes else ()
+        found = [float(asked(self.pipe, name, 1.0)[i]) for i, name in enumerate(names)]
+        return min(MOST_SCALE, math.ceil(10 * REACH_LOGITS / max(1.0, float(np.median(found or 1)))) / 10)
+
     def describe(self) -> Values:
         """What this model can do, for the page: menus, sliders, pictures on offer, and ``missing``, in words."""
-        model, schedule = self.pipe.model, self.pipe.schedule
+        model = self.pipe.model
         autoencoder, drawn = isinstance(model, Autoencoder), self._draws_images()
         count = 0 if self.dataset is None else len(self.dataset)
         missing = []
@@ -127,24 +161,18 @@ class Workbench:
             missing.append("A Diff-AE has no prior and no G: no paths by trajectory, and nothing without G.")
         if autoencoder and not count:
             missing.append("No images on offer: upload one, or start with --input FOLDER.")
+        recipes = [{"name": name, "solver": recipe.solver, "ways": ways}
+                   for name, recipe in RECIPES.items() if recipe.solver in (ways := self._ways(name))]  # fmt: skip
         return {
             "name": self.name,
             "kind": type(model).__name__,
             "size": model.config.image_size,
             "attributes": self.attributes,
+            "reach": self.reach,
             "pictures": [f"data-{i}" for i in range(min(count, SHOWN))],
             "opening": self.opening,
             "total": count,
-            "recipes": [
-                {
-                    "name": name,
-                    "text": str(recipe),
-                    "solver": recipe.solver,
-                    "evaluations": recipe.evaluations(schedule, inferred=True),
-                }
-                for name, recipe in RECIPES.items()
-                if self._possible(recipe)
-            ],
+            "recipes": recipes,
             "solvers": [name for name, solver in SOLVERS.items() if not solver.draws],
             "kinds": [kind for kind in INTERPOLATIONS if isinstance(model, PDAE) or kind == "latent"],
             "autoencoder": autoencoder,
@@ -155,12 +183,14 @@ class Workbench:
             "missing": missing,
         }
 
-    def _possible(self, recipe: Recipe) -> bool:
-        try:
-            recipe.check(self.pipe.schedule)
-        except UserError:
-            return False
-        return True
+    def _ways(self, name: str) -> dict[str, Values]:
+        """Of each solver that a recipe may run with: what the two do, in words, and evaluations."""
+        ways: dict[str, Values] = {}
+        for solver in SOLVERS:
+            with contextlib.suppress(UserError):
+                (recipe := recipe_of(name, solver)).check(self.pipe.schedule)
+                ways[solver] = {"text": str(recipe), "evaluations": recipe.evaluations(self.pipe.schedule, True)}
+        return ways
 
     def _draws_images(self) -> bool:
         try:
@@ -182,7 +212,8 @@ class Workbench:
                 f"{_short(name)}: too large; at most {MOST_BYTES >> 20} MiB and {MOST_PIXELS // 10**6} megapixels"
             )
         channels, side, _ = self.pipe.model.image_shape
-        crop = self.pipe.model.config.crop
+        # One of the model's own size is whole: such as a drawn one that the page sends again.
+        crop = "centre" if size == (side, side) else self.pipe.model.config.crop
         return self.keep(load_image(_short(name), side, channels, content=content, crop=crop), _short(name))
 
     def keep(self, image: Tensor, name: str) -> Values:
@@ -211,7 +242,7 @@ class Workbench:
         """An image of the data set, "data-NUMBER", read anew."""
         word, _, number = key.partition("-") if isinstance(key, str) else ("", "", "")
         if word == "kept":
-            raise UserError("this image is no longer kept; upload or draw it again")
+            raise Gone(key)
         if word != "data" or not (number.isdecimal() and len(number) < 10) or self.dataset is None:
             raise UserError(f"no image {brief(key)}")
         if int(number) >= len(self.dataset):
@@ -237,14 +268,11 @@ class Workbench:
     def latent(self, picture: Picture, recipe: Recipe, stop: Stop = never, again: bool = False) -> Latent:
         """x_T and the reconstruction by ``recipe``: those that are kept, or (``again``) anew."""
         if again or recipe not in picture.latents:
-            pipe, cost = self._with(recipe, stop), Cost()
-            z = self._z(picture)
-            with cost.of(pipe):
-                x_T = pipe.invert(picture.image, z)
-                x = pipe.decode(z, x_T)
-            check_finite(x, "the reconstruction holds")
+            pipe, z = self._with(recipe, stop), self._z(picture)
+            x_T = pipe.invert(picture.image, z)
+            x = check_finite(pipe.decode(z, x_T), "the reconstruction holds")
             logits = self._logits(x) if self.attributes else None
-            picture.latents[recipe] = Latent(x_T, x, logits, cost.evaluations["trunk"], cost.seconds)
+            picture.latents[recipe] = Latent(x_T, x, logits)
             while len(picture.latents) > KEPT_LATENTS:
                 picture.latents.popitem(last=False)
         picture.latents.move_to_end(recipe)
@@ -258,18 +286,14 @@ class Workbench:
 
     def reconstruct(self, key: Any, recipe: Recipe, stop: Stop = never) -> Values:
         """An image encoded and decoded by ``recipe``, timed anew: what the recipe costs and what it leaves."""
-        picture = self.picture(key)
-        found = self.latent(picture, recipe, stop, again=True)
-        return {"image": found.reconstruction[0], "recipe": str(recipe), **self._quality(picture, found)}
+        picture, spent = self.picture(key), Spent(stop)
+        found = self.latent(picture, recipe, spent, again=True)
+        about = {"recipe": str(recipe), **spent.values(), **self._quality(picture, found)}
+        return {"image": found.reconstruction[0], **about}
 
     def _quality(self, picture: Picture, found: Latent) -> Values:
         clamped = found.reconstruction.clamp(-1, 1)
-        return {
-            "evaluations": found.evaluations,
-            "seconds": found.seconds,
-            "mse": float(metrics.mse(picture.image, clamped)),
-            "ssim": float(metrics.ssim(picture.image, clamped)),
-        }
+        return {"mse": float(metrics.mse(picture.image, clamped)), "ssim": float(metrics.ssim(picture.image, clamped))}
 
     def _scales(self, scales: Any) -> dict[str, float]:
         if not isinstance(scales, Mapping):
@@ -291,13 +315,12 @@ class Workbench:
 
         ``attributes``: for each that was moved, the change of its logit that the edit of z asks for, and the change
         after decoding and encoding again, against the reconstruction encoded again; and the probabilities.
+        ``evaluations`` and ``seconds`` are what this request took: what is kept costs nothing.
         """
-        picture, scales = self.picture(key), self._scales(scales)
-        known = recipe in picture.latents
-        found, z = self.latent(picture, recipe, stop), self._z(picture)
-        pipe, cost = self._with(recipe, stop), Cost()
-        with cost.of(pipe):
-            x = pipe.decode(self._edited(z, scales), found.x_T) if scales else found.reconstruction
+        picture, scales, spent = self.picture(key), self._scales(scales), Spent(stop)
+        found, z = self.latent(picture, recipe, spent), self._z(picture)
+        pipe = self._with(recipe, spent)
+        x = pipe.decode(self._edited(z, scales), found.x_T) if scales else found.reconstruction
         check_finite(x, "the edited image holds")
         values: Values = {
             "original": picture.image[0],
@@ -305,11 +328,8 @@ class Workbench:
             "edit": x[0],
             "name": picture.name,
             "recipe": str(recipe),
-            "inferred": not known,
             "steps": recipe.steps,
             **self._quality(picture, found),
-            "edit_seconds": cost.seconds,
-            "edit_evaluations": cost.evaluations["trunk"],
             "attributes": {},
         }
         if scales:
@@ -324,7 +344,7 @@ class Workbench:
                     "before": float(before[i].sigmoid()),
                     "after": float(after[i].sigmoid()),
                 }
-        return values
+        return {**values, **spent.values()}
 
     def latents(self, key: Any, scales: Any, recipe: Recipe, stop: Stop = never) -> bytes:
         """A .safetensors file of z, the edited z and x_T of an image, with how they were made as its metadata."""
@@ -339,18 +359,12 @@ class Workbench:
         """``count`` frames from image ``a`` to image ``b``, and the film, there and back, as a GIF's bytes."""
         first, second = self.picture(a), self.picture(b)
         weights = torch.linspace(0, 1, as_int("frames", count, 2, MOST_FRAMES))
-        pipe = self._with(recipe, stop)
-        start, cost = time.perf_counter(), Cost()
-        with cost.of(pipe):
-            ends = [self.latent(picture, recipe, stop) for picture in (first, second)]
-            z, x_T = (torch.stack(v) for v in ([self._z(first), self._z(second)], [end.x_T for end in ends]))
-            frames = check_finite(pipe.blend(z, x_T, weights, kind)[0], "the images between hold")
-        return {
-            "frames": list(frames),
-            "gif": animation.gif(frames[None]),
-            "evaluations": cost.evaluations["trunk"],
-            "seconds": time.perf_counter() - start,
-        }
+        spent = Spent(stop)
+        pipe = self._with(recipe, spent)
+        ends = [self.latent(picture, recipe, spent) for picture in (first, second)]
+        z, x_T = (torch.stack(v) for v in ([self._z(first), self._z(second)], [end.x_T for end in ends]))
+        frames = check_finite(pipe.blend(z, x_T, weights, kind)[0], "the images between hold")
+        return {"frames": list(frames), "gif": animation.gif(frames[None]), **spent.values()}
 
     def sample(
         self,
@@ -366,28 +380,27 @@ class Workbench:
         classifier, as few_shot accepts them (``rate``: the share of the draws); or those of ALIKE_DRAWS that are most
         like the images of the keys ``like``, by a few-shot classifier."""
         count = as_int("images", count, 1, MOST_IMAGES)
-        seed = as_int("seed", as_seed(seed), 0, MOST_SEED)
-        pipe, cost, rate = self._with(recipe, stop), Cost(), None
-        with cost.of(pipe):
-            if not isinstance(pipe.model, Autoencoder) or (attribute is None and not like):
-                x = pipe.sample(count, seed=seed, latent_steps=self._latent_steps)
+        seed = as_int("seed", seed, 0, MOST_SEED)
+        spent, rate = Spent(stop), None
+        pipe = self._with(recipe, spent)
+        if not isinstance(pipe.model, Autoencoder) or (attribute is None and not like):
+            x = pipe.sample(count, seed=seed, latent_steps=self._latent_steps)
+        else:
+            draw = self._numbered(seed, spent)
+            if like:
+                alike = self._like(like, spent)
+                z = draw(0, ALIKE_DRAWS)
+                numbers = np.argsort(-alike(z), kind="stable")[:count].tolist()
+                z = z[numbers]
             else:
-                draw = self._numbered(seed, stop)
-                if like:
-                    alike = self._like(like, stop)
-                    z = draw(0, ALIKE_DRAWS)
-                    numbers = np.argsort(-alike(z), kind="stable")[:count].tolist()
-                    z = z[numbers]
-                else:
-                    z, numbers, rate = self._accepted(draw, self._attribute(attribute, bool(without)), count, seed)
-                x = pipe.decode(z, None, 0.3, seed=seed, indices=numbers)
+                z, numbers, rate = self._accepted(draw, self._attribute(attribute, bool(without)), count, seed)
+            x = pipe.decode(z, None, 0.3, seed=seed, indices=numbers)
         check_finite(x, "the sampled images hold")
         return {
             "images": [self.keep(image, f"drawn {seed}/{i}") for i, image in enumerate(x)],
             "rate": rate,
             "best_of": ALIKE_DRAWS if like else None,
-            "evaluations": cost.evaluations["trunk"],
-            "seconds": cost.seconds,
+            **spent.values(),
         }
 
     def _accepted(self, draw: Any, p: Any, count: int, seed: int) -> tuple[Tensor, list[int], float]:
@@ -476,6 +489,8 @@ def recipe_of(name: Any = "fast", solver: Any = None, steps: Any = None) -> Reci
     if solver is not None and solver != recipe.solver:
         if not isinstance(solver, str) or solver not in SOLVERS:
             raise UserError(f"solver {brief(solver)} is not known; expected one of {', '.join(SOLVERS)}")
+        if recipe.method.backward:
+            raise UserError(f"the recipe {name} is made for the solver {recipe.solver}; choose another for {solver}")
         # x_T is inferred as the solver does it.
         fields |= {"solver": solver, "iterations": None, "encode_steps": None}
     return Recipe.of(recipe, **fields)

@@ -27,7 +27,7 @@ from pdae_fast.demo import command
 from pdae_fast.demo.workbench import PREVIEW, Workbench
 
 PAGE = Path(pdae_fast.__file__).parent / "demo" / "page"
-FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js", "/icon.svg": "icon.svg"}
+FILES = {"/": "index.html", **{f"/{name}": name for name in ("page.css", "page.js", "server.js", "icon.svg")}}
 
 
 def picture(uri):
@@ -200,6 +200,21 @@ def test_a_newer_request_overtakes_and_others_are_served(serve, bench, slow):
     assert older[0].status == 409 and older[0].value == {"stopped": True}
 
 
+@pytest.mark.parametrize("visitor", ["a" * 16, "b" * 16], ids=["own", "another"])
+def test_a_slider_is_followed_while_a_long_request_runs(serve, bench, monkeypatch, visitor):
+    long, answers = Slow(), []
+    monkeypatch.setattr(bench, "interpolate", lambda *arguments: long("", {}, None, arguments[-1]))
+    served = serve(bench)
+    connection = served.connect()
+    connection.request("POST", "/api/interpolate", "{}", {"X-Visitor": "a" * 16})
+    assert long.started.wait(10)
+    for preview in (True, False):
+        answers.append(served.post("edit", visitor=visitor, image="data-0", scales={"dark": 0.2}, preview=preview))
+    assert [answer.status for answer in answers] == [200, 200] and not long.stopped.is_set()
+    connection.close()
+    assert long.stopped.wait(10)
+
+
 def test_visitors_at_once_get_their_own(served):
     found = {}
 
@@ -237,6 +252,18 @@ def test_the_command_serves_the_bundled_avatars():
         process.terminate()
         _, errors = process.communicate(timeout=20)
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("model", "image", "attribute", "reach"),
+    [("avatars64", "data-10", "sunglasses", 0.3), ("fashion32", "data-13", "Trouser", 0.8)],
+)
+def test_bundled_models_open_with_an_edit_that_arrives(model, image, attribute, reach):
+    bench = command.workbench(command.parser().parse_args(["--model", model, "--device", "cpu"]))
+    found = bench.describe()
+    assert (found["opening"][0], found["attributes"][0], found["reach"]) == (image, attribute, reach)
+    said = bench.edit(image, {attribute: 0.75 * reach}, PREVIEW)["attributes"][attribute]
+    assert said["before"] < 0.1 and said["after"] > 0.9
 
 
 def test_a_saved_directory_shows_its_name_alone(tmp_path, pipe, folder):

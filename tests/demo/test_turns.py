@@ -145,3 +145,57 @@ def test_the_loop_is_free_while_it_computes():
         await run
 
     play(script)
+
+
+@pytest.mark.parametrize("rank", [0, 1], ids=["first", "in its order"])
+def test_what_goes_first_need_not_wait_for_the_end_of_what_runs(rank):
+    async def script(turns):
+        long, edit = Job("long"), Job("edit")
+        slow = asyncio.ensure_future(turns.run("a", "interpolate", long, rank=1))
+        await long.begun()
+        edit.end.set()
+        quick = asyncio.ensure_future(turns.run("b", "edit", edit, rank=rank))
+        await asyncio.wait({quick}, timeout=0.3 if rank else 5)
+        assert quick.done() is not bool(rank) and not slow.done()
+        long.end.set()
+        assert await slow == "long" and await quick == "edit"
+
+    play(script)
+
+
+def test_what_waits_runs_by_rank_and_a_failure_inside_is_not_that_of_the_outer():
+    async def script(turns):
+        outer, order = Job("outer"), []
+
+        def note(name):
+            def job(stop):
+                order.append((name, threading.get_ident()))
+                raise ZeroDivisionError
+
+            return job
+
+        run = asyncio.ensure_future(turns.run("a", "interpolate", outer, rank=2))
+        await outer.begun()
+        others = {"last": 3, "refined": 1, "preview": 0}
+        found = [asyncio.ensure_future(turns.run(k, "edit", note(k), rank=r)) for k, r in others.items()]
+        while len(order) < 2:
+            await asyncio.sleep(0.005)
+        outer.end.set()
+        assert await run == "outer"
+        assert [type(f) for f in await asyncio.gather(*found, return_exceptions=True)] == [ZeroDivisionError] * 3
+        assert [name for name, _ in order][-1] == "last" and len({thread for _, thread in order}) == 1
+
+    play(script)
+
+
+def test_closing_ends_what_runs_and_what_waits():
+    async def script(turns):
+        jobs = [Job(), Job()]
+        runs = [asyncio.ensure_future(turns.run(f"v{k}", "edit", job)) for k, job in enumerate(jobs)]
+        await jobs[0].begun()
+        await asyncio.to_thread(turns.close)
+        found = await asyncio.wait_for(asyncio.gather(*runs, return_exceptions=True), 5)
+        assert isinstance(found[0], Stopped) and not jobs[1].started.is_set()
+        assert isinstance(found[1], (Stopped, asyncio.CancelledError))
+
+    play(script)

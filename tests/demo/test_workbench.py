@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from golden_rule import fill, relative
 from helpers import TINY, TINY_FULL, images, needs_sklearn, tiny_pdae, tiny_prior
 from pdae_fast import DiffAE, DiffAEConfig, Pipeline, Recipe, UserError
-from pdae_fast.data import load_image
+from pdae_fast.data import load_image, to_png
 from pdae_fast.demo import workbench
 from pdae_fast.demo.workbench import PREVIEW, Workbench, recipe_of
 from pdae_fast.experiments import manipulate
@@ -65,6 +66,30 @@ def test_x_T_is_inferred_once_for_an_image_and_recipe(bench, pipe):
     assert spent(pipe, lambda: bench.edit("data-3", {"dark": 0.1}, FAST)) == first
 
 
+def test_an_edit_says_what_it_took_and_not_what_others_did(bench, pipe):
+    first = bench.edit("data-0", {"dark": 0.1}, FAST)
+    assert first["evaluations"] == FAST.evaluations(pipe.schedule, inferred=True) + FAST.steps
+    assert bench.edit("data-0", {"dark": 0.2}, FAST)["evaluations"] == FAST.steps
+    assert bench.edit("data-0", {}, FAST)["evaluations"] == 0
+
+    def others(count):
+        if not inside:  # once: what goes first is computed between two evaluations of this
+            inside.append(bench.edit("data-0", {"dark": -0.1}, PREVIEW))
+            time.sleep(0.3)
+
+    inside = []
+    edit = bench.edit("data-0", {"dark": 0.3}, FAST, others)
+    assert edit["evaluations"] == FAST.steps and inside[0]["evaluations"] == 11 + 2 * PREVIEW.steps
+    torch.testing.assert_close(edit["edit"], bench.edit("data-0", {"dark": 0.3}, FAST)["edit"])
+    torch.testing.assert_close(inside[0]["edit"], bench.edit("data-0", {"dark": -0.1}, PREVIEW)["edit"])
+    inside.clear()
+    path = bench.interpolate("data-0", "data-1", "latent", 3, PREVIEW, others)
+    assert path["evaluations"] == 11 + PREVIEW.steps + 3 * PREVIEW.steps
+    inside.clear()
+    start = time.perf_counter()
+    assert bench.reconstruct("data-0", PREVIEW, others)["seconds"] < time.perf_counter() - start - 0.29
+
+
 def test_kept_images_and_latents_are_bounded(bench, monkeypatch):
     monkeypatch.setattr(workbench, "KEPT_IMAGES", 3)
     keys = [bench.keep(image, "x")["key"] for image in images(5)]
@@ -83,6 +108,16 @@ def test_uploads_are_read_like_files(bench, tmp_path):
     found = bench.upload(png(), "C:\\photos\\a.png")
     assert found["name"] == "a.png"
     assert torch.equal(bench.picture(found["key"]).image[0], load_image(tmp_path / "a.png", 32, 1))
+
+
+def test_an_image_of_the_models_size_is_not_cropped_again(bench):
+    model = tiny_pdae(dataclasses.replace(TINY_FULL, crop="celeba"))
+    own = Workbench(Pipeline(model, "fast", device="cpu"), bench.dataset)
+    drawn = own.sample(1, 0, PREVIEW)["images"][0]["image"].clamp(-1, 1)
+    again = own.upload(to_png(drawn), "drawn 0/0")
+    torch.testing.assert_close(own.picture(again["key"]).image[0], drawn, atol=1 / 127, rtol=0)
+    with pytest.raises(UserError, match="178 x 218"):
+        own.upload(png(), "a.png")
 
 
 @pytest.mark.parametrize(
@@ -226,6 +261,33 @@ def test_recipes_by_name_solver_and_steps():
             recipe_of(*values)
 
 
+def test_the_menus_hold_the_pairs_of_recipe_and_solver_that_run(bench, pipe):
+    found = bench.describe()
+    pairs = {(row["name"], solver): way for row in found["recipes"] for solver, way in row["ways"].items()}
+    assert {"ddim", "dpm++3m", "belm"} <= {solver for name, solver in pairs if name == "fast"} <= set(found["solvers"])
+    assert [solver for name, solver in pairs if name == "diffae"] == ["ddim"]  # nothing else reaches alpha_bar 1
+    assert [solver for name, solver in pairs if name == "reversible"] == ["belm"]  # or it is not
+    for (name, solver), way in pairs.items():
+        recipe = recipe_of(name, solver)
+        assert way["text"] == str(recipe)
+        if recipe.steps < 100:
+            assert bench.reconstruct("data-0", recipe)["evaluations"] == way["evaluations"], (name, solver)
+    for name, solver in {(row["name"], solver) for row in found["recipes"] for solver in found["solvers"]} - set(pairs):
+        with pytest.raises(UserError, match=solver.replace("+", r"\+")):
+            recipe_of(name, solver)
+
+
+def test_sliders_end_where_edits_do(bench, pipe):
+    assert bench.reach == 1.0  # of random weights, whose logits hardly move
+    model = tiny_pdae(TINY_FULL)
+    model.classifier.weight.data *= 20
+    found = Workbench(Pipeline(model, "fast", device="cpu"))
+    names = enumerate(("round", "dark"))
+    wanted = np.median([float(manipulate.asked(found.pipe, name, found.reach)[i]) for i, name in names])
+    assert found.reach == 0.3 and wanted * 0.2 / 0.3 < workbench.REACH_LOGITS <= wanted
+    assert Workbench(Pipeline(tiny_pdae(TINY), "fast", device="cpu")).describe()["reach"] == 1.0
+
+
 def test_stop_ends_the_work_between_evaluations(bench, pipe):
     class Enough(Exception):
         pass
@@ -272,7 +334,7 @@ def test_everything_is_there():
     found = Workbench(Pipeline(tiny_pdae(TINY_FULL), "fast", device="cpu")).describe()
     assert found["missing"] == ["No images on offer: upload one, or start with --input FOLDER."]
     assert sorted(found["attributes"]) == ["dark", "round"] and found["kinds"] == ["latent", "trajectory"]
-    assert {row["name"]: row["evaluations"] for row in found["recipes"]}["published"] == 200
+    assert {row["name"]: row["ways"][row["solver"]] for row in found["recipes"]}["published"]["evaluations"] == 200
     assert "ddpm" not in found["solvers"] and not found["few_shot"]
 
 

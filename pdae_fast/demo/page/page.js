@@ -1,4 +1,6 @@
-// The page: what is chosen, what is asked of the server, what is shown. Nothing is loaded from anywhere else.
+// The page: what is chosen, what is computed, what is shown. Nothing is loaded from anywhere else.
+
+import { Refused, asBlob, kept, offered, post, send } from "./server.js";
 
 const $ = (id) => document.getElementById(id);
 const make = (tag, values = {}, ...inner) => {
@@ -9,30 +11,7 @@ const make = (tag, values = {}, ...inner) => {
 const words = (name) => name.replaceAll("_", " ");
 const signed = (x, digits) => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(digits);
 
-// -- the server ---------------------------------------------------------------------------------------------------
-
-// randomUUID is only there on pages of this machine or of HTTPS.
-const visitor = Array.from(crypto.getRandomValues(new Uint8Array(16)), (b) => b.toString(16).padStart(2, "0")).join("");
-
-class Refused extends Error {}
-
-async function ask(path, body, signal) {
-  let answer;
-  try {
-    answer = await fetch(path, { method: "POST", body, signal, headers: { "X-Visitor": visitor } });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Refused("The server does not answer. Is it still running?");
-  }
-  if (answer.status === 409) throw new DOMException("overtaken", "AbortError");
-  if (!answer.ok) {
-    const said = await answer.json().catch(() => ({}));
-    throw new Refused(said.error ?? `The server answered ${answer.status}.`);
-  }
-  return answer.headers.get("content-type").startsWith("application/json") ? answer.json() : answer.blob();
-}
-
-const post = (what, values, signal) => ask(`api/${what}`, JSON.stringify(values), signal);
+// -- what is computed ----------------------------------------------------------------------------------------------
 
 function problem(error) {
   if (error && error.name === "AbortError") return;
@@ -40,7 +19,8 @@ function problem(error) {
   $("problem").hidden = !error;
 }
 
-// One computation of a kind on screen: a newer one aborts the older, and what it says goes to its status line.
+// One computation of a kind on screen: a newer one aborts the older, and what it says goes to its status line. Whether it
+// was shown.
 const running = {};
 async function job(kind, what, values, show) {
   running[kind]?.abort();
@@ -56,12 +36,12 @@ async function job(kind, what, values, show) {
     status.textContent = "";
     problem(null);
     show(found, status);
+    return true;
   } catch (error) {
     clearInterval(clock);
     if (running[kind] === control) status.textContent = "";
     problem(error);
-  } finally {
-    clearInterval(clock);
+    return false;
   }
 }
 
@@ -71,54 +51,71 @@ function save(blob, name) {
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
-const asBlob = (uri) => {
-  const [head, data] = uri.split(",");
-  return new Blob([Uint8Array.from(atob(data), (c) => c.charCodeAt(0))], { type: head.slice(5, head.indexOf(";")) });
-};
+const fileName = (name) => name.replace(/\.\w+$/, "").replace(/[\s/\\:*?"<>|]+/g, "-");
 
 // -- what is chosen -----------------------------------------------------------------------------------------------
 
 let model;
-let chosen = null; // {key, name, src}
+let chosen = null; // a Picture
 const scales = {};
 const recipe = () => ({ recipe: $("recipe").value, solver: $("solver").value });
 
-function choose(picture) {
-  chosen = picture;
-  for (const button of $("strip").children) button.setAttribute("aria-pressed", button.dataset.key === picture.key);
-  $("original").src = picture.src;
-  if (model.autoencoder) edit();
-  else $("reconstruction").removeAttribute("src");
+// Most controls do something with the chosen image.
+function enable(on) {
+  const controls = document.querySelectorAll(":is(#edit, #interpolate, #inside) :is(button, input, select)");
+  for (const control of controls) control.disabled = !on;
 }
 
-const offered = (key) => ({ key, name: key, src: `api/image/${key}.png` });
+function choose(picture) {
+  if (!chosen) enable(true);
+  if (chosen !== picture) forget();
+  chosen = picture;
+  const strip = $("strip");
+  if (![...strip.children].some((button) => button.picture === picture)) {
+    strip.prepend(thumbnail(picture, choose));
+    strip.scrollLeft = 0;
+    while (strip.children.length > 60) strip.lastChild.remove();
+  }
+  for (const button of strip.children) {
+    button.setAttribute("aria-pressed", button.picture === picture);
+    button.tabIndex = button.picture === picture ? 0 : -1;
+  }
+  $("original").src = picture.src;
+  edit();
+}
 
-function thumbnail(picture, pressed, act) {
+function thumbnail(picture, act) {
   const image = make("img", { src: picture.src, alt: "" });
-  const button = make("button", { type: "button", title: picture.name }, image);
+  const button = make("button", { type: "button", title: picture.name, tabIndex: -1, picture }, image);
   button.setAttribute("aria-label", `Image ${picture.name.replace("data-", "")}`);
-  button.setAttribute("aria-pressed", pressed);
-  button.dataset.key = picture.key;
+  button.setAttribute("aria-pressed", false);
   button.onclick = () => act(picture, button);
   return button;
 }
 
-function add(found) {
-  const picture = { key: found.key, name: found.name, src: found.image };
-  const strip = $("strip");
-  strip.prepend(thumbnail(picture, false, choose));
-  strip.scrollLeft = 0;
-  while (strip.children.length > 60) strip.lastChild.remove();
-  return picture;
+// A row of buttons is one tab stop; the arrow keys, Home and End move in it.
+function rove(row, act = () => {}) {
+  row.addEventListener("focusin", ({ target }) => { for (const one of row.children) one.tabIndex = one === target ? 0 : -1; });
+  row.addEventListener("keydown", (event) => {
+    const all = [...row.children].filter((one) => !one.disabled);
+    const at = all.indexOf(document.activeElement);
+    const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: -1 }[event.key];
+    if (to === undefined) return;
+    event.preventDefault();
+    const next = all.at(to % all.length);
+    next.focus();
+    act(next);
+  });
 }
 
 async function upload(file) {
   if (!file) return;
   try {
     if (file.size > model.limits.bytes) throw new Refused(`${file.name}: too large; at most ${model.limits.bytes >> 20} MiB`);
-    const found = await ask(`api/upload?name=${encodeURIComponent(file.name)}`, file);
+    const found = await send(file, file.name);
     problem(null);
-    choose(add(found));
+    choose(kept(found));
+    if (!$("sample").hidden) open("edit"); // where it is seen
   } catch (error) {
     problem(error);
   }
@@ -127,48 +124,69 @@ async function upload(file) {
 // -- edit ---------------------------------------------------------------------------------------------------------
 
 // While a slider moves, previews follow one another and only the newest position waits: none is stale, none is cut off.
-// When it rests, the picture is refined; whatever moves next cuts that off.
-const live = { stale: false, unrefined: false, moving: false, busy: null, latest: null };
+// When it rests, the picture is refined; whatever moves next cuts that off. Nothing is computed while it is not seen.
+// ``refined``: of which image and recipe the refined reconstruction is on screen.
+const live = { stale: false, unrefined: false, moving: false, busy: null, latest: null, shown: null, refined: "", done: null };
 
 function edit(moving = false) {
   Object.assign(live, { stale: true, unrefined: true, moving });
-  if (!live.busy) catchUp();
-  else if (live.busy.refine || live.busy.image !== chosen.key) live.busy.control.abort();
+  refresh();
+}
+
+function refresh() {
+  if (!live.busy) live.done = catchUp();
+  else if ((live.stale || live.unrefined) && (live.busy.refine || live.busy.image !== chosen)) live.busy.control.abort();
 }
 
 function rest() {
+  if (!live.moving) return;
   live.moving = false;
-  if (!live.busy) catchUp();
+  if (!live.busy) live.done = catchUp();
 }
 
 async function catchUp() {
   const stage = document.querySelector("#edit .stage");
   stage.setAttribute("aria-busy", "true");
-  while (live.stale || (live.unrefined && !live.moving)) {
+  while (chosen && model.autoencoder && !$("edit").hidden && (live.stale || (live.unrefined && !live.moving))) {
     const refine = !live.stale;
-    const image = chosen.key;
+    const image = chosen;
+    const made = JSON.stringify({ image, ...recipe() });
     live.stale = false;
     live.unrefined = !refine;
     live.busy = { refine, image, control: new AbortController() };
-    const start = performance.now();
     try {
       const values = { image, scales, preview: !refine, ...(refine ? recipe() : {}) };
       const found = await post("edit", values, live.busy.control.signal);
       problem(null);
-      if (image === chosen.key) show(found, !refine, (performance.now() - start) / 1000);
+      if (image === chosen) show(found, !refine, made);
     } catch (error) {
       problem(error);
-      if (error.name !== "AbortError") live.unrefined = false;
+      if (error.name === "AbortError") continue;
+      live.unrefined = false;
+      if (live.shown !== image) clear();
     }
   }
   live.busy = null;
   stage.setAttribute("aria-busy", "false");
 }
 
-function show(found, preview, seconds) {
+// Nothing of another image stays beside one that could not be computed.
+function clear() {
+  live.latest = live.shown = null;
+  live.refined = $("edit-status").textContent = "";
+  for (const name of ["reconstruction", "edited", "wipe-before", "wipe-after"]) $(name).removeAttribute("src");
+  for (const { arrived } of Object.values(sliders)) arrived.replaceChildren();
+}
+
+function show(found, preview, made) {
   live.latest = found;
+  live.shown = chosen;
   $("original").src = found.original;
-  $("reconstruction").src = $("wipe-before").src = found.reconstruction;
+  // A preview's reconstruction is the coarser one.
+  if (!preview || live.refined !== made) {
+    $("reconstruction").src = $("wipe-before").src = found.reconstruction;
+    live.refined = preview ? "" : made;
+  }
   $("edited").src = $("wipe-after").src = found.edit;
   const moved = Object.keys(found.attributes).map(words).join(", ");
   $("edited").alt = moved ? `Edited image: ${moved}` : "Edited image, nothing moved";
@@ -180,19 +198,17 @@ function show(found, preview, seconds) {
     row.arrived.append("arrived ", make("b", { textContent: `${share < 0 ? "−" : ""}${Math.abs(share)} %` }),
       ` (${signed(said.arrived, 1)} of ${signed(said.asked, 1)}), p ${said.before.toFixed(2)} → ${said.after.toFixed(2)}`);
   }
-  const evaluations = found.edit_evaluations || found.evaluations;
+  const cost = found.evaluations ? `${found.evaluations} evaluations, ${found.seconds.toFixed(2)} s` : "computed before";
   $("edit-status").setAttribute("aria-live", preview ? "off" : "polite");
-  $("edit-status").textContent =
-    `${preview ? "preview" : "refined"}: ${evaluations} evaluations, ${seconds.toFixed(2)} s, MSE ${found.mse.toExponential(1)}`;
+  $("edit-status").textContent = preview ? `preview: ${cost}` : `refined: ${cost}, MSE ${found.mse.toExponential(1)}`;
   $("edit-status").title = `MSE of the reconstruction; ${found.recipe}`;
 }
 
 const sliders = {};
-const LIMIT = 0.3;
 
 function addSlider(name, value) {
   const id = `slider-${name}`;
-  const input = make("input", { id, type: "range", min: -LIMIT, max: LIMIT, step: 0.01, value });
+  const input = make("input", { id, type: "range", min: -model.reach, max: model.reach, step: 0.01, value });
   const output = make("output", { textContent: signed(value, 2) });
   output.htmlFor = id;
   const arrived = make("div", { className: "arrived" });
@@ -214,8 +230,21 @@ function reset() {
     row.input.value = scales[name] = 0;
     row.output.textContent = signed(0, 2);
   }
-  if (chosen) edit();
+  edit();
 }
+
+// A finger that scrolls the page may begin on a slider: the browser takes the pointer away, and the value is what it was.
+let held = null;
+addEventListener("pointerdown", ({ target }) => {
+  held = target.type === "range" ? { target, value: target.value } : null;
+}, true);
+addEventListener("pointercancel", () => {
+  if (!held || held.target.value === held.value) return;
+  held.target.value = held.value;
+  held.target.dispatchEvent(new Event("input"));
+}, true);
+// A slider that is let go where it was taken sends no change.
+for (const kind of ["pointerup", "pointercancel", "keyup", "blur"]) addEventListener(kind, rest, true);
 
 function wipe() {
   const at = $("wipe").value;
@@ -225,27 +254,32 @@ function wipe() {
 
 // -- interpolate --------------------------------------------------------------------------------------------------
 
-const path = { a: null, b: null, frames: [], gif: null };
+const path = { a: null, b: null, frames: [], gif: null, made: "" };
 
-function setEnd(side) {
-  path[side] = chosen;
-  $(`end-${side}`).src = chosen.src;
+function setEnd(side, picture = chosen) {
+  path[side] = picture;
+  $(`end-${side}`).src = picture.src;
   interpolate();
 }
 
-function interpolate() {
+async function interpolate() {
   if (!path.a || !path.b) return;
-  path.frames = [];
-  path.gif = null;
-  const values = { a: path.a.key, b: path.b.key, kind: $("kind").value, frames: Number($("frames").value), ...recipe() };
-  job("interpolate", "interpolate", values, (found, status) => {
+  const values = { a: path.a, b: path.b, kind: $("kind").value, frames: Number($("frames").value), ...recipe() };
+  const made = JSON.stringify(values);
+  if (path.made === made) return;
+  Object.assign(path, { frames: [], gif: null, made });
+  $("save-gif").disabled = true;
+  $("between").removeAttribute("src");
+  const shown = await job("interpolate", "interpolate", values, (found, status) => {
     Object.assign(path, { frames: found.frames, gif: found.gif });
+    $("save-gif").disabled = false;
     const share = $("scrub").value / $("scrub").max;
     $("scrub").max = found.frames.length - 1;
     $("scrub").value = Math.round(share * $("scrub").max);
     scrub();
     status.textContent = `${found.frames.length} frames, ${found.evaluations} evaluations, ${found.seconds.toFixed(1)} s`;
   });
+  if (!shown && path.made === made) path.made = "";
 }
 
 function scrub() {
@@ -256,12 +290,12 @@ function scrub() {
 
 // -- sample -------------------------------------------------------------------------------------------------------
 
-const likes = new Map();
+const likes = new Set();
 
 function sample() {
   const which = $("which").value;
   const values = { count: Number($("count").value), seed: Number($("seed").value), ...recipe() };
-  if (which === "like") values.like = [...likes.keys()];
+  if (which === "like") values.like = [...likes];
   else if (which) Object.assign(values, { attribute: which.slice(1), without: which[0] === "-" });
   if (which === "like" && !likes.size) return problem(new Refused("Click one or more images first."));
   job("sample", "sample", values, (found, status) => {
@@ -269,18 +303,25 @@ function sample() {
       const image = make("img", { src: one.image, alt: "" });
       const tile = make("button", { type: "button" }, image);
       tile.setAttribute("aria-label", `Sample ${i + 1}: edit it`);
-      tile.onclick = () => { choose(add(one)); if (model.autoencoder) open("edit"); };
+      if (model.autoencoder) tile.onclick = () => { choose(kept(one)); open("edit"); };
       return tile;
     });
     $("samples").replaceChildren(...tiles);
     const rate = found.best_of ? `, the most alike of ${found.best_of} draws`
       : found.rate === null ? "" : `, ${(100 * found.rate).toFixed(0)} % of the draws accepted`;
-    status.textContent = `${found.images.length} images, ${found.seconds.toFixed(1)} s${rate}`;
-    $("seed").value = values.seed + 1;
+    status.textContent = `${found.images.length} images of seed ${values.seed}, ${found.seconds.toFixed(1)} s${rate}`;
+    $("seed").value = (values.seed + 1) % 2 ** 31;
   });
 }
 
 // -- look inside --------------------------------------------------------------------------------------------------
+
+// What is on the tab is about one image.
+function forget() {
+  for (const kind of ["compare", "inside"]) running[kind]?.abort();
+  $("compare").tBodies[0].replaceChildren();
+  $("along").replaceChildren();
+}
 
 function addRow(name, found) {
   const cells = [found.evaluations, found.seconds.toFixed(2), found.mse.toExponential(2), found.ssim.toFixed(4)];
@@ -290,11 +331,11 @@ function addRow(name, found) {
 }
 
 function measure(name, values, then) {
-  job("compare", "reconstruct", { image: chosen.key, ...values }, (found) => { addRow(name, found); then?.(); });
+  job("compare", "reconstruct", { image: chosen, ...values }, (found) => { addRow(name, found); then?.(); });
 }
 
 function inside() {
-  job("inside", "inside", { image: chosen.key, times: 8 }, (found) => {
+  job("inside", "inside", { image: chosen, times: 8 }, (found) => {
     const rows = found.rows;
     const picture = (kind, alt) => (row) => (row[kind] ? make("img", { src: row[kind], alt: `${alt} at t = ${row.t}` }) : "–");
     const number = (key) => (row) => (row[key] === undefined ? "–" : row[key].toExponential(1));
@@ -322,21 +363,39 @@ function open(name) {
     $(tab.getAttribute("aria-controls")).hidden = !here;
   }
   $("chooser").hidden = !model.autoencoder || name === "sample";
-  if (name === "interpolate" && !path.a && chosen && model.opening.length > 1) {
-    path.b = offered(model.opening.findLast((key) => key !== chosen.key));
-    $("end-b").src = path.b.src;
+  problem(null);
+  showRecent();
+}
+
+// What is seen follows the menus; what is hidden does when it is opened.
+function showRecent() {
+  if (!$("edit").hidden) refresh();
+  if ($("interpolate").hidden) return;
+  if (!path.a && chosen) {
+    const other = model.opening.findLast((key) => key !== chosen.key);
+    if (other) setEnd("b", offered(other));
     setEnd("a");
   }
+  interpolate();
 }
 
 function recipeText() {
-  const found = model.recipes.find((r) => r.name === $("recipe").value);
-  const same = !found || $("solver").value === found.solver;
-  $("recipe-text").textContent = same && found ? `${found.evaluations} evaluations` : "";
-  $("recipe-text").title = same && found ? found.text : "";
+  const { solver, ways } = model.recipes.find((row) => row.name === $("recipe").value);
+  for (const option of $("solver").options) option.disabled = !ways[option.value];
+  if (!ways[$("solver").value]) $("solver").value = solver;
+  const { evaluations, text } = ways[$("solver").value];
+  $("recipe-text").textContent = `${evaluations} evaluations: ${text}`;
 }
 
-function start() {
+// The first of the keys whose image can be read.
+async function readable(keys) {
+  for (const key of keys) {
+    const picture = offered(key);
+    if (await make("img", { src: picture.src }).decode().then(() => true, () => false)) return picture;
+  }
+}
+
+async function start() {
   $("model").textContent = `${model.name}: ${model.kind}, ${model.size} × ${model.size}`;
   $("missing").replaceChildren(...model.missing.map((text) => make("li", { textContent: text })));
   $("missing").hidden = !model.missing.length;
@@ -348,13 +407,14 @@ function start() {
   recipeText();
   const again = () => {
     recipeText();
-    if (chosen && model.autoencoder && !$("edit").hidden) edit();
-    if (!$("interpolate").hidden) interpolate();
+    live.unrefined = true;
+    showRecent();
   };
   $("recipe").onchange = () => { $("solver").value = model.recipes.find((r) => r.name === $("recipe").value).solver; again(); };
   $("solver").onchange = again;
 
-  model.attributes.forEach((name, i) => addSlider(name, i ? 0 : 0.12));
+  // The page opens with an edit that shows.
+  model.attributes.forEach((name, i) => addSlider(name, i ? 0 : Math.round(75 * model.reach) / 100));
   $("reset").hidden = $("about-arrived").hidden = !model.attributes.length;
   $("kind").append(...model.kinds.map((k) => new Option(k === "latent" ? "codes" : k, k)));
   $("which").append(new Option("any", ""));
@@ -366,42 +426,43 @@ function start() {
 
   const able = { edit: model.autoencoder, interpolate: model.autoencoder, sample: model.samples, inside: model.autoencoder };
   for (const tab of tabs) tab.disabled = !able[tab.getAttribute("aria-controls")];
-  $("strip").append(...model.pictures.map((key) => thumbnail(offered(key), false, choose)));
-  $("likes").append(...model.pictures.map((key) => thumbnail(offered(key), false, (picture, button) => {
-    const on = !likes.has(key);
-    if (on) likes.set(key, picture); else likes.delete(key);
-    button.setAttribute("aria-pressed", on);
+  $("strip").append(...model.pictures.map((key) => thumbnail(offered(key), choose)));
+  $("likes").append(...model.pictures.map((key) => thumbnail(offered(key), (picture, button) => {
+    if (!likes.delete(picture)) likes.add(picture);
+    button.setAttribute("aria-pressed", likes.has(picture));
   })));
+  for (const row of [$("strip"), $("likes")]) {
+    rove(row);
+    if (row.firstChild) row.firstChild.tabIndex = 0;
+  }
+  enable(false);
   open(model.autoencoder ? "edit" : "sample");
   wipe();
-  if (model.autoencoder && model.opening.length) {
-    choose(offered(model.opening[0]));
-    const pressed = $("strip").querySelector("[aria-pressed=true]");
-    if (pressed) $("strip").scrollLeft = pressed.offsetLeft - $("strip").clientWidth / 2;
-  }
+  if (!model.autoencoder) return;
+  const first = await readable([...model.opening.slice(0, 1), ...model.pictures]);
+  if (!first || chosen) return;
+  choose(first);
+  const pressed = $("strip").querySelector("[aria-pressed=true]");
+  $("strip").scrollLeft = pressed.offsetLeft - $("strip").clientWidth / 2;
 }
 
-tabs.forEach((tab, i) => {
-  tab.onclick = () => open(tab.getAttribute("aria-controls"));
-  tab.onkeydown = (event) => {
-    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    if (!step) return;
-    let to = i;
-    do to = (to + step + tabs.length) % tabs.length; while (tabs[to].disabled);
-    tabs[to].focus();
-    tabs[to].click();
-  };
-});
+for (const tab of tabs) tab.onclick = () => open(tab.getAttribute("aria-controls"));
+rove(document.querySelector("[role=tablist]"), (tab) => tab.click());
 $("wipe").oninput = wipe;
 $("reset").onclick = reset;
 $("file").onchange = () => { upload($("file").files[0]); $("file").value = ""; };
 $("random").onclick = () => choose(offered(`data-${Math.floor(Math.random() * model.total)}`));
-$("draw").onclick = () => job("edit", "sample", { count: 1, seed: Math.floor(Math.random() * 2 ** 31), ...recipe() },
-  (found) => choose(add(found.images[0])));
-$("save-png").onclick = () => live.latest && save(asBlob(live.latest.edit), `${live.latest.name}-edit.png`);
+$("draw").onclick = () => job("draw", "sample", { count: 1, seed: Math.floor(Math.random() * 2 ** 31), ...recipe() },
+  (found) => choose(kept(found.images[0])));
+// Not a preview: what is saved is the refined picture.
+$("save-png").onclick = async () => {
+  await live.done;
+  if (live.latest) save(asBlob(live.latest.edit), `${fileName(live.latest.name)}-edit.png`);
+};
 $("save-latents").onclick = async () => {
   try {
-    save(await post("latents", { image: chosen.key, scales, ...recipe() }), `${chosen.name}.safetensors`);
+    await live.done;
+    save(await post("latents", { image: chosen, scales, ...recipe() }), `${fileName(live.latest.name)}.safetensors`);
   } catch (error) { problem(error); }
 };
 $("set-a").onclick = () => setEnd("a");
@@ -431,7 +492,7 @@ try {
   const answer = await fetch("api/model");
   if (!answer.ok) throw new Refused(`The server answered ${answer.status}.`);
   model = await answer.json();
-  start();
+  await start();
 } catch (error) {
   $("model").textContent = "";
   problem(error);

@@ -116,7 +116,8 @@ def _side(network: str, batch: int, name: str, context: Context) -> dict[str, An
     peaks = measured_peaks(context)
     kind = ("tf32" if context.cuda else "float32") if name == "baseline" else name.split("-")[1]
     rate = row.pop("flops_per_s")
-    row["peak_fraction"] = rate / peaks[kind] if kind in peaks else None
+    if kind in peaks:
+        row["peak_fraction"] = rate / peaks[kind]
     return {"status": "INFO", "table": "step", **row}
 
 

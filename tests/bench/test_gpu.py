@@ -126,12 +126,15 @@ def test_a_line_cut_off_is_ignored(tmp_path):
     assert len(journal.rows()) == 1
 
 
-def fabricated(ratio=12.0, compiled=1.0, peak=0.6, ssim=0.001, failures=0, training=5.0):
+def fabricated(ratio=12.0, fp8=7.0, compiled=1.0, peak=0.6, ssim=0.001, failures=0, training=5.0):
     """Rows as a visit to a GPU leaves them."""
     rows = [{"phase": "environment", "case": "versions", "status": "INFO", "device": "A GPU", "torch": "2.11.0"}]
     for network in ("celeba64", "ffhq128"):
         for batch in (1, 8, 64):
-            for contender, factor in (("baseline", 1.0), ("fused-bfloat16", ratio)):
+            sides = {"baseline": 1.0, "fused-bfloat16": ratio, "fused-bfloat16-fp8": fp8}
+            for contender, factor in sides.items():
+                if contender.endswith("fp8") and batch != 64:
+                    continue
                 rows.append({
                     "phase": "speed", "case": f"{network} batch {batch}", "status": "INFO", "table": "step",
                     "network": network, "batch": batch, "contender": contender, "median_s": 0.1 / factor,
@@ -144,6 +147,10 @@ def fabricated(ratio=12.0, compiled=1.0, peak=0.6, ssim=0.001, failures=0, train
     rows.append({
         "phase": "quality", "case": "bfloat16", "status": "PASS", "table": "quality", "what": "bfloat16",
         "steps": "100+100", "ssim_difference": ssim, "ratio_mse": 1.01,
+    })  # fmt: skip
+    rows.append({
+        "phase": "quality", "case": "plan", "status": "PASS", "table": "quality", "what": "float32", "steps": "100",
+        "error": 1e-6, "seconds": 1.5,
     })  # fmt: skip
     rows += [
         {
@@ -173,7 +180,9 @@ def test_bars():
     assert [what for what, holds in summary.bars(rows, summary.collect(rows)) if not holds] == [
         f"{network} batch 1: fused-bfloat16 >= 10x the baseline: 8.00x" for network in ("celeba64", "ffhq128")
     ]
-    assert verdicts(fabricated(compiled=1.2)).count(False) == 4  # 1.5 / 1.2 = 1.25
+    assert verdicts(fabricated(ratio=3.9)).count(False) == 4 and verdicts(fabricated(fp8=5.9)).count(False) == 2
+    assert set(verdicts(fabricated(compiled=1.2))) == {True}  # 1.5 / 1.2 = 1.25
+    assert verdicts(fabricated(compiled=1.3)).count(False) == 6  # 1.15, at every batch size
     assert verdicts(fabricated(peak=0.54)).count(False) == 1
     assert verdicts(fabricated(training=3.9)).count(False) == 1
     assert verdicts(fabricated(ssim=-0.003)).count(False) == 1
@@ -197,7 +206,62 @@ def test_the_report_fits_and_ends_with_the_bars(tmp_path):
         assert len(list(csv.DictReader(file))) == len(rows)
     _, found = tables.load(tmp_path / "results.json")
     contenders = {row["contender"] for row in found["step"]}
-    assert contenders == {"baseline", "fused-bfloat16", "compile-max-autotune"}
+    assert contenders == {"baseline", "fused-bfloat16", "fused-bfloat16-fp8", "compile-max-autotune"}
+
+
+def reported(path, rows):
+    """The report of these rows, by way of the journal."""
+    path.mkdir()
+    journal = CaseLog(path)
+    for row in rows:
+        values = {k: v for k, v in row.items() if k not in ("phase", "case", "status")}
+        journal.write(row["phase"], row["case"], row["status"], **values)
+    return summary.write(path, journal, list(PHASES), CPU)
+
+
+# What bars are made of: (the row that has it, its value).
+JUDGED = (
+    ({"contender": "fused-bfloat16", "table": "step", "batch": 64, "network": "ffhq128"}, "ratio"),
+    ({"contender": "fused-bfloat16", "table": "step", "batch": 64, "network": "ffhq128"}, "peak_fraction"),
+    ({"contender": "fused-bfloat16-fp8", "table": "step"}, "ratio"),
+    ({"contender": "fused-bfloat16", "table": "compiled"}, "median_s"),
+    ({"contender": "compile-max-autotune", "table": "compiled"}, "median_s"),
+    ({"table": "quality", "what": "bfloat16"}, "ssim_difference"),
+    ({"table": "quality", "what": "bfloat16"}, "ratio_mse"),
+    ({"table": "quality", "what": "float32"}, "error"),
+)
+
+
+def test_a_number_that_is_none_holds_for_nothing_and_loses_no_report(tmp_path, monkeypatch):
+    """Every number of every row in turn, and of sides that were measured alone."""
+    monkeypatch.setattr(summary, "describe", lambda device: {})  # asks git and the driver
+    alone = [row for row in fabricated() if row.get("table") == "step"]
+    alone = [{k: v for k, v in row.items() if not k.startswith("ratio")} for row in alone]
+    whole, tried = fabricated(), 0
+    assert "\nFAIL" not in reported(tmp_path / "whole", whole)
+    for rows in (whole, alone):
+        for i, row in enumerate(rows):
+            for name, value in row.items():
+                if isinstance(value, list):
+                    broken = [[float("nan"), value[1]], [value[0], float("nan")]]
+                else:
+                    broken = [float("nan")] if isinstance(value, (int, float)) else []
+                for changed in broken:
+                    tried += 1
+                    found = [*rows[:i], {**row, name: changed}, *rows[i + 1 :]]
+                    text = reported(tmp_path / str(tried), found)
+                    assert "cannot be read" not in text
+                    judged = any(name == value and wanted.items() <= row.items() for wanted, value in JUDGED)
+                    assert "\nFAIL" in text or not judged or rows is alone
+    assert tried > 200
+
+
+def test_a_row_unlike_all_others_loses_no_report(tmp_path):
+    """Such as one of the steps that does not say of which network."""
+    row = {"phase": "bars", "case": "odd", "status": "INFO", "table": "step", "contender": "baseline", "median_s": 1.0}
+    text = reported(tmp_path / "out", [*fabricated(), row])
+    assert text.endswith("FAIL the tables cannot be read: KeyError: 'network'")
+    assert "PASS every path agrees" in text and (tmp_path / "out" / "report.txt").exists()
 
 
 def test_memory_is_poisoned_and_put_back():

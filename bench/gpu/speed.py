@@ -20,15 +20,13 @@ from bench.machine import copy_bandwidth
 from bench.networks import case
 from bench.operations import operations, prepare, row
 from bench.timing import Alternation, clock
-from pdae_fast import kernels
-from pdae_fast.engine import float8
 from pdae_fast.engine.build import FLOAT8_TOLERANCE
 from pdae_fast.engine.fused import KEPT_TRAJECTORIES
 from pdae_fast.engine.options import Rewrites
 
 from .cases import CaseLog, Cases, Context, NotHere
 from .paths import describe, need_xformers, variants
-from .side import measured_peaks, run_command
+from .side import float8_keywords, measured_peaks, need_float8, run_command
 
 SIDES = ("eager-bfloat16", "fused-float32", "fused-float16", "fused-bfloat16")
 CPU_SIDES = ("eager-bfloat16", "fused-float32", "fused-bfloat16")
@@ -195,13 +193,8 @@ def rewrites(context: Context) -> Cases:
 
 def _float8(network: str, batch: int, coded: bool, context: Context) -> dict[str, Any]:
     """fp8 with scales of one step of the modules, which its plan is compared with before it is timed."""
-    if not context.cuda or (obstacle := kernels.float8_obstacle()):
-        raise NotHere(obstacle if context.cuda else "no GPU multiplies codes here")
-    modules = PlanSide(case(network, batch, context.device), "eager-bfloat16")
-    with float8.watched(modules.plan.unet) as found:
-        modules.step(*CHECKED)
-    options = dataclasses.replace(Rewrites.for_device(context.device), float8=coded)
-    keywords = {"fp8": float8.calibration(modules.case.model, found), "options": options}
+    need_float8(context)
+    keywords = float8_keywords(case(network, batch, context.device), coded)
     return _rewrite(network, batch, f"fp8, {'by codes' if coded else 'emulated'}", keywords, context)
 
 

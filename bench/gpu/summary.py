@@ -117,7 +117,7 @@ def _over(a: float | None, b: float | None) -> float:
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, Any]:
-    """``row`` with NaN where JSON has null, which stands for it: what was measured and is no number holds for nothing."""
+    """``row`` with NaN where JSON has null, which stands for it: what was measured and is no number."""
     return {k: float("nan") if v is None else v for k, v in row.items()}
 
 

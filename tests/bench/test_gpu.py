@@ -17,7 +17,7 @@ import torch
 
 from bench import tables
 from bench.gpu import __main__ as visit
-from bench.gpu import compiling, kernel_tests, opponent, paths, profile, summary
+from bench.gpu import compiling, kernel_tests, opponent, paths, profile, side, summary
 from bench.gpu.cases import CaseLog, Context, NotHere, run_cases
 from bench.gpu.phase import PHASES
 from bench.networks import TINY
@@ -333,6 +333,17 @@ def test_sides_that_were_measured_alone_get_their_ratio():
     rows = [*rows, turns, {**compiled, "ratio": 5.0}]
     said = [what for what, _ in summary.bars(rows, summary.collect(rows)) if what.startswith("celeba64 batch 64")]
     assert "10.00x" in said[0] and "2.00x" in said[1]
+
+
+def test_the_bars_have_a_side_in_fp8(tmp_path):
+    """Of the largest batch, with scales of one step; here its plan computes with rounded values."""
+    cases = dict(side.cases(context(tmp_path)))
+    assert list(cases)[-1] == "tiny batch 2: fused-bfloat16-fp8" and len(cases) == 5
+    with pytest.raises(NotHere, match="no GPU"):
+        cases["tiny batch 2: fused-bfloat16-fp8"]()
+    row = side.measure_alone("tiny", 2, "fused-bfloat16-fp8", CPU, 2, 0.1)
+    assert row["contender"] == "fused-bfloat16-fp8" and "convolutions of rounded values" in row["fp8"]
+    assert side.measure_alone("tiny", 2, "fused-bfloat16", CPU, 2, 0.1)["error"] < row["error"] < 0.2
 
 
 OPPONENT = """

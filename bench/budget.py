@@ -46,6 +46,7 @@ OPS = {
     "convolution": ("convolution_into",),
     "add_upsample": ("add_upsample", "upsample_add", "residual_add", "add_with_stats"),
     "ddim_update": ("ddim_update",),
+    "float8": ("group_norm_float8", "conv_float8"),
     "group_norm": ("group_norm", "channel_stats", "group_norm_apply", "partial_stats"),
 }
 
@@ -57,7 +58,8 @@ def cuda_functions(run, obstacle: str | None = None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, ops in OPS.items():
             module = importlib.import_module(f"pdae_fast.kernels.{name}")
-            found = {"run": run, "fallback_reason": lambda *_: obstacle, "_has_cudnn": lambda: obstacle is None}
+            found = {"run": run, "fallback_reason": lambda *_: obstacle, "_has_cudnn": lambda: obstacle is None,
+                     "float8_obstacle": lambda: obstacle}  # fmt: skip
             for function in found.keys() & vars(module).keys():
                 stack.enter_context(mock.patch.object(module, function, found[function]))
             for op in ops:

@@ -30,12 +30,13 @@ class Phase:
 
 PHASES = {
     "environment": Phase("what is here, and its ceilings", 30, environment.cases, 1),
-    "prepare": Phase("all kernels compiled at once", 60, compiling.cases, 1, timed=False),
+    "prepare": Phase("kernels of the bars compiled at once", 60, compiling.first, 1, timed=False),
     "bars": Phase("the sides of the bars, each in a process of its own", 150, side.cases, 1),
+    "prepare-more": Phase("kernels of the phases that follow", 30, compiling.second, 1, timed=False),
     "kernels": Phase("every kernel against float64", 110, kernel_tests.cases, 1, timed=False),
     "quality": Phase("loss of precision on the bundled model", 35, speed.quality_loss, 1, timed=False),
     "compile": Phase("steps against torch.compile of the baseline", None, opponent.cases, 1),
-    "recompile": Phase("all kernels compiled at once, where part 2 is on another machine", 45, compiling.cases, 2),
+    "recompile": Phase("kernels of all phases, also where part 2 is on another machine", 45, compiling.everything, 2),
     "profile": Phase("where the time of a step goes", 60, profile.cases, 2),
     "graphs": Phase("captured against uncaptured steps, evictions, a failing capture", 50, speed.graphs, 2),
     "speed": Phase("steps against the baseline", 90, speed.speed, 2),

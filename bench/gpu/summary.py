@@ -27,7 +27,7 @@ PEAK_BAR, TRAINING_BAR = ("ffhq128", 64, 0.55), 4.0
 STEP = ("network", "batch", "contender", "median_s", "spread_s", "ratio", "images_per_s", "peak_fraction",
         "memory_bytes", "error")  # fmt: skip
 KERNEL = ("op", "shape", "median_s", "ratio", "copy_fraction", "error")
-PREPARE = ("arch", "kernels", "workers", "slowest_worker_s")
+PREPARE = ("arch", "kernels", "left", "workers", "slowest_worker_s")
 PROFILE = ("network", "batch", "kernel", "launches", "expected", "kernel_s", "time_fraction", "moved_bytes",
            "reserved_bytes")  # fmt: skip
 CONVOLUTION = ("network", "shape", "count", "median_s", "together_s", "tflop_rate")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import tables
+from bench import budget, tables
 from bench.gpu import __main__ as visit
 from bench.gpu import compiling, kernel_tests, opponent, paths, profile, side, summary
 from bench.gpu.cases import CaseLog, Context, NotHere, run_cases
@@ -405,12 +405,94 @@ def test_the_kernels_tests_count_as_far_as_they_came(tmp_path):
     assert "the end of a log" in (tmp_path / "failures.txt").read_text()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+@needs_triton
 def test_all_kernels_of_a_step_are_compiled_before(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    ((_, case),) = compiling.cases(dataclasses.replace(context(tmp_path), batches=(1,)))
+    ((_, case),) = compiling.first(dataclasses.replace(context(tmp_path), batches=(1,)))
     found = case()
-    assert found["arch"] == "sm_90" and found["kernels"] > 10 and found["workers"] == 1
+    assert found["arch"] == "sm_90" and found["kernels"] > 10 and found["workers"] == 1 and found["left"] == "none"
+
+
+@needs_triton
+def test_kernels_that_there_is_no_time_for_are_left(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(compiling, "SPARED", 60.0)
+    found = compiling.prepare([compiling.Step("tiny", 1, "float32")], context(tmp_path))
+    assert found["kernels"] == 0 and found["left"].startswith("some")
+
+
+def compiled_kinds(steps, processors=132):
+    return {compiling.kind(launch) for launch in compiling.launches(steps, processors)}
+
+
+@needs_triton
+def test_what_the_other_phases_launch_is_compiled_before(tmp_path):
+    """The phase of precision, whose model is neither that of the bars nor in their dtype, and a checked path."""
+    visit = dataclasses.replace(context(tmp_path), networks=("celeba64", "ffhq128"), batches=(1, 8, 64))
+    assert list(map(str, compiling.bars(visit)))[:2] == ["celeba64:64:bfloat16:True", "ffhq128:64:bfloat16:True"]
+    first, second, both = (compiled_kinds(of(visit)) for of in (compiling.bars, compiling.others, compiling.all_steps))
+
+    def launched(network, dtype, batch, gradient, codes=1):
+        found, plan = [], compiling._plan(network, dtype)
+        with torch.inference_mode(), budget.cuda_functions(found.extend):
+            trajectory = budget.meta_trajectory(plan, batch, codes=codes)
+            trajectory._step(trajectory.workloads[0])
+            compiling._evaluate(plan, batch, gradient)
+            compiling._evaluate(plan, 1, True)  # as every plan is compared with its modules
+        return {compiling.kind(launch) for launch in found}
+
+    for dtype in ("float32", "bfloat16", "float16"):
+        assert launched("fashion32", dtype, 16, True) <= second
+    assert launched("fashion32", "float32", 2, True) <= second  # the plan against the modules
+    for network in ("tiny", "fashion32", "celeba64"):
+        for dtype in ("float32", "bfloat16", "float16"):
+            assert launched(network, dtype, 5, False) <= both
+    assert launched("tiny", "float32", 2, False, None) <= both
+    for network in visit.networks:
+        coded = launched(network, "bfloat16-fp8", 64, True)
+        assert "conv_float8_kernel" in {name for name, *_ in coded} and coded <= first
+        assert launched(network, "float16", 64, True) | launched(network, "float32", 8, True) <= both
+
+
+# Kernels of a step where every module of the kernels was told the number of multiprocessors before it was imported.
+CHIPS = """
+import importlib.util, json, sys
+from bench import ROOT  # makes pdae_fast.kernels the checkout's
+spec = importlib.util.spec_from_file_location("pdae_fast.kernels._launch", ROOT / "kernels" / "_launch.py")
+module = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = module
+spec.loader.exec_module(module)
+chip = [0]
+module.processors = lambda device: chip[0]
+import torch
+from bench import budget
+from bench.gpu import compiling
+answer = {}
+for chip[0] in map(int, sys.argv[1:]):
+    found = []
+    plan = budget.meta_plan(budget.empty_model("fashion32"), torch.bfloat16)
+    with torch.inference_mode(), budget.cuda_functions(found.extend):
+        for batch in (1, 16):
+            trajectory = budget.meta_trajectory(plan, batch)
+            trajectory._step(trajectory.workloads[0])
+    answer[chip[0]] = sorted({repr(compiling.kind(launch)) for launch in found})
+print(json.dumps(answer))
+"""
+
+
+@needs_triton
+def test_kernels_are_compiled_for_the_chip_that_is_there():
+    """Their splits follow its multiprocessors: those of an A100, a GH200's share, an H100 or H200, a B200."""
+    chips = ("108", "114", "132", "148")
+    done = subprocess.run([sys.executable, "-c", CHIPS, *chips], cwd=ROOT, capture_output=True, text=True, check=True)
+    launched = {int(chip): set(kinds) for chip, kinds in json.loads(done.stdout).items()}
+    steps = [compiling.Step("fashion32", batch, "bfloat16") for batch in (1, 16)]
+    for chip, kinds in launched.items():
+        assert kinds <= {repr(kind) for kind in compiled_kinds(steps, chip)}
+    assert launched[108] != launched[148]
 
 
 def test_the_profile_has_every_convolution(tmp_path):

@@ -160,8 +160,16 @@ def measured_peaks(context: Context) -> dict[str, float]:
     }
 
 
+class CommandFailed(RuntimeError):
+    """Its text ends as what the command printed does; ``output`` is all of it."""
+
+    def __init__(self, text: str, output: str) -> None:
+        super().__init__(f"{text}:\n{output[-3000:]}")
+        self.output = output
+
+
 def run_command(command: list[str], limit: float) -> str:
-    """What ``command`` printed; RuntimeError when it fails, subprocess.TimeoutExpired after ``limit`` seconds.
+    """What ``command`` printed; CommandFailed when it fails, subprocess.TimeoutExpired after ``limit`` seconds.
 
     A process group of its own: what it starts ends with it.
     """
@@ -175,7 +183,7 @@ def run_command(command: list[str], limit: float) -> str:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command[2:4])} ended with {process.returncode}:\n{output[-3000:]}")
+        raise CommandFailed(f"{' '.join(command[2:4])} ended with {process.returncode}", output)
     return output
 
 

@@ -17,7 +17,7 @@ import torch
 
 from bench import budget, tables
 from bench.gpu import __main__ as visit
-from bench.gpu import compiling, kernel_tests, opponent, paths, profile, side, summary
+from bench.gpu import compiling, kernel_tests, opponent, paths, phase, profile, side, speed, summary
 from bench.gpu.cases import CaseLog, Context, NotHere, run_cases
 from bench.gpu.phase import PHASES
 from bench.networks import TINY
@@ -497,13 +497,69 @@ def test_kernels_are_compiled_for_the_chip_that_is_there():
 
 def test_the_profile_has_every_convolution(tmp_path):
     cases = dict(profile.cases(context(tmp_path)))
-    assert list(cases) == ["tiny batch 2", "tiny batch 1", "convolutions of tiny batch 2"]
+    assert list(cases) == ["convolutions of tiny batch 2", "tiny batch 2", "tiny batch 1"]
     rows = cases["tiny batch 1"]()
     assert rows[0]["kernel"] == "(all)" and 0.9 < sum(r["time_fraction"] for r in rows[1:]) <= 1.001
     rows = cases["convolutions of tiny batch 2"]()
     flops = sum(r["tflop_rate"] * 1e12 * r["together_s"] for r in rows)
     # All multiplications but those of 1x1 convolutions that run as matrix products, attention and projections.
     assert 0.8 < flops / (2 * 2 * network_costs(TINY).full) < 1
+
+
+def test_what_only_a_gpu_can_tell_comes_first(tmp_path):
+    graphs, rewrites = (list(dict(f(context(tmp_path)))) for f in (speed.graphs, speed.rewrites))
+    assert graphs[:2] == ["captures and evictions", "a capture that fails"]
+    assert rewrites[:2] == ["tiny batch 1: fp8, by codes", "tiny batch 1: fp8, emulated"]
+    whole = list(dict(speed.rewrites(dataclasses.replace(context(tmp_path), quick=False))))
+    assert whole[0] == "tiny batch 2: fp8, by codes" and whole[2] == "tiny batch 1: fp8, by codes"
+
+
+def test_processes_share_the_cases_of_a_phase(tmp_path, monkeypatch):
+    on_a_gpu = dataclasses.replace(context(tmp_path), device=torch.device("cuda:0"), quick=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    assert PHASES["paths"].shares(on_a_gpu) == 8 and PHASES["paths"].shares(context(tmp_path)) == 1
+    assert PHASES["speed"].shares(on_a_gpu) == 1
+    monkeypatch.setattr(phase.Phase, "shares", lambda self, context: 2)
+    options = ["--out", str(tmp_path), "--device", "cpu", "--quick", "--seconds", "100"]
+    monkeypatch.setattr(sys, "argv", ["phase", "environment", *options, "--networks", "tiny", "--batches", "1"])
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(phase, "end_with_parent", lambda: None)
+    assert phase.main() == 0
+    found = [r["case"] for r in CaseLog(tmp_path).rows("environment")]
+    assert sorted(found) == sorted(dict(PHASES["environment"].cases(context(tmp_path))))
+
+
+SANITIZER = """#!/bin/sh
+echo "$@" >> {folder}/calls
+{body}
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "expected", "outcome"),
+    [
+        ("echo '========= Error: Device not supported. Please refer ...'; exit 1", NotHere, "Device not supported"),
+        ("sleep 60", NotHere, "did not end in"),
+        ("echo '========= Invalid __global__ read of size 4 bytes'; exit 9", RuntimeError, "Invalid __global__ read"),
+        ("echo '1 failed'; exit 1", RuntimeError, "1 failed"),
+        ("echo '6 passed'; echo '========= ERROR SUMMARY: 0 errors'", None, None),
+    ],
+    ids=["refused", "late", "found", "failed", "clean"],
+)
+def test_a_sanitizer_that_cannot_watch_is_no_failure(tmp_path, monkeypatch, body, expected, outcome):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(SANITIZER.format(folder=tmp_path, body=body))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(speed, "run_command", lambda command, limit: side.run_command(command, min(limit, 1.0)))
+    on_a_gpu = dataclasses.replace(context(tmp_path), device=torch.device("cuda:0"), quick=False)
+    case = dict(speed.sanitizer(on_a_gpu))["memcheck of test_add_projected.py"]
+    if outcome is None:
+        assert case()["reason"] == "6 passed; ========= ERROR SUMMARY: 0 errors"
+    else:
+        with pytest.raises(expected, match=outcome):
+            case()
+    assert "test_kernel and odd" in (tmp_path / "calls").read_text()
 
 
 # -- killed ------------------------------------------------------------------------------------------------------------

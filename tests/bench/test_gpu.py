@@ -562,6 +562,17 @@ def test_a_sanitizer_that_cannot_watch_is_no_failure(tmp_path, monkeypatch, body
     assert "test_kernel and odd" in (tmp_path / "calls").read_text()
 
 
+def test_what_the_sanitizer_watches_is_there():
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--collect-only", "-k", speed.UNALIGNED]
+    done = subprocess.run(
+        [*command, *(f"tests/kernels/{file}" for file in speed.WATCHED)], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTEST_ADDOPTS": ""},
+    )  # fmt: skip
+    for file in speed.WATCHED:
+        found = [line for line in done.stdout.splitlines() if f"/{file}::" in line]
+        assert len(found) >= 6 and all("::test_kernel[" in line and "odd" in line for line in found)
+
+
 # -- killed ------------------------------------------------------------------------------------------------------------
 
 

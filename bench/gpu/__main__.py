@@ -62,13 +62,15 @@ def main(argv: list[str] | None = None) -> int:
     if args.report:
         print(summary.write(args.out, journal, list(PHASES), device))
         return 0
-    if journal.path.exists() and args.part != 2:
+    if journal.path.exists() and args.part != 2 and not args.only:
         raise UserError(f"{args.out} already holds a visit; name an empty folder")
     chosen = [
         name
         for name, phase in PHASES.items()
         if name == "environment" or (name in args.only if args.only else args.part in (None, phase.part))
     ]
+    for name in args.only or ():
+        journal.again(name)
     options = ["--out", str(args.out.resolve()), "--device", str(device), *(["--quick"] if quick else [])]
     options += ["--networks", *networks, "--batches", *map(str, batches)]
     early: list[Early] = []
@@ -86,19 +88,26 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with signalled():
             while chosen:
+                before = chosen[: chosen.index("compile")] if "compile" in chosen and not early else None
+                if not quick and before is not None and not any(PHASES[name].timed for name in before):
+                    context = Context(args.out.resolve(), device, quick, end, tuple(networks), tuple(batches))
+                    early.append(Early(context))
                 # A quick visit imports everything once.
                 now, chosen = (chosen, []) if quick else (chosen[:1], chosen[1:])
+                titles = PHASES[now[0]].title if len(now) == 1 else "one after the other"
+                if now == ["compile"]:
+                    for opponent in early:
+                        opponent.settle(end, look)
                 left = end - time.time()
                 seconds = min(PHASES[now[0]].seconds or left, left)
                 if quick or (args.only and now[0] in args.only):
                     seconds = left  # asked for by name: it may take what there is
-                titles = PHASES[now[0]].title if len(now) == 1 else "one after the other"
                 names = ", ".join(now)
                 print(f"[{args.seconds - left:5.0f} s] {names}: {titles} (at most {max(0, seconds):.0f} s)", flush=True)
                 run_phase(",".join(now), options, seconds, journal, look=look)
-                if now == ["bars"] and "compile" in chosen and not quick:
-                    context = Context(args.out.resolve(), device, quick, end, tuple(networks), tuple(batches))
-                    early.append(Early(context))
+                if now == ["compile"]:
+                    for opponent in early:
+                        opponent.end()
     finally:
         for opponent in early:
             opponent.end()

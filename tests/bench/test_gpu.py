@@ -21,6 +21,7 @@ from bench.gpu import compiling, kernel_tests, opponent, paths, phase, profile, 
 from bench.gpu.cases import CaseLog, Context, NotHere, run_cases
 from bench.gpu.phase import PHASES
 from bench.networks import TINY
+from fake_cuda import FakeCuda
 from pdae_fast import cli
 from pdae_fast.engine.cost import network_costs
 
@@ -457,6 +458,23 @@ def test_the_compiled_step_waits_until_it_may_be_timed(tmp_path, monkeypatch):
     monkeypatch.setattr(compiled.time, "sleep", sleep)
     compiled.wait_for(go)
     assert seen == [str(os.getpid())]
+
+
+def test_the_compiled_step_runs_on_a_device_with_an_index(monkeypatch):
+    """set_device refuses one without."""
+    from bench import compiled
+
+    FakeCuda(monkeypatch)
+    given = []
+
+    def case(network, batch, device):
+        given.append((device, torch.cuda.current_device()))
+        raise NotHere("no such device here")
+
+    monkeypatch.setattr(compiled, "case", case)
+    with pytest.raises(NotHere):
+        compiled.main(["--network", "tiny", "--device", "cuda"])
+    assert given == [(torch.device("cuda", 0), 0)]
 
 
 def test_what_was_skipped_is_tried_again_where_it_is_asked_for(tmp_path, monkeypatch):

@@ -302,6 +302,23 @@ def test_a_wrong_path_fails(tmp_path, monkeypatch):
         assert cases[name]()["status"] == "FAIL"
 
 
+def test_stacked_decoders_may_round_as_the_modules_do(tmp_path, monkeypatch):
+    """eps with G and without are two computations there, whose difference is rounding; more of it is a failure."""
+    monkeypatch.setattr(paths, "TIMES", paths.TIMES[:1])
+    case = ("tiny", 1, context(tmp_path), "bfloat16", "fused", {"options": budget.ON_A_GPU})
+    assert paths._evaluation(*case)["status"] == "PASS"
+    build = paths.build_plan
+
+    def wrong(*arguments, **keywords):
+        plan = build(*arguments, **keywords)
+        field = plan.field
+        plan.field = lambda z: lambda x, t, g: tuple(v if g or v is None else 1.1 * v for v in field(z)(x, t, g))
+        return plan
+
+    monkeypatch.setattr(paths, "build_plan", wrong)
+    assert paths._evaluation(*case)["status"] == "FAIL"
+
+
 def test_a_used_folder_and_a_missing_gpu_are_refused(tmp_path):
     CaseLog(tmp_path).write("p", "a", "PASS")
     with pytest.raises(cli.UserError, match="already holds a visit"):

@@ -90,8 +90,9 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--peak", type=float, help="FLOP/s of a bfloat16 matrix product, if already measured")
     p.add_argument("--out", help="write the rows to this JSON file")
     p.add_argument("--wait-for", type=Path, metavar="FILE", help="compile, say so beside FILE, measure when it exists")
+    p.add_argument("--with-parent", action="store_true", help="end when the process ends that started this one")
     args = p.parse_args(argv)
-    if args.wait_for:
+    if args.with_parent:
         end_with_parent()
     device = resolve_device(args.device)
     if device.type == "cuda":

@@ -140,6 +140,8 @@ def run_phase(
 ) -> None:
     """Run a phase, or several with commas between them, in processes of its own until every case has had its turn or
     the time is up; ``look`` now and then."""
+    from bench.machine import child_environment
+
     end, names = time.time() + seconds, name.split(",")
     for _ in range(1 + RESTARTS):
         left = end - time.time()
@@ -153,7 +155,7 @@ def run_phase(
             log.flush()
             process = subprocess.Popen(
                 command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+                env=child_environment(PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])),
             )  # fmt: skip
             try:
                 code = _wait(process, left + GRACE, look)

@@ -27,7 +27,7 @@ import torch
 
 from bench import ROOT, budget, quality
 from bench.contenders import DTYPES, TIMED
-from bench.machine import end_with_parent
+from bench.machine import child_environment, end_with_parent
 from pdae_fast import kernels
 from pdae_fast.engine import float8
 from pdae_fast.engine.fused import FusedPlan
@@ -237,7 +237,8 @@ def prepare(steps: list[Step], context: Context) -> dict[str, Any]:
     if context.quick:
         steps = steps[:1]
     workers = 1 if context.quick else min(MOST_WORKERS, os.cpu_count() or 1)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = child_environment()
+    environment.pop("TRITON_INTERPRET", None)
     running = [
         subprocess.Popen(
             [

@@ -21,6 +21,7 @@ from typing import Any
 
 from bench import ROOT
 from bench.compiled import MODES, READY
+from bench.machine import child_environment
 
 from .cases import CaseLog, Cases, Context, NotHere
 from .side import BARS, measured_peaks, order, run_command, run_side
@@ -49,7 +50,8 @@ def _command(network: str, batch: int, mode: str, context: Context, *options: st
     command = [
         *(sys.executable, "-m", "bench.compiled", "--network", network, "--batch", str(batch), "--plans"),
         *("--device", str(context.device), "--mode", mode, "--steps", str(timed_steps(batch, context))),
-        *("--out", str(_result(context.out, network, batch)), "--rounds", "20", "--seconds", "6", *options),
+        *("--out", str(_result(context.out, network, batch)), "--rounds", "20", "--seconds", "6"),
+        *("--with-parent", *options),
     ]
     if peak := measured_peaks(context).get("bfloat16"):
         command += ["--peak", str(peak)]
@@ -71,7 +73,7 @@ class Early:
             with open(self.out / "log.txt", "a", encoding="utf-8") as log:
                 process = subprocess.Popen(
                     command(network, batch, MODES[0], context, "--wait-for", str(_go(path))),
-                    cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
+                    cwd=ROOT, stdout=log, stderr=log, start_new_session=True, env=child_environment(),
                 )  # fmt: skip
             self.running[path] = process
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from bench.machine import end_with_parent
+from bench.machine import child_environment, end_with_parent
 
 from . import compiling, environment, kernel_tests, opponent, paths, profile, side, speed, training
 from .cases import Cases, Context, run_cases
@@ -94,7 +94,7 @@ def share_out(shares: int, context: Context) -> int:
                 *(sys.executable, "-u", "-m", "bench.gpu.phase", *sys.argv[1:]),
                 *("--seconds", f"{context.left():.1f}", "--share", f"{share}/{shares}"),
             ],
-            env={**os.environ, "OMP_NUM_THREADS": threads},
+            env=child_environment(OMP_NUM_THREADS=threads),
         )
         for share in range(shares)
     ]

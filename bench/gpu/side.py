@@ -21,7 +21,7 @@ import torch
 from bench import ROOT
 from bench.baseline import Baseline
 from bench.contenders import CHECKED, TIMED, TOLERANCE_TF32, PlanSide, baseline_trajectory, check, relative
-from bench.machine import PeakMemory, end_with_parent, tf32
+from bench.machine import PeakMemory, child_environment, end_with_parent, tf32
 from bench.networks import NetworkCase, case
 from bench.timing import Alternation
 from pdae_fast import cli, kernels
@@ -174,7 +174,13 @@ def run_command(command: list[str], limit: float) -> str:
     A process group of its own: what it starts ends with it.
     """
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=child_environment(),
     )
     try:
         output, _ = process.communicate(timeout=limit)

@@ -725,33 +725,89 @@ def test_what_the_sanitizer_watches_is_there():
 # -- killed ------------------------------------------------------------------------------------------------------------
 
 
-def visitors(out):
-    """Processes of the visit to ``out``."""
+def visitors(name):
+    """Processes with VISITOR=``name`` in their environment, which all inherit that a visit starts."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for path in Path("/proc").glob("[0-9]*/environ"):
         try:
-            if str(out).encode() in path.read_bytes():
+            if f"VISITOR={name}".encode() in path.read_bytes().split(b"\0"):
                 found.append(int(path.parent.name))
         except OSError:
             continue
-    return [pid for pid in found if pid != os.getpid()]
+    return found
+
+
+# Starts a process and is gone before that has imported anything.
+ORPHANED = """
+import os, subprocess, sys
+sys.path.insert(0, os.getcwd())
+from bench.machine import child_environment
+null = subprocess.DEVNULL
+subprocess.Popen(sys.argv[1:], env=child_environment(), stdin=null, stdout=null, stderr=null)
+"""
+
+
+@needs_triton
+@pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
+@pytest.mark.parametrize("what", ["tests", "compilation"])
+def test_what_a_killed_phase_started_ends(tmp_path, what):
+    if what == "tests":
+        (tmp_path / "test_long.py").write_text("import time\ndef test_it():\n    time.sleep(300)\n")
+        command = ["-m", "pytest", "-p", "bench.gpu.shard", "-p", "no:cacheprovider", str(tmp_path / "test_long.py")]
+    else:
+        steps = [f"celeba64:{batch}:{dtype}:True" for batch in (1, 8, 64) for dtype in ("float32", "bfloat16")]
+        command = ["-m", "bench.gpu.compiling", "--arch", "90", "--processors", "132", "--until", "1e10"]
+        command += ["--steps", *steps]
+    own = {"VISITOR": tmp_path.name, "TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    own |= {"SHARD": "0/1", "SHARD_LINES": str(tmp_path / "lines"), "PYTEST_ADDOPTS": ""}
+    command = [sys.executable, "-c", ORPHANED, sys.executable, *command]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, **own}, check=True, timeout=100)
+    end = time.time() + 60
+    try:
+        while visitors(tmp_path.name):
+            assert time.time() < end
+            time.sleep(0.1)
+    finally:
+        for process in visitors(tmp_path.name):
+            os.kill(process, signal.SIGKILL)
+
+
+KILLED_IN = (
+    "prepare",
+    "bars",
+    "kernels",
+    "quality",
+    "profile",
+    "graphs",
+    "speed",
+    "operations",
+    "rewrites",
+    "training",
+)
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
 def test_a_visit_that_is_killed_reports_what_it_found(tmp_path, capsys):
-    out = tmp_path / "out"
+    out, seed = tmp_path / "out", random.randrange(2**32)
+    drawn = random.Random(seed)
+    killed_in = drawn.choice(KILLED_IN)
+    with capsys.disabled():
+        print(f" seed {seed}: killed in {killed_in}", end=" ")
     command = [sys.executable, "-m", "bench.gpu", "--out", str(out), "--device", "cpu", "--quick"]
     process, end = (
-        subprocess.Popen([*command, "--only", "bars"], cwd=ROOT, stdout=subprocess.DEVNULL),
+        subprocess.Popen(
+            [*command, "--only", killed_in], cwd=ROOT, stdout=subprocess.DEVNULL,
+            env={**os.environ, "VISITOR": str(seed)},
+        ),
         time.time() + 120,
-    )
-    while not CaseLog(out).started("bars"):
+    )  # fmt: skip
+    while not CaseLog(out).started(killed_in):
         assert time.time() < end and process.poll() is None
         time.sleep(0.02)
-    time.sleep(random.uniform(0, 2))  # now a process of a process of its own runs the first side
+    time.sleep(drawn.uniform(0, 2))  # now a process of a process of its own may run
     process.kill()
     process.wait()
-    while visitors(out):  # nothing goes on behind its back
+    while visitors(seed):  # nothing goes on behind its back
         assert time.time() < end
         time.sleep(0.05)
     rows = CaseLog(out).rows()

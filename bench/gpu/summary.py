@@ -57,7 +57,7 @@ SECTIONS = (
     ("startup", tables.TITLES["startup"], None),
     ("training", tables.TITLES["training"], TRAINING),
     ("step", tables.TITLES["step"], STEP),
-    ("compiled", "against torch.compile, one process a case", STEP),
+    ("compiled", "against torch.compile, each side in a process of its own, one after the other", STEP),
 )
 
 

@@ -10,23 +10,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import json
+import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pdae_fast import PDAE, cli
+from pdae_fast.engine import resolve_device
+from pdae_fast.files import atomic_write
 
 from .baseline import Baseline
 from .contenders import TIMED, measure
 from .machine import end_with_parent
 from .networks import case
 
+READY = ".ready"
 MODES = ("max-autotune", "reduce-overhead", "max-autotune-no-cudagraphs", "default")
 
 
@@ -67,17 +69,12 @@ def _freezing():
     return config.patch(freezing=True)
 
 
-@contextlib.contextmanager
-def its_turn(file: Path | None) -> Iterator[None]:
-    """Wait until ``file`` exists, then for whoever is inside already; None: nothing to wait for."""
-    if file is None:
-        yield
-        return
+def wait_for(file: Path) -> None:
+    """Say that this process is ready, by its id in a file beside ``file``, and wait until that exists."""
+    with atomic_write(file.with_suffix(READY), "w") as ready:
+        ready.write(str(os.getpid()))
     while not file.exists():
         time.sleep(0.2)
-    with open(file, "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -92,11 +89,12 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--seconds", type=float, default=30.0, help="time for measuring, after compilation")
     p.add_argument("--peak", type=float, help="FLOP/s of a bfloat16 matrix product, if already measured")
     p.add_argument("--out", help="write the rows to this JSON file")
-    p.add_argument("--wait-for", type=Path, metavar="FILE", help="measure when this file exists, one process at a time")
+    p.add_argument("--wait-for", type=Path, metavar="FILE", help="compile, say so beside FILE, measure when it exists")
+    p.add_argument("--with-parent", action="store_true", help="end when the process ends that started this one")
     args = p.parse_args(argv)
-    if args.wait_for:
+    if args.with_parent:
         end_with_parent()
-    device = torch.device(args.device)
+    device = resolve_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     c = case(args.network, args.batch, device)
@@ -104,11 +102,11 @@ def main(argv: list[str] | None = None) -> None:
     peaks = {"bfloat16": args.peak} if args.peak else {}
     if args.wait_for:
         opponent.step(c.x, *TIMED, c.z)  # compiles
-    with its_turn(args.wait_for):
-        rows = measure(
-            c, args.plans, extra={f"compile-{args.mode}": opponent}, steps=args.steps, rounds=args.rounds,
-            seconds=args.seconds, peaks=peaks,
-        )  # fmt: skip
+        wait_for(args.wait_for)
+    rows = measure(
+        c, args.plans, extra={f"compile-{args.mode}": opponent}, steps=args.steps, rounds=args.rounds,
+        seconds=args.seconds, peaks=peaks,
+    )  # fmt: skip
     for row in rows:
         row["compile_seconds"] = opponent.seconds if row["contender"].startswith("compile-") else None
     if args.out:

@@ -62,13 +62,15 @@ def main(argv: list[str] | None = None) -> int:
     if args.report:
         print(summary.write(args.out, journal, list(PHASES), device))
         return 0
-    if journal.path.exists() and args.part != 2:
+    if journal.path.exists() and args.part != 2 and not args.only:
         raise UserError(f"{args.out} already holds a visit; name an empty folder")
     chosen = [
         name
         for name, phase in PHASES.items()
         if name == "environment" or (name in args.only if args.only else args.part in (None, phase.part))
     ]
+    for name in args.only or ():
+        journal.again(name)
     options = ["--out", str(args.out.resolve()), "--device", str(device), *(["--quick"] if quick else [])]
     options += ["--networks", *networks, "--batches", *map(str, batches)]
     early: list[Early] = []
@@ -86,19 +88,26 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with signalled():
             while chosen:
+                before = chosen[: chosen.index("compile")] if "compile" in chosen and not early else None
+                if not quick and before is not None and not any(PHASES[name].timed for name in before):
+                    context = Context(args.out.resolve(), device, quick, end, tuple(networks), tuple(batches))
+                    early.append(Early(context))
                 # A quick visit imports everything once.
                 now, chosen = (chosen, []) if quick else (chosen[:1], chosen[1:])
+                titles = PHASES[now[0]].title if len(now) == 1 else "one after the other"
+                if now == ["compile"]:
+                    for opponent in early:
+                        opponent.settle(end, look)
                 left = end - time.time()
                 seconds = min(PHASES[now[0]].seconds or left, left)
                 if quick or (args.only and now[0] in args.only):
                     seconds = left  # asked for by name: it may take what there is
-                titles = PHASES[now[0]].title if len(now) == 1 else "one after the other"
                 names = ", ".join(now)
                 print(f"[{args.seconds - left:5.0f} s] {names}: {titles} (at most {max(0, seconds):.0f} s)", flush=True)
                 run_phase(",".join(now), options, seconds, journal, look=look)
-                if now == ["bars"] and "compile" in chosen and not quick:
-                    context = Context(args.out.resolve(), device, quick, end, tuple(networks), tuple(batches))
-                    early.append(Early(context))
+                if now == ["compile"]:
+                    for opponent in early:
+                        opponent.end()
     finally:
         for opponent in early:
             opponent.end()
@@ -131,6 +140,8 @@ def run_phase(
 ) -> None:
     """Run a phase, or several with commas between them, in processes of its own until every case has had its turn or
     the time is up; ``look`` now and then."""
+    from bench.machine import child_environment
+
     end, names = time.time() + seconds, name.split(",")
     for _ in range(1 + RESTARTS):
         left = end - time.time()
@@ -144,7 +155,7 @@ def run_phase(
             log.flush()
             process = subprocess.Popen(
                 command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+                env=child_environment(PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])),
             )  # fmt: skip
             try:
                 code = _wait(process, left + GRACE, look)

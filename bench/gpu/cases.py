@@ -19,6 +19,7 @@ import torch
 from pdae_fast import cli
 
 STATUSES = ("PASS", "FAIL", "INFO", "SKIP")
+AGAIN = "AGAIN"  # of a line that takes back those of its case before it
 DEVICE_BROKEN = 3  # exit status: a CUDA error that stays with the process; the remaining cases need a new one
 
 
@@ -74,10 +75,23 @@ class CaseLog:
         lines = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
-                lines.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:  # cut off by a process that was killed while it wrote
                 continue
+            if row["status"] == AGAIN:
+                lines = [r for r in lines if (r["phase"], r["case"]) != (row["phase"], row["case"])]
+            else:
+                lines.append(row)
         return lines
+
+    def again(self, phase: str) -> None:
+        """Forget what could not run of ``phase``, so that it is tried once more."""
+        statuses: dict[str, set[str]] = {}
+        for row in self.rows(phase):
+            statuses.setdefault(row["case"], set()).add(row["status"])
+        for case, found in statuses.items():
+            if found == {"SKIP"}:
+                self.write(phase, case, AGAIN)
 
     def started(self, phase: str) -> set[str]:
         return {r["case"] for r in self._lines() if r["phase"] == phase}

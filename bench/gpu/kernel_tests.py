@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bench import ROOT
 from bench.contenders import relative
+from bench.machine import child_environment
 from bench.operations import FLOOR, Operation, framework_norm, norm, operations
 
 from .cases import CaseLog, Cases, Context, NotHere
@@ -69,7 +70,9 @@ def _pytest(files: tuple[str, ...], context: Context) -> list[dict[str, Any]]:
             own = {"PYTHONPATH": path, "SHARD": f"{shard}/{shards}", "SHARD_LINES": f"{folder}/{shard}.jsonl"}
             own["PYTEST_ADDOPTS"] = ""  # of whoever runs this; they may start processes of their own
             with open(f"{folder}/{shard}.log", "w") as log:
-                running.append(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, **own}))
+                running.append(
+                    subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=child_environment(**own))
+                )
         # The models' own shapes follow, and want their share of the time.
         end = time.time() + SHARE * context.left()
         try:

@@ -24,11 +24,11 @@ REPEATS = 7
 
 
 def cases(context: Context) -> Cases:
-    for network, batch in order(context):
-        yield f"{network} batch {batch}", lambda n=network, b=batch: _profile(n, b, context)
     batch = max(context.batches)
     for network in context.networks:
         yield f"convolutions of {network} batch {batch}", lambda n=network: _convolutions(n, batch, context)
+    for network, batch_of in order(context):
+        yield f"{network} batch {batch_of}", lambda n=network, b=batch_of: _profile(n, b, context)
 
 
 def _profile(network: str, batch: int, context: Context) -> list[dict[str, Any]]:

@@ -8,6 +8,12 @@ from __future__ import annotations
 import json
 import os
 
+from bench.machine import end_with_parent
+
+
+def pytest_configure() -> None:
+    end_with_parent()  # which is killed where it cannot end what it started
+
 
 def pytest_collection_modifyitems(items: list) -> None:
     own, of = map(int, os.environ["SHARD"].split("/"))

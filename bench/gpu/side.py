@@ -7,6 +7,7 @@ is that the sides cannot take turns: their ratio is one of medians that were mea
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import signal
@@ -20,15 +21,41 @@ import torch
 from bench import ROOT
 from bench.baseline import Baseline
 from bench.contenders import CHECKED, TIMED, TOLERANCE_TF32, PlanSide, baseline_trajectory, check, relative
-from bench.machine import PeakMemory, end_with_parent, tf32
-from bench.networks import case
+from bench.machine import PeakMemory, child_environment, end_with_parent, tf32
+from bench.networks import NetworkCase, case
 from bench.timing import Alternation
-from pdae_fast import cli
+from pdae_fast import cli, kernels
+from pdae_fast.engine import Rewrites, float8
+from pdae_fast.engine.build import FLOAT8_TOLERANCE
 
-from .cases import CaseLog, Cases, Context
+from .cases import CaseLog, Cases, Context, NotHere
 
 BARS = ("baseline", "fused-bfloat16")
+FLOAT8 = "-fp8"  # of the name of a side
 LEAST_SECONDS = 20.0  # that a side needs to start, check its numbers and be timed
+
+
+def float8_keywords(c: NetworkCase, coded: bool = True) -> dict[str, Any]:
+    """Keywords of build_plan for fp8, ``coded`` by kernels that multiply codes, with scales of one step of the
+    modules."""
+    modules = PlanSide(c, "eager-bfloat16")
+    with float8.watched(modules.plan.unet) as found:
+        modules.step(*CHECKED)
+    options = dataclasses.replace(Rewrites.for_device(c.device), float8=coded)
+    return {"fp8": float8.calibration(c.model, found), "options": options}
+
+
+def need_float8(context: Context) -> None:
+    if not context.cuda or (obstacle := kernels.float8_obstacle()):
+        raise NotHere(obstacle if context.cuda else "no GPU multiplies codes here")
+
+
+def _plan_side(c: NetworkCase, name: str) -> PlanSide:
+    if not name.endswith(FLOAT8):
+        return PlanSide(c, name)
+    side = PlanSide(c, name.removesuffix(FLOAT8), **float8_keywords(c))
+    side.tolerance = FLOAT8_TOLERANCE
+    return side
 
 
 def measure_alone(network: str, batch: int, name: str, device: torch.device, steps: int, seconds: float) -> dict:
@@ -44,7 +71,7 @@ def measure_alone(network: str, batch: int, name: str, device: torch.device, ste
             def run() -> torch.Tensor:
                 return baseline.step(c.x, *TIMED, c.z) if steps == 1 else baseline_trajectory(baseline, c, steps)
         else:
-            side = PlanSide(c, name)
+            side = _plan_side(c, name)
             error = check(name, relative(side.step(*CHECKED), expected), side.tolerance)
             if steps > 1:
                 side.check_trajectory(steps)
@@ -64,7 +91,10 @@ def measure_alone(network: str, batch: int, name: str, device: torch.device, ste
     if device.type == "cuda":
         row["reserved_bytes"] = torch.cuda.memory_reserved(device)
     if name != "baseline":
-        row["graphs"] = str(side.plan.describe().get("graphs", "none"))
+        report = side.plan.describe()
+        row["graphs"] = str(report.get("graphs", "none"))
+        if "fp8" in report:
+            row["fp8"] = report["fp8"]
     return row
 
 
@@ -93,17 +123,18 @@ def order(context: Context) -> list[tuple[str, int]]:
 
 
 def cases(context: Context) -> Cases:
-    for network, batch in order(context):
-        for name in BARS:
-            yield (
-                f"{network} batch {batch}: {name}",
-                lambda n=network, b=batch, name=name: _side(n, b, name, context),
-            )
+    exact = [(network, batch, name) for network, batch in order(context) for name in BARS]
+    in_float8 = [(network, max(context.batches), BARS[1] + FLOAT8) for network in context.networks]
+    for network, batch, name in [*exact, *in_float8]:
+        yield f"{network} batch {batch}: {name}", lambda side=(network, batch, name): run_side(*side, context)
 
 
-def _side(network: str, batch: int, name: str, context: Context) -> dict[str, Any]:
+def run_side(network: str, batch: int, name: str, context: Context) -> dict[str, Any]:
+    """A row of the "step" table: `measure_alone` in a process of its own."""
     from .speed import timed_steps
 
+    if name.endswith(FLOAT8):
+        need_float8(context)
     out = context.out / ".side.json"
     command = [
         *(sys.executable, "-m", "bench.gpu.side", name, "--network", network, "--batch", str(batch), "--device"),
@@ -116,7 +147,8 @@ def _side(network: str, batch: int, name: str, context: Context) -> dict[str, An
     peaks = measured_peaks(context)
     kind = ("tf32" if context.cuda else "float32") if name == "baseline" else name.split("-")[1]
     rate = row.pop("flops_per_s")
-    row["peak_fraction"] = rate / peaks[kind] if kind in peaks else None
+    if kind in peaks:
+        row["peak_fraction"] = rate / peaks[kind]
     return {"status": "INFO", "table": "step", **row}
 
 
@@ -128,13 +160,27 @@ def measured_peaks(context: Context) -> dict[str, float]:
     }
 
 
+class CommandFailed(RuntimeError):
+    """Its text ends as what the command printed does; ``output`` is all of it."""
+
+    def __init__(self, text: str, output: str) -> None:
+        super().__init__(f"{text}:\n{output[-3000:]}")
+        self.output = output
+
+
 def run_command(command: list[str], limit: float) -> str:
-    """What ``command`` printed; RuntimeError when it fails, subprocess.TimeoutExpired after ``limit`` seconds.
+    """What ``command`` printed; CommandFailed when it fails, subprocess.TimeoutExpired after ``limit`` seconds.
 
     A process group of its own: what it starts ends with it.
     """
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=child_environment(),
     )
     try:
         output, _ = process.communicate(timeout=limit)
@@ -143,7 +189,7 @@ def run_command(command: list[str], limit: float) -> str:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command[2:4])} ended with {process.returncode}:\n{output[-3000:]}")
+        raise CommandFailed(f"{' '.join(command[2:4])} ended with {process.returncode}", output)
     return output
 
 

@@ -55,6 +55,7 @@ def build_plan(
     their file, by which convolutions round to e4m3 (`float8`). UserError for a plan, an attention backend, a reuse,
     tiles or scales that do not exist or cannot run on ``device``.
     """
+    device = resolve_device(device)  # what captures on a device without an index cannot give its memory back
     if fp8 is not None:
         model = float8.in_float8(model, fp8)
     if name != "auto" and name not in PLANS:
@@ -123,7 +124,7 @@ def _rebuilt(
     model: PDAE | Prior, device: str, dtype: torch.dtype, name: str, choices: dict[str, Any], counts: dict[str, int]
 ) -> Plan | Unbuilt:
     try:
-        plan = build_plan(model, resolve_device(device), dtype, name, copy=False, **choices)
+        plan = build_plan(model, torch.device(device), dtype, name, copy=False, **choices)
     except UserError as error:
         return Unbuilt(model, error)
     plan.evaluations.update(counts)

@@ -5,8 +5,8 @@ import torch
 
 from fake_cuda import FakeCuda
 from helpers import ON_DEVICE, tiny_pdae
+from pdae_fast.engine import build, graphs
 from pdae_fast.engine import device as devices
-from pdae_fast.engine import graphs
 from pdae_fast.engine.device import available_memory, one_at_a_time, resolve_device
 from pdae_fast.engine.fused import FusedPlan
 from pdae_fast.engine.plan import Plan
@@ -30,6 +30,23 @@ def test_a_gpu_has_its_index(cuda):
         torch.cuda.set_device(torch.device("cuda"))
     with pytest.raises(UserError, match="there are 2 CUDA devices"):
         resolve_device("cuda:2")
+
+
+def test_a_plan_knows_the_index_of_its_gpu(cuda, monkeypatch):
+    """Which graphs need to end a capture that failed, whatever a caller names."""
+    given = []
+
+    def plan(model, device, *_, **__):
+        given.append(device)
+        raise UserError("no such device here")
+
+    for kind in ("Plan", "FusedPlan"):
+        monkeypatch.setattr(build, kind, plan)
+    torch.cuda.set_device(1)
+    for name in ("eager", "fused"):
+        with pytest.raises(UserError):
+            build.build_plan(tiny_pdae(), torch.device("cuda"), torch.float32, name, options=ON_DEVICE)
+    assert given == [torch.device("cuda", 1)] * 2
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,9 @@ def test_what_solvers_add_keeps_to_its_budget(solver):
 @pytest.mark.parametrize("network", ["celeba64", "ffhq128"])
 def test_a_captured_step_of_a_linear_method_holds_all_of_it(network):
     weights = (((0.5,) * 3,) * 2,) * 10
-    assert count(model_of(network), 1, weights=weights).nodes == BUDGETS[network, 1][3] + ON_THE_DEVICE - STEPPED["ddim"]
+    assert (
+        count(model_of(network), 1, weights=weights).nodes == BUDGETS[network, 1][3] + ON_THE_DEVICE - STEPPED["ddim"]
+    )
 
 
 def beside_the_networks(solver, options):

@@ -136,8 +136,7 @@ def film(page: Page) -> list[Any]:
 
     def shoot() -> None:
         page.until(page.rests)
-        shot = Image.open(io.BytesIO(page.driver.get_screenshot_as_png())).convert("RGB")
-        frames.append(shot.quantize(96, dither=Image.Dither.NONE))
+        frames.append(Image.open(io.BytesIO(page.driver.get_screenshot_as_png())).convert("RGB"))
 
     page.resize(*SIZE, mobile=False)
     page.open()
@@ -151,7 +150,12 @@ def film(page: Page) -> list[Any]:
     for share in range(80, -1, -20):
         page.drag("wipe", share)
         shoot()
-    return frames
+    # Colours for all, of a sheet of all.
+    sheet = Image.new("RGB", (SIZE[0], SIZE[1] * len(frames)))
+    for i, frame in enumerate(frames):
+        sheet.paste(frame, (0, SIZE[1] * i))
+    colours = sheet.quantize(256)
+    return [frame.quantize(palette=colours, dither=Image.Dither.NONE) for frame in frames]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -67,8 +67,8 @@ class Pipeline:
         fp8: an approximation: convolutions of values rounded to e4m3, by the scales that ``calibrate`` wrote to this
             file, or that it holds. Emulated: what it costs in quality can be seen, and no device is faster for it.
         copy: False uses the model's weights where they are, which takes less memory; it must not change any more.
-        consume: gives the model away, for the least memory: it loses the weights that are laid out anew, so that it can
-            no longer be run or saved, and the pipeline cannot be pickled.
+        consume: gives the model away, for the least memory: its U-Net loses the weights that are laid out anew, so that
+            it can no longer be run or saved, and the pipeline cannot be pickled.
         label: the class of every image, of a class-conditional model; the methods' ``y`` goes before it.
 
     Images are floating point tensors [B, C, H, W] in [-1, 1], or arrays of NumPy (arguments.as_images); results come

@@ -158,7 +158,7 @@ def test_weights_of_a_model_that_is_consumed_are_freed(dtype, no_collection):
     model, x0 = tiny_pdae(TINY_FULL), images(2)
     chosen = {"steps": 3, "device": "cpu", "dtype": dtype}
     expected = _everything(Pipeline(model, **chosen), x0)
-    layers = native_layers(model) if Pipeline(model, **chosen).plan.options.native_convolutions else []
+    layers = native_layers(model.decoder) if Pipeline(model, **chosen).plan.options.native_convolutions else []
     assert layers or dtype == "bfloat16"
     weights = [weakref.ref(layer.weight.untyped_storage()) for layer in layers]
     pipe = Pipeline(model, consume=True, **chosen)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import kernels
-from ..models import PDAE, Autoencoder, Prior
+from ..models import PDAE, Autoencoder, Prior, unet_of
 from ..models.layers import AttentionBlock
 from ..models.unet import PDAEDecoder
 from . import graphs, rewrites
@@ -80,8 +80,9 @@ class Networks(Plan):
             fused_encoder = device.type == "cpu" and isinstance(model, Autoencoder)
             self.encoder = FusedEncoder(self.model.encoder, options, attend) if fused_encoder else None
         if consume and options.native_convolutions:
-            # Each is held by the convolution alone that transforms it, and freed when it has.
-            forget(layers + native_layers(self.model))
+            # Each is held by the convolution alone that transforms it, and freed when it has. The encoder's are few and
+            # needed: they tell whose the codes are.
+            forget(native_layers(unet_of(model)) + native_layers(unet))
         shared = options.shared_products and self.gradient is not None
         self._products = SharedProducts((self.eps, self.gradient)) if shared else None
         self._stacked = None

@@ -49,12 +49,15 @@ def _profile(network: str, batch: int, context: Context) -> list[dict[str, Any]]
     found = sorted((f for f in found if f[2] > 0), key=lambda f: -f[2])
     total, launches = sum(f[2] for f in found), sum(f[1] for f in found)
     expected = budget.count(budget.empty_model(network), batch)
+    shown, others = found[:SHOWN], found[SHOWN:]
+    if others:
+        shown.append(("(others)", sum(f[1] for f in others), sum(f[2] for f in others)))
     head = {"status": "INFO", "table": "profile", "network": network, "batch": batch}
     rows = [
         {**head, "kernel": "(all)", "launches": launches, "kernel_s": total, "time_fraction": 1.0,
          "expected": expected.nodes, "moved_bytes": expected.bytes},
         *({**head, "kernel": key[:60], "launches": n, "kernel_s": s, "time_fraction": s / total}
-          for key, n, s in found[:SHOWN]),
+          for key, n, s in shown),
     ]  # fmt: skip
     if context.cuda:
         rows[0]["reserved_bytes"] = torch.cuda.memory_reserved(context.device)

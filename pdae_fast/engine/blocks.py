@@ -15,7 +15,7 @@ from ..models.layers import AttentionBlock, Downsample, HalfBlock, ResBlock, Sta
 from ..models.unet import HalfUNet
 from . import float8, rewrites
 from .attention import Attend
-from .convolution import PointwiseConvolution, StemConvolution, convolution, native_fits
+from .convolution import HeadConvolution, PointwiseConvolution, StemConvolution, convolution, native_fits
 from .norms import SMALL_GROUP, Join, Skip, add, bare, fixed_normaliser, materialise, normaliser, statistics_of
 from .options import Rewrites
 from .rewrites import Affine, AffineTable
@@ -191,8 +191,6 @@ def reader(layer: nn.Module, options: Rewrites, attend: Attend) -> Callable[[Ten
         return FusedDownsample(layer, options)
     if isinstance(layer, Upsample):
         return layer if isinstance(layer.conv, nn.Identity) else UpsampledConvolution(layer.conv, options)
-    if options.folded_biases and layer.padding[0] == layer.kernel_size[0] // 2:
-        return StemConvolution(layer)
     return convolution(layer, options.packed_weights, native=options.tile)
 
 
@@ -229,6 +227,8 @@ class FusedStages:
             for layer in stage:
                 if isinstance(layer, ResBlock):
                     layers.append((FusedResBlock(layer, options, part), next(columns)))
+                elif isinstance(layer, nn.Conv2d) and (options.folded_biases or layer.weight.dtype is not torch.float32):
+                    layers.append((StemConvolution(layer, options.packed_weights), None))
                 else:
                     plain = reader(layer, options, attend)
                     before = layers[-1][0] if layers else None
@@ -255,7 +255,8 @@ class FusedDecoder(FusedStages):
         parts = options.native_norms and all(isinstance(s, JoinedSkip) and s.reads_parts for s in skips)
         self.split = options.split_skips or parts
         self.norm = fixed_normaliser(options, head[0])
-        self.head = convolution(head[2], options.packed_weights, native=options.tile)
+        low = head[2].weight.dtype is not torch.float32 and head[2].weight.device.type == "cpu"
+        self.head = (HeadConvolution if low else convolution)(head[2], options.packed_weights, native=options.tile)
 
     def __call__(self, skips: list[Skip], affine: Affine) -> Tensor:
         """Map [B, C, H, W] from what the trunk left, first to last."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import torch
@@ -98,19 +99,28 @@ class PlainConvolution:
 
 
 class StemConvolution:
-    """conv(x) + bias of few channels to many. The bias is the weight of one more channel, of ones, at the centre, which
-    never lies in the padding: added afterwards it would take a pass over the map."""
+    """conv(x) + bias of few channels to many, x float32. In a lower precision x is read as two maps that add up to it:
+    rounded, an x_t that is nearly the image is another one. The bias is the weight of one more channel, of ones, at
+    the centre, which never lies in the padding: added afterwards it would take a pass over the map."""
 
-    def __init__(self, layer: nn.Conv2d) -> None:
+    def __init__(self, layer: nn.Conv2d, packed: bool = False) -> None:
         weight, padding = layer.weight.detach(), layer.padding[0]
-        self.ones, bias = weight.new_ones(1, 1, 1, 1), torch.zeros_like(weight[:, :1])
+        bias = torch.zeros_like(weight[:, :1])
         bias[:, 0, padding, padding] = layer.bias.detach()
-        self.conv = PlainConvolution(torch.cat([weight, bias], 1), None, layer.stride[0], padding)
+        self.ones = weight.new_ones(1, 1, 1, 1)
+        self.split = weight.dtype is not torch.float32
+        weight = torch.cat([*[weight] * (1 + self.split), bias], 1)
+        self.conv = (PackedConvolution if packed else PlainConvolution)(weight, None, layer.stride[0], padding)
 
     def __call__(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
-        joined = torch.empty(B, C + 1, H, W, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-        return self.conv(torch.cat([x, self.ones.expand(B, 1, H, W)], 1, out=joined))
+        rounded = x.to(self.ones.dtype)
+        parts = [rounded]
+        if self.split:
+            parts.append(torch.sub(x, rounded, out=torch.empty_like(rounded)))
+        shape, last = (B, len(parts) * C + 1, H, W), torch.channels_last
+        joined = torch.empty(shape, dtype=rounded.dtype, device=x.device, memory_format=last)
+        return self.conv(torch.cat([*parts, self.ones.expand(B, 1, H, W)], 1, out=joined))
 
 
 class PackedConvolution:
@@ -138,6 +148,19 @@ class PackedConvolution:
             self.weight, self.padding, self.stride, [1, 1], 1, list(x.shape)
         )
         self.packed = True
+
+
+class HeadConvolution:
+    """conv(x) in float32, whatever x is: what a network that predicts eps knows of an image where x_t is nearly noise is
+    the small difference of its output and x_t, and would be rounded away."""
+
+    def __init__(self, layer: nn.Conv2d, packed: bool, native: int | None) -> None:
+        self.conv = convolution(copy.deepcopy(layer).float(), packed, native=native)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.dtype is not torch.float32:
+            x = kernels.empty_map(*x.shape, torch.float32).copy_(x) if x.device.type == "cpu" else x.float()
+        return self.conv(x)
 
 
 class WinogradConvolution:

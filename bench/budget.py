@@ -51,6 +51,7 @@ OPS = {
     "add_upsample": ("add_upsample", "upsample_add", "residual_add", "add_with_stats"),
     "ddim_update": ("ddim_update",),
     "float8": ("conv_float8", "group_norm_float8"),
+    "head_convolution": ("head_convolution",),
     "group_norm": ("group_norm", "channel_stats", "group_norm_apply", "partial_stats"),
 }
 

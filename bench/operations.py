@@ -208,6 +208,32 @@ def add_projected(batch: int, channels: int, side: int, dtype: torch.dtype) -> O
     return Operation("add_projected", shape, draw, ours, framework, kernels.add_projected_reference, moved, dtype)
 
 
+def head_convolution(batch: int, channels: int, side: int, dtype: torch.dtype) -> Operation:
+    """The last convolutions of two networks, to float32; the framework's round theirs."""
+
+    def draw(g: torch.Generator) -> dict[str, Any]:
+        weights = torch.randn(2, 3, channels, 3, 3, generator=g, device=g.device) / (9 * channels) ** 0.5
+        return {
+            "x": _image((2 * batch, channels, side, side), dtype, True, g),
+            "weight": kernels.head_weights(weights).to(dtype),
+            "bias": torch.randn(2, 3, generator=g, device=g.device),
+        }
+
+    def kernel_of(weight: Tensor, bias: Tensor) -> Tensor:
+        return weight[..., : bias.shape[1]].permute(0, 3, 2, 1).unflatten(3, (3, 3))
+
+    def framework(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        own = zip(x.chunk(2), kernel_of(weight, bias), bias.to(x.dtype), strict=True)
+        return torch.cat([F.conv2d(*of, padding=1) for of in own])
+
+    def exact(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return framework(x, weight.to(x.dtype), bias)
+
+    moved = 2 * batch * side * side * (channels * torch.empty((), dtype=dtype).element_size() + 12)
+    shape = f"2x{batch}x{channels}x{side}x{side} NHWC"
+    return Operation("head_convolution", shape, draw, kernels.head_convolution, framework, exact, moved, dtype)
+
+
 def operations(batch: int, dtype: torch.dtype = torch.bfloat16, tiny: bool = False) -> Iterator[Operation]:
     """Shapes of the FFHQ-128 and CelebA-64 decoders: the largest map, a middle one, the smallest, and skip pairs."""
     big, middle, small = (8, 8, 8) if tiny else (128, 32, 8)
@@ -225,6 +251,7 @@ def operations(batch: int, dtype: torch.dtype = torch.bfloat16, tiny: bool = Fal
         yield upsample(batch, 256, 2 * middle, dtype, last, sum_first=True)
     for channels, side in ((128, big), (256, middle), (512, small)):
         yield add_projected(batch, channels, side, dtype)
+    yield head_convolution(batch, 128, big, dtype)
 
 
 def sweep(function: Callable[..., Tensor], variants: list[dict[str, Any]], device: torch.device) -> Callable[[], Any]:

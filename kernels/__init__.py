@@ -25,6 +25,7 @@ from .float8 import conv_float8, float8_codes, float8_obstacle, group_norm_float
 from .group_norm import channel_stats, group_norm, group_norm_apply, partial_stats, stats_splits
 from .group_norm_native import NATIVE_DTYPES, group_norm_native, native_fits, native_status
 from .group_norm_torch import group_norm_reference
+from .head_convolution import head_convolution, head_weights
 from .pointwise import pointwise, pointwise_fits, pointwise_status, pointwise_weights
 from .winograd import (
     UPSAMPLED,
@@ -62,6 +63,8 @@ __all__ = [
     "group_norm_float8",
     "group_norm_native",
     "group_norm_reference",
+    "head_convolution",
+    "head_weights",
     "image_scales",
     "native_fits",
     "native_status",

@@ -16,7 +16,7 @@ TILE_S, TILE_C = 128, 64
 
 
 @triton.jit
-def _add_product(
+def add_product(
     total, x, weight, pixel, valid, channel, real, count, channels, STEPS: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """total + x weight of an image x [pixels, count] and weight [count, channels]; STEPS blocks hold all of count."""
@@ -58,8 +58,8 @@ def add_projected_kernel(
         pixel = first + lane
         valid = lane < size
         total = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-        total = _add_product(total, x, weight, pixel, valid, channel, real, c1, channels, STEPS1, BLOCK_K)
-        total = _add_product(
+        total = add_product(total, x, weight, pixel, valid, channel, real, c1, channels, STEPS1, BLOCK_K)
+        total = add_product(
             total, x2, weight + c1 * channels, pixel, valid, channel, real, c2, channels, STEPS2, BLOCK_K
         )
         inside = valid[:, None] & real[None, :]

@@ -58,6 +58,7 @@ BUDGETS = {
     "residual_kernel": Budget(48, 0),
     "add_stats_kernel": Budget(80, 4096),
     "add_projected_kernel": Budget(255, 99 << 10),
+    "head_kernel": Budget(168, 64 << 10),
     "conv_float8_kernel": Budget(255, 64 << 10),
 }
 
@@ -110,6 +111,7 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple]:
         gradient_sums_launches,
         group_norm_launches,
     )
+    from .head_convolution_triton import head_convolution_launches
 
     def image(batch, channels, size, channels_last=False, dtype=dtype):
         layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -180,6 +182,11 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple]:
         given, partial = (h, h, x2, weight, table(2, c), h), table(batch, c, splits, 2)
         yield f"{size} map, sum and product", *add_projected_launches(*given, None, splits)
         yield f"{size} map, sum, product, statistics", *add_projected_launches(*given, partial, splits)
+    for size, *given in (("small", 2, 32, 15, 1), ("large", 128, 128, 128, 3), ("wide", 2, 256, 64, 20)):
+        batch, c, side, outputs = given
+        weight = torch.empty(2, 9, c, -(-outputs // 16) * 16, dtype=dtype, device="meta")
+        given = image(batch, c, side, True), weight, table(2, outputs), table(batch, outputs, side, side)
+        yield f"{size} map, to few", *head_convolution_launches(*given)
     for what, batch, side, given, c, outputs in (
         ("small map of codes", 2, 8, 8, 512, 512),
         ("large map of codes", 64, 64, 64, 128, 128),

@@ -30,7 +30,10 @@ from bench.operations import FLOOR, Operation, framework_norm, norm, operations
 
 from .cases import CaseLog, Cases, Context, NotHere
 
-FILES = ("test_ddim_update.py", "test_add_upsample.py", "test_group_norm.py", "test_add_projected.py", "test_float8.py")
+FILES = (
+    "test_ddim_update.py", "test_add_upsample.py", "test_group_norm.py", "test_add_projected.py",
+    "test_head_convolution.py", "test_float8.py",
+)  # fmt: skip
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 MOST_SHARDS, SHARE = 8, 0.6
 

@@ -274,7 +274,7 @@ def start_up(context: Context) -> Cases:
 REFUSALS = ("Device not supported", "Internal Sanitizer Error", "Failed to initialize", "Unable to", "not permitted")
 # The tests whose odd sizes and unaligned channels reach the kernel; the file with the fewest first.
 UNALIGNED = "test_kernel and odd"
-WATCHED = ("test_ddim_update.py", "test_add_projected.py", "test_add_upsample.py")
+WATCHED = ("test_ddim_update.py", "test_head_convolution.py", "test_add_projected.py", "test_add_upsample.py")
 
 
 def sanitizer(context: Context) -> Cases:

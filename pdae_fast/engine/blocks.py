@@ -213,6 +213,11 @@ class FusedEncoder:
         return x0
 
 
+def low(layer: nn.Conv2d) -> bool:
+    """Whether it is in a lower precision: then a network's first and last layers are of a kind of their own."""
+    return layer.weight.dtype is not torch.float32
+
+
 class FusedStages:
     """A run of stages and the affine table of their ResBlocks."""
 
@@ -227,7 +232,7 @@ class FusedStages:
             for layer in stage:
                 if isinstance(layer, ResBlock):
                     layers.append((FusedResBlock(layer, options, part), next(columns)))
-                elif isinstance(layer, nn.Conv2d) and (options.folded_biases or layer.weight.dtype is not torch.float32):
+                elif isinstance(layer, nn.Conv2d) and (options.folded_biases or low(layer)):
                     layers.append((StemConvolution(layer, options.packed_weights), None))
                 else:
                     plain = reader(layer, options, attend)
@@ -255,8 +260,10 @@ class FusedDecoder(FusedStages):
         parts = options.native_norms and all(isinstance(s, JoinedSkip) and s.reads_parts for s in skips)
         self.split = options.split_skips or parts
         self.norm = fixed_normaliser(options, head[0])
-        low = head[2].weight.dtype is not torch.float32 and head[2].weight.device.type == "cpu"
-        self.head = (HeadConvolution if low else convolution)(head[2], options.packed_weights, native=options.tile)
+        if low(head[2]):
+            self.head = HeadConvolution(head[2], options.packed_weights)
+        else:
+            self.head = convolution(head[2], options.packed_weights, native=options.tile)
 
     def __call__(self, skips: list[Skip], affine: Affine) -> Tensor:
         """Map [B, C, H, W] from what the trunk left, first to last."""

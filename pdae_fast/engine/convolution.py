@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 
 import torch
@@ -151,16 +150,20 @@ class PackedConvolution:
 
 
 class HeadConvolution:
-    """conv(x) in float32, whatever x is: what a network that predicts eps knows of an image where x_t is nearly noise is
-    the small difference of its output and x_t, and would be rounded away."""
+    """conv3x3(x) in float32, of a map in a lower precision: what a network that predicts eps knows of an image where
+    x_t is nearly noise is the small difference of x_t and its output, and would be rounded away."""
 
-    def __init__(self, layer: nn.Conv2d, packed: bool, native: int | None) -> None:
-        self.conv = convolution(copy.deepcopy(layer).float(), packed, native=native)
+    def __init__(self, layer: nn.Conv2d, packed: bool) -> None:
+        weight, bias, self.conv = layer.weight.detach(), layer.bias.detach().float(), None
+        if packed:
+            self.conv = PackedConvolution(weight.float(), bias, 1, 1)
+        else:
+            self.weight, self.bias = kernels.head_weights([weight]), bias[None]
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.dtype is not torch.float32:
-            x = kernels.empty_map(*x.shape, torch.float32).copy_(x) if x.device.type == "cpu" else x.float()
-        return self.conv(x)
+        if self.conv is None:
+            return kernels.head_convolution(x, self.weight, self.bias)
+        return self.conv(kernels.empty_map(*x.shape, torch.float32).copy_(x))
 
 
 class WinogradConvolution:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .. import kernels
 from . import float8
 from .blocks import FusedAttention, FusedDecoder, FusedResBlock, UpsampledConvolution
-from .convolution import PlainConvolution
+from .convolution import HeadConvolution, PlainConvolution
 from .norms import Join, Skip, splits_of
 from .rewrites import Affine, attend_rows
 
@@ -169,6 +169,9 @@ class StackedDecoders(FusedDecoder):
             layers = [list(zip(*layer, strict=True)) for layer in zip(*stages, strict=True)]
             self.stages.append([(stacked_layer(parts, self.branches), columns[0]) for parts, columns in layers])
         self.norm = stacked_norm([decoder.norm for decoder in decoders])
+        self.head, heads = None, [decoder.head for decoder in decoders]
+        if all(isinstance(head, HeadConvolution) and head.conv is None for head in heads):
+            self.head = torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads])
         # What is added to h where time is not: the biases of the convolutions.
         self.biases = [
             torch.cat(
@@ -194,6 +197,8 @@ class StackedDecoders(FusedDecoder):
         """What each decoder's head makes, [B, C, H, W]; with a ``side`` stream convolutions run side by side."""
         self.branches.side = side
         h = self.norm(self._join(1, self._middle(skips[-1], affine), skips, affine))
+        if self.head is not None:
+            return kernels.head_convolution(h, *self.head).chunk(len(self.decoders))
         parts = h.chunk(len(self.decoders))
         return [decoder.head(part) for decoder, part in zip(self.decoders, parts, strict=True)]
 

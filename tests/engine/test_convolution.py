@@ -11,7 +11,13 @@ from torch.nn import functional as F
 
 from golden_rule import relative
 from pdae_fast import kernels
-from pdae_fast.engine.convolution import PackedConvolution, StemConvolution, WinogradConvolution, can_pack
+from pdae_fast.engine.convolution import (
+    HeadConvolution,
+    PackedConvolution,
+    StemConvolution,
+    WinogradConvolution,
+    can_pack,
+)
 
 KINDS = [
     pytest.param(
@@ -63,3 +69,36 @@ def test_a_stem_has_its_bias_in_its_weights(size):
     y = StemConvolution(layer)(x)
     assert relative(y, copy.deepcopy(layer).double()(x.double())) < 1e-6
     assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def low_layer(*shape):
+    """A layer whose every output is the difference of two neighbours, of all channels."""
+    layer = torch.nn.Conv2d(*shape, 3, padding=1, dtype=torch.bfloat16).requires_grad_(False)
+    layer.weight.zero_()
+    layer.weight[:, :, 1, 1], layer.weight[:, :, 1, 2] = -1, 1
+    return layer
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_stem_in_bfloat16_reads_all_of_x(packed):
+    """What is left of neighbours that bfloat16 does not tell apart."""
+    if packed and not can_pack(torch.device("cpu"), torch.bfloat16):
+        pytest.skip("oneDNN packs nothing here")
+    layer = low_layer(1, 32)
+    layer.bias.zero_()
+    x = 1 + torch.rand(2, 1, 7, 7, generator=torch.Generator().manual_seed(0)) / 500
+    y = StemConvolution(layer, packed)(x)[..., :-1]
+    assert y.dtype is torch.bfloat16
+    assert relative(y, F.conv2d(x, layer.weight.float(), padding=1)[..., :-1]) < 0.01
+    assert relative(layer(x.bfloat16())[..., :-1], F.conv2d(x, layer.weight.float(), padding=1)[..., :-1]) > 0.5
+
+
+def test_a_head_in_bfloat16_rounds_nothing():
+    layer, random = low_layer(64, 3), torch.Generator().manual_seed(0)
+    layer.weight.add_(0.1 * torch.randn(layer.weight.shape, generator=random))
+    layer.bias.fill_(100)
+    x = torch.randn(2, 64, 6, 5, generator=random).bfloat16().contiguous(memory_format=torch.channels_last)
+    exact = copy.deepcopy(layer).double()(x.double())
+    for packed in (False, can_pack(torch.device("cpu"), torch.bfloat16)):
+        assert relative(HeadConvolution(layer, packed)(x), exact) < 1e-6
+    assert relative(layer(x), exact) > 1e-4

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from bench.quality import split_images
 from helpers import tiny_pdae
-from pdae_fast import PDAEConfig, Pipeline, UNetConfig, kernels
+from pdae_fast import PDAE, PDAEConfig, Pipeline, UNetConfig, kernels
 from pdae_fast.engine import build_plan, convolution
 from pdae_fast.engine.convolution import WinogradConvolution
 from pdae_fast.engine.fused import FusedPlan
@@ -179,3 +180,14 @@ def test_two_pipelines_in_two_threads(model):
     with ThreadPoolExecutor(2) as pool:
         for _ in range(4):
             assert all(map(torch.equal, pool.map(lambda plan: outputs(plan, model), plans), expected))
+
+
+def test_bfloat16_costs_a_reconstruction_next_to_nothing():
+    """Of a bundled model that predicts eps, by the recipe with the fewest steps: x read rounded, or eps rounded, each
+    double the error."""
+    pdae = PDAE.from_pretrained("fashion32")
+    x0, found = split_images("fashion32", pdae.image_shape, slice(8)), []
+    for dtype in ("float32", "bfloat16"):
+        pipe = Pipeline(pdae, "fast", device=CPU, dtype=dtype)
+        found.append(float((pipe.reconstruct(x0) - x0).square().mean()))
+    assert abs(found[1] / found[0] - 1) < 0.1

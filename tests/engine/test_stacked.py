@@ -46,9 +46,9 @@ CONFIGS = {
 }
 
 
-def build(config, options=STACKED):
+def build(config, options=STACKED, dtype=torch.float32):
     model = tiny_pdae(config)
-    plan = FusedPlan(model, CPU, torch.float32, options)
+    plan = FusedPlan(model, CPU, dtype, options)
     assert plan.options == options and (plan._stacked is not None) == options.stacked_decoders
     return model, plan
 
@@ -70,6 +70,16 @@ def test_the_same_numbers(monkeypatch, config, B):
     eps, gradient = plan.field(z)(x, 17, False)
     assert gradient is None and relative(eps, eager.field()(x, 17, True)[0]) < 1e-5
     assert plan.evaluations == {"trunk": 4 * B, "eps": 4 * B, "gradient": 3 * B}
+
+
+@pytest.mark.parametrize("options", [STACKED, APART], ids=["stacked", "apart"])
+def test_last_convolutions_in_bfloat16(options):
+    """They leave float32, each network its own."""
+    model, plan = build(CONFIGS["fashion32"], options, torch.bfloat16)
+    x, z = noise(2, *model.image_shape), noise(2, model.config.latent_dim, seed=1)
+    expected = Plan(model, CPU, torch.float32).field(z)(x, 17, True)
+    for found, exact in zip(plan.field(z)(x, 17, True), expected, strict=True):
+        assert relative(found, exact) < 0.02 and not torch.equal(found, found.bfloat16().float())
 
 
 def test_fewer_launches():

@@ -28,6 +28,7 @@ KERNEL_MODULES = (
     "add_upsample_triton",
     "add_projected_triton",
     "float8_triton",
+    "head_convolution_triton",
 )
 
 

@@ -31,13 +31,14 @@ APPROXIMATIONS = {
 @pytest.mark.parametrize("recipe", quality.RECIPES)
 @pytest.mark.parametrize("model", ["fashion32", "avatars64"])
 def test_precision_of_recipes(benchmark, device, model, recipe, approximation):
-    """Every row is printed; the bounds hold for the paper's recipe, whose error is not as small as rounding."""
+    """Every row is printed; the bounds are held by recipes whose error is not as small as rounding. A lower precision
+    that happens to do better is none the worse."""
     options = APPROXIMATIONS[approximation](model)
     for row in once(benchmark, lambda: quality.recipe_losses(device, model, (recipe,), **options)):
         RUN.add("quality", **row)
-        if recipe == "published" and row["x_T"] == "inferred" and approximation == "default":
-            assert abs(row["ssim_difference"]) <= quality.RECIPE_SSIM_BOUND, row
-            assert abs(row["ratio_mse"] - 1) <= quality.RECIPE_MSE_BOUND, row
+        if recipe not in ("exact", "reversible") and row["x_T"] == "inferred" and approximation == "default":
+            assert row["ssim_difference"] >= -quality.RECIPE_SSIM_BOUND, row
+            assert row["ratio_mse"] <= 1 + quality.RECIPE_MSE_BOUND, row
 
 
 def test_float32_plan_against_the_modules(benchmark, device):

@@ -31,12 +31,17 @@ APPROXIMATIONS = {
 @pytest.mark.parametrize("recipe", quality.RECIPES)
 @pytest.mark.parametrize("model", ["fashion32", "avatars64"])
 def test_precision_of_recipes(benchmark, device, model, recipe, approximation):
-    """Every row is printed; the bounds are held by recipes whose error is not as small as rounding. A lower precision
-    that happens to do better is none the worse."""
+    """Every row is printed; the bounds hold for the paper's recipe, whose error is not as small as rounding, and of
+    those with few steps, which bfloat16 may happen to improve, for what it costs."""
     options = APPROXIMATIONS[approximation](model)
     for row in once(benchmark, lambda: quality.recipe_losses(device, model, (recipe,), **options)):
         RUN.add("quality", **row)
-        if recipe not in ("exact", "reversible") and row["x_T"] == "inferred" and approximation == "default":
+        if row["x_T"] != "inferred" or approximation != "default":
+            continue
+        if recipe == "published":
+            assert abs(row["ssim_difference"]) <= quality.RECIPE_SSIM_BOUND, row
+            assert abs(row["ratio_mse"] - 1) <= quality.RECIPE_MSE_BOUND, row
+        elif recipe in ("fast", "balanced"):
             assert row["ssim_difference"] >= -quality.RECIPE_SSIM_BOUND, row
             assert row["ratio_mse"] <= 1 + quality.RECIPE_MSE_BOUND, row
 

@@ -147,29 +147,12 @@ def traced(layer: nn.Module, dtype: torch.dtype, form: str) -> nn.Module:
     return FixedNorm(layer, form) if isinstance(layer, nn.GroupNorm) else as_dtype(layer, dtype)
 
 
-class TracedStem(nn.Module):
-    """The first convolution, of x in float32: its weights are few, and x must not be rounded."""
-
-    def __init__(self, layer: nn.Conv2d, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.conv, self.dtype = as_dtype(layer, torch.float32), dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x).to(self.dtype)
-
-
 class TracedStages(nn.Module):
     """A run of stages (a trunk, or a middle block with its output blocks); affines come in the order of its blocks."""
 
     def __init__(self, stages: Iterable[Stage], dtype: torch.dtype, form: str) -> None:
         super().__init__()
-        self.stages = nn.ModuleList(
-            nn.ModuleList(
-                TracedStem(layer, dtype) if isinstance(layer, nn.Conv2d) else traced(layer, dtype, form)
-                for layer in stage
-            )
-            for stage in stages
-        )
+        self.stages = nn.ModuleList(nn.ModuleList(traced(layer, dtype, form) for layer in stage) for stage in stages)
 
     def run(self, index: int, x: Tensor, affines: list[Affine]) -> Tensor:
         """Stage ``index``; takes the affines it needs from the front of ``affines``."""
@@ -186,7 +169,7 @@ class TracedDecoder(TracedStages):
     ) -> None:
         super().__init__([middle, *blocks], dtype, form)
         self.norm = FixedNorm(head[0], form)
-        self.head = as_dtype(head[2], torch.float32)  # eps must not be rounded
+        self.head = as_dtype(head[2], dtype)
         # A learned variance, if the prior has one, is dropped here instead of after its computation.
         self.head.weight = nn.Parameter(self.head.weight[:channels].clone(), requires_grad=False)
         self.head.bias = nn.Parameter(self.head.bias[:channels].clone(), requires_grad=False)
@@ -195,7 +178,7 @@ class TracedDecoder(TracedStages):
         h = self.run(0, skips[-1], affines)
         for i, skip in enumerate(reversed(skips), start=1):
             h = self.run(i, torch.cat([h, skip], dim=1), affines)
-        return self.head(F.silu(self.norm(h)))
+        return self.head(F.silu(self.norm(h)).to(self.head.weight.dtype)).float()
 
 
 def _tables(unet: UNet) -> list[AffineTable]:
@@ -289,7 +272,7 @@ class StepGraph(nn.Module):
 
     def forward(self, x: Tensor, conditioning: Tensor | None, step: Tensor) -> Tensor:
         networks, affines = self.networks, self._affines(conditioning, step)
-        h, skips = 2 * x - 1 if self.centres else x, []
+        h, skips = (2 * x - 1 if self.centres else x).to(networks.dtype), []
         for i in range(len(networks.trunk.stages)):
             h = networks.trunk.run(i, h, affines[0])
             skips.append(h)
@@ -362,7 +345,7 @@ class FeatureGraph(nn.Module):
     ) -> None:
         super().__init__()
         unet = unet_of(model)
-        self.unet, self.centres = [unet], unet.config.center_input_sample
+        self.unet, self.dtype, self.centres = [unet], dtype, unet.config.center_input_sample
         self.label = None if label is None else torch.tensor([label])
         unet.check_labels(self.label)
         parts = [list(unet.input_blocks), [unet.middle_block, *unet.output_blocks[:outputs]]]
@@ -385,7 +368,7 @@ class FeatureGraph(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Tensor | None = None) -> tuple[Tensor, ...]:
         (of_trunk, of_decoder), (trunk, decoder) = self._affines(t, conditioning), self.parts
-        h, skips, maps = 2 * x - 1 if self.centres else x, [], []
+        h, skips, maps = (2 * x - 1 if self.centres else x).to(self.dtype), [], []
         for i in range(len(trunk.stages)):
             h = trunk.run(i, h, of_trunk)
             skips.append(h)

@@ -262,7 +262,9 @@ class Networks(Plan):
         if workload.features == "kept":
             return [Skip(kept[f"skip {i}"]) for i in range(len(self.trunk.stages))]
         x = 2 * x - 1 if self.unet.config.center_input_sample else x
-        h, skips = x.contiguous(memory_format=torch.channels_last), []
+        # In a lower precision the first convolution reads all of x.
+        wide = torch.promote_types(self.dtype, torch.float32)
+        h, skips = x.to(wide).contiguous(memory_format=torch.channels_last), []
         for i in range(len(self.trunk.stages) if workload.features == "all" else self.outer):
             skip = make_skip(self.trunk.run(i, h, affine), self.trunk.part)
             h = skip.x if skip.statistics is None else skip

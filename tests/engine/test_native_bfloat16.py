@@ -183,8 +183,8 @@ def test_two_pipelines_in_two_threads(model):
 
 
 def test_bfloat16_costs_a_reconstruction_next_to_nothing():
-    """Of a bundled model that predicts eps, by the recipe with the fewest steps: x read rounded, or eps rounded, each
-    double the error."""
+    """Of a bundled model that predicts eps, by the recipe with the fewest steps. Were x_t or eps rounded, it would cost
+    more."""
     pdae = PDAE.from_pretrained("fashion32")
     x0, found = split_images("fashion32", pdae.image_shape, slice(8)), []
     for dtype in ("float32", "bfloat16"):

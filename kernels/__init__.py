@@ -6,6 +6,7 @@ whether kernels can run, `native_status()` and `winograd_status()` whether the C
 and why not.
 """
 
+from ._native import NATIVE_DTYPES
 from ._triton import triton_status
 from .add_projected import add_projected, add_projected_reference
 from .add_upsample import (
@@ -23,7 +24,7 @@ from .convolution import convolution_into
 from .ddim_update import ddim_coefficients, ddim_update, ddim_update_reference
 from .float8 import conv_float8, float8_codes, float8_obstacle, group_norm_float8, image_scales
 from .group_norm import channel_stats, group_norm, group_norm_apply, partial_stats, stats_splits
-from .group_norm_native import NATIVE_DTYPES, group_norm_native, native_fits, native_status
+from .group_norm_native import group_norm_native, native_fits, native_status
 from .group_norm_torch import group_norm_reference
 from .head_convolution import head_convolution, head_weights
 from .pointwise import pointwise, pointwise_fits, pointwise_status, pointwise_weights
@@ -31,7 +32,6 @@ from .winograd import (
     UPSAMPLED,
     winograd,
     winograd_bytes,
-    winograd_dtypes,
     winograd_fits,
     winograd_status,
     winograd_weights,
@@ -81,7 +81,6 @@ __all__ = [
     "upsample_add_reference",
     "winograd",
     "winograd_bytes",
-    "winograd_dtypes",
     "winograd_fits",
     "winograd_status",
     "winograd_weights",

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)  # of maps
 SOURCES = Path(__file__).parent / "native"
 COMPILERS = ("cc", "gcc", "clang")
 # A product and a sum may become one operation, and no code has to care for errno or floating-point exceptions.
@@ -46,27 +47,19 @@ def threaded(name: str, *functions: str) -> tuple[ctypes.CDLL, str]:
     return library, "compiled for this processor, " + ("one thread" if threads is None else "on torch's threads")
 
 
-def matrix_abilities(library: ctypes.CDLL) -> tuple[int, tuple[torch.dtype, ...]]:
-    """(columns of the micro-kernel of native/product.h, dtypes that it multiplies). Raises `Unavailable`."""
-    panel, bfloat16 = ctypes.c_int64(), ctypes.c_int64()
-    library.pdae_abilities(ctypes.byref(panel), ctypes.byref(bfloat16))
-    if panel.value < 0:
-        raise Unavailable("needs a processor with AVX-512 or AVX2")
-    return panel.value, (torch.float32, torch.bfloat16) if bfloat16.value else (torch.float32,)
-
-
 def multiplying(
-    name: str, functions: tuple[str, ...], check: Callable[[ctypes.CDLL, int, tuple[torch.dtype, ...]], str | None]
-) -> tuple[ctypes.CDLL | None, str, int, tuple[torch.dtype, ...]]:
-    """(library of native/`name`.c as `threaded` has it, or None, one line about it, columns of its micro-kernel, dtypes
-    that it multiplies); ``check`` says what is wrong with it, given it and the last two, or None."""
+    name: str, functions: tuple[str, ...], check: Callable[[ctypes.CDLL, int], str | None]
+) -> tuple[ctypes.CDLL | None, str, int]:
+    """(library of native/`name`.c as `threaded` has it, or None, one line about it, columns of the micro-kernel of
+    native/product.h); ``check`` says what is wrong with the library, given it and those columns, or None."""
     try:
         library, reason = threaded(name, *functions)
-        panel, dtypes = matrix_abilities(library)
     except Unavailable as obstacle:
-        return None, str(obstacle), 0, ()
-    obstacle = check(library, panel, dtypes)
-    return (None, obstacle, 0, ()) if obstacle else (library, reason, panel, dtypes)
+        return None, str(obstacle), 0
+    library.pdae_panel.argtypes, library.pdae_panel.restype = [], ctypes.c_int64
+    panel = library.pdae_panel()
+    obstacle = check(library, panel) if panel > 0 else "needs a processor with AVX-512 or AVX2"
+    return (None, obstacle, 0) if obstacle else (library, reason, panel)
 
 
 def load(name: str) -> ctypes.CDLL:

@@ -9,7 +9,7 @@ import struct
 import torch
 from torch import Tensor
 
-from ._native import multiplying
+from ._native import NATIVE_DTYPES, multiplying
 
 ATTENTION = struct.Struct("4P12qd")  # struct attention
 WIDTH = 8  # what a head's columns have to be a multiple of
@@ -18,23 +18,23 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 
 @functools.cache
-def _library() -> tuple[ctypes.CDLL | None, str, tuple[torch.dtype, ...]]:
-    """(library or None, one line about it, dtypes)."""
-    library, reason, _, dtypes = multiplying("attention", ("pdae_attention",), _check)
-    return library, reason, dtypes
+def _library() -> tuple[ctypes.CDLL | None, str]:
+    """(library or None, one line about it)."""
+    return multiplying("attention", ("pdae_attention",), _check)[:2]
 
 
 def attention_status() -> tuple[bool, str]:
     """(usable, reason), as `native_status` says it of the group norm: does attention run as native code here?"""
-    library, reason, _ = _library()
+    library, reason = _library()
     return library is not None, reason
 
 
 def attention_fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `attention_native` takes these, given that native code runs here."""
+    """Whether `attention_native` takes these here."""
     return (
-        q.device.type == "cpu"
-        and q.dtype in _library()[2]
+        _library()[0] is not None
+        and q.device.type == "cpu"
+        and q.dtype in NATIVE_DTYPES
         and q.shape == k.shape == v.shape
         and q.stride() == k.stride() == v.stride()
         and q.stride(3) == 1
@@ -66,13 +66,13 @@ def _call(library: ctypes.CDLL, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return y
 
 
-def _check(library: ctypes.CDLL, _panel: int, dtypes: tuple[torch.dtype, ...]) -> str | None:
+def _check(library: ctypes.CDLL, _panel: int) -> str | None:
     """What is wrong with the compiled function on a case of every kind, or None."""
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
         # Odd numbers of keys, more than a panel of them and of columns, and large scores.
         rows = torch.randn((2, 45, 2, 3, 48), generator=generator, dtype=torch.float32, device="cpu") * 1.7 + 0.3
-        for dtype in dtypes:
+        for dtype in NATIVE_DTYPES:
             q, k, v = rows.to(dtype).unbind(3)
             scores = torch.einsum("bnhd,bmhd->bhnm", q.double(), k.double()) * 48**-0.5
             expected = torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v.double())

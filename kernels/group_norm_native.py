@@ -10,11 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._native import Unavailable, threaded
+from ._native import NATIVE_DTYPES, Unavailable, threaded
 from .buffers import empty_map
 from .group_norm_torch import group_norm_reference
 
-NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 NORM = struct.Struct("8P10qd")  # struct norm
 # RMS error, relative to the result, that the self-check allows: several roundings of the dtype.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}

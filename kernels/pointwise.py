@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._native import multiplying
+from ._native import NATIVE_DTYPES, multiplying
 from .buffers import empty_map
 
 CHANNELS = 2  # what the channels of a map have to be a multiple of
@@ -21,21 +21,22 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 
 @functools.cache
-def _library() -> tuple[ctypes.CDLL | None, str, int, tuple[torch.dtype, ...]]:
-    """(library or None, one line about it, output channels that weights are padded to a multiple of, dtypes)."""
+def _library() -> tuple[ctypes.CDLL | None, str, int]:
+    """(library or None, one line about it, output channels that weights are padded to a multiple of)."""
     return multiplying("pointwise", ("pdae_pointwise",), _check)
 
 
 def pointwise_status() -> tuple[bool, str]:
     """(usable, reason), as `native_status` says it of the group norm: do 1x1 convolutions run as native code here?"""
-    library, reason, *_ = _library()
+    library, reason, _ = _library()
     return library is not None, reason
 
 
 def pointwise_fits(weight: Tensor, stride: int = 1, padding: int = 0) -> bool:
-    """Whether `pointwise` computes a convolution with ``weight`` [N, C, kh, kw], given that native code runs here."""
+    """Whether `pointwise` computes a convolution with ``weight`` [N, C, kh, kw] here."""
     return (
-        weight.dtype in _library()[3]
+        _library()[0] is not None
+        and weight.dtype in NATIVE_DTYPES
         and weight.device.type == "cpu"
         and weight.shape[2:] == (1, 1)
         and (stride, padding) == (1, 0)
@@ -82,7 +83,7 @@ def _call(library, x, u, bias, outputs, x2, residual) -> Tensor:
     return y
 
 
-def _check(library: ctypes.CDLL, panel: int, dtypes: tuple[torch.dtype, ...]) -> str | None:
+def _check(library: ctypes.CDLL, panel: int) -> str | None:
     """What is wrong with the compiled function on a case of every kind, or None."""
     generator = torch.Generator().manual_seed(0)
 
@@ -94,7 +95,7 @@ def _check(library: ctypes.CDLL, panel: int, dtypes: tuple[torch.dtype, ...]) ->
     with torch.inference_mode():
         maps = [draw(batch, c, side, side) - 2.3 for c in (*channels, outputs)]
         weight, bias = draw(outputs, sum(channels), 1, 1) / sum(channels) ** 0.5, draw(outputs)
-        for dtype in dtypes:
+        for dtype in NATIVE_DTYPES:
             x, x2, residual = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in maps)
             rounded = weight.to(dtype)
             expected = F.conv2d(torch.cat([x, x2], 1).double(), rounded.double(), bias.double()) + residual.double()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._native import multiplying
+from ._native import NATIVE_DTYPES, multiplying
 from .buffers import empty_map
 
 UPSAMPLED = 3  # in place of m: tiles of 4 pixels a side from maps that are read upsampled
@@ -27,27 +27,22 @@ TOLERANCE = {
 
 
 @functools.cache
-def _library() -> tuple[ctypes.CDLL | None, str, int, tuple[torch.dtype, ...]]:
-    """(library or None, one line about it, output channels that weights are padded to a multiple of, dtypes)."""
+def _library() -> tuple[ctypes.CDLL | None, str, int]:
+    """(library or None, one line about it, output channels that weights are padded to a multiple of)."""
     return multiplying("winograd", ("pdae_winograd", "pdae_winograd_weights"), _check)
 
 
 def winograd_status() -> tuple[bool, str]:
     """(usable, reason), as `native_status` says it of the group norm: do 3x3 convolutions run as native code here?"""
-    library, reason, *_ = _library()
+    library, reason, _ = _library()
     return library is not None, reason
 
 
-def winograd_dtypes() -> tuple[torch.dtype, ...]:
-    """Of the maps that `winograd` takes on this processor."""
-    return _library()[3]
-
-
 def winograd_fits(weight: Tensor, dtype: torch.dtype, stride: int = 1, padding: int = 1) -> bool:
-    """Whether `winograd` computes a convolution with ``weight`` [N, C, kh, kw] on maps of ``dtype``, given that native
-    code runs here."""
+    """Whether `winograd` computes a convolution with ``weight`` [N, C, kh, kw] on maps of ``dtype`` here."""
     return (
-        dtype in winograd_dtypes()
+        _library()[0] is not None
+        and dtype in NATIVE_DTYPES
         and weight.device.type == "cpu"
         and weight.shape[2:] == (3, 3)
         and (stride, padding) == (1, 1)
@@ -69,7 +64,7 @@ def winograd_weights(weight: Tensor, tile: int, dtype: torch.dtype) -> Tensor:
 
     Transformed in double precision and rounded once: give it float32 weights for bfloat16 maps too.
     """
-    library, _, panel, _ = _library()
+    library, _, panel = _library()
     return _weights(library, panel, weight, tile, dtype)
 
 
@@ -123,7 +118,7 @@ def _call(library, x, u, bias, outputs, tile, residual, upsample) -> Tensor:
     return y
 
 
-def _check(library: ctypes.CDLL, panel: int, dtypes: tuple[torch.dtype, ...]) -> str | None:
+def _check(library: ctypes.CDLL, panel: int) -> str | None:
     """What is wrong with the compiled functions on a case of every kind, or None."""
     generator = torch.Generator().manual_seed(0)
 
@@ -135,7 +130,7 @@ def _check(library: ctypes.CDLL, panel: int, dtypes: tuple[torch.dtype, ...]) ->
     with torch.inference_mode():
         x, weight = draw(batch, channels, height, width) - 2.3, draw(outputs, channels, 3, 3) / (9 * channels) ** 0.5
         bias, residual = draw(outputs), draw(batch, outputs, 2 * height, 2 * width)
-        for dtype in dtypes:
+        for dtype in NATIVE_DTYPES:
             map_, added = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in (x, residual))
             up = F.interpolate(map_.double(), scale_factor=2.0)
             expected = F.conv2d(up, weight.double(), bias.double(), padding=1) + added.double()

@@ -21,6 +21,11 @@
 #endif
 #define PANEL (2 * LANES) /* columns of the micro-kernel */
 #define LINE 64
+#if LANES == 16 && defined(__AVX512BF16__)
+#define PAIRS 1 /* one instruction multiplies two bfloat16 numbers by two others, and adds both products */
+#else
+#define PAIRS 0
+#endif
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -39,14 +44,9 @@ void pdae_threads(parallel_function parallel, int (*number)(void), int (*size)(v
     thread_number = number, team_size = size, wait_for_team = barrier, run_parallel = parallel;
 }
 
-/* PANEL, negative where no vectors are worth it; and whether the processor multiplies bfloat16. */
-void pdae_abilities(int64_t *panel, int64_t *bfloat16) {
-    *panel = LANES == 4 ? -PANEL : PANEL;
-#ifdef __AVX512BF16__
-    *bfloat16 = LANES == 16;
-#else
-    *bfloat16 = 0;
-#endif
+/* PANEL, negative where no vectors are worth it. */
+int64_t pdae_panel(void) {
+    return LANES == 4 ? -PANEL : PANEL;
 }
 
 /* -- numbers ------------------------------------------------------------------------------------------------------ */
@@ -92,30 +92,36 @@ INLINE void store(char *p, int bfloat16, int64_t n, floats v) {
 
 /* -- the micro-kernel --------------------------------------------------------------------------------------------- */
 
+/* Of pairs of bfloat16 numbers the even or odd ones, which are the upper half of a float32. */
+INLINE floats one_of_pairs(words pairs, int odd) {
+    return (floats)(odd ? pairs & 0xffff0000 : pairs << 16);
+}
+
 /* To the sums of `rows` rows by one panel of columns: v u, where v has 4 bytes a step and row, one float32 or two
    bfloat16, and u has as many a step and column. What lies a panel of `panel` bytes ahead is fetched meanwhile. */
 INLINE void accumulate(floats sums[ROWS][2], const char *v, int64_t v_row, const char *u, int64_t steps, int64_t panel,
                        int rows, int bfloat16) {
-    (void)bfloat16;
     for (int64_t k = 0; k < steps; k++, u += 4 * PANEL, v += 4) {
-        const floats u0 = *(const floats *)u, u1 = *(const floats *)(u + 4 * LANES);
+        const words u0 = *(const words *)u, u1 = *(const words *)(u + 4 * LANES);
         __builtin_prefetch(u + panel, 0, 2);
         if (LANES == 16) __builtin_prefetch(u + panel + 64, 0, 2);
-        UNROLL for (int r = 0; r < rows; r++) {
-            float given;
-            memcpy(&given, v + r * v_row, 4);
-            const floats each = given - (floats){0}; /* the same number, of zero too: a broadcast */
-#if LANES == 16 && defined(__AVX512BF16__)
-            if (bfloat16) {
-                int pair;
-                memcpy(&pair, v + r * v_row, 4);
-                const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-                sums[r][0] = (floats)_mm512_dpbf16_ps((__m512)sums[r][0], both, (__m512bh)u0);
-                sums[r][1] = (floats)_mm512_dpbf16_ps((__m512)sums[r][1], both, (__m512bh)u1);
-                continue;
-            }
+        UNROLL for (int part = 0; part < 1 + (bfloat16 && !PAIRS); part++) {
+            const floats own0 = bfloat16 && !PAIRS ? one_of_pairs(u0, part) : (floats)u0;
+            const floats own1 = bfloat16 && !PAIRS ? one_of_pairs(u1, part) : (floats)u1;
+            UNROLL for (int r = 0; r < rows; r++) {
+                uint32_t given;
+                memcpy(&given, v + r * v_row, 4);
+                const words each = given - (words){0}; /* a broadcast */
+#if PAIRS
+                if (bfloat16) {
+                    sums[r][0] = (floats)_mm512_dpbf16_ps((__m512)sums[r][0], (__m512bh)each, (__m512bh)u0);
+                    sums[r][1] = (floats)_mm512_dpbf16_ps((__m512)sums[r][1], (__m512bh)each, (__m512bh)u1);
+                    continue;
+                }
 #endif
-            sums[r][0] += each * u0, sums[r][1] += each * u1;
+                const floats number = bfloat16 ? one_of_pairs(each, part) : (floats)each;
+                sums[r][0] += number * own0, sums[r][1] += number * own1;
+            }
         }
     }
 }

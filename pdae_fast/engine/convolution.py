@@ -22,8 +22,6 @@ TRANSFORMING = threading.Lock()
 def native_status(dtype: torch.dtype) -> tuple[bool, str]:
     """(usable, reason): is native code to run the 3x3 convolutions of maps of ``dtype`` here?"""
     usable, reason = kernels.winograd_status()
-    if usable and dtype not in kernels.winograd_dtypes():
-        return False, f"none for {dtype}" + " on this processor" * (dtype is torch.bfloat16)
     if usable and dtype is torch.bfloat16 and has_amx():
         return False, "AMX multiplies bfloat16 as it stands"
     return usable, reason
@@ -67,12 +65,13 @@ def default_tile(dtype: torch.dtype) -> int:
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN's pre-packed convolutions can be used here."""
+    ops = torch.ops.mkldnn
     return (
         device.type == "cpu"
-        and dtype in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
-        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+        and hasattr(ops, "_reorder_convolution_weight")
+        and hasattr(ops, "_convolution_pointwise")
+        and (dtype is torch.float32 or dtype is torch.bfloat16 and ops._is_mkldnn_bf16_supported())
     )
 
 

@@ -79,7 +79,7 @@ def test_a_plan_encodes_with_it(monkeypatch):
 
 
 @pytest.mark.skipif(not kernels.winograd_status()[0], reason="no native convolutions here")
-@pytest.mark.parametrize("dtype", kernels.winograd_dtypes(), ids=str)
+@pytest.mark.parametrize("dtype", kernels.NATIVE_DTYPES, ids=str)
 def test_convolutions_run_natively_from_float32_weights(dtype):
     model, plan = diffae(dtype)
     if not plan.options.native_convolutions:

@@ -27,14 +27,11 @@ BOUND = {torch.float32: 2e-6, torch.bfloat16: 5e-3}
 
 
 @pytest.fixture(autouse=True)
-def native(request):
+def native():
     if not HAS_COMPILER:
         pytest.skip("no C compiler")
     usable, reason = attention_status()
     assert usable, reason  # where there is a compiler, nothing may be skipped in silence
-    dtype = getattr(request.node, "callspec", None) and request.node.callspec.params.get("dtype")
-    if dtype is not None and dtype not in _library()[2]:
-        pytest.skip(f"this processor does not multiply {dtype}")
 
 
 def rows(shape, dtype, side, seed=0):

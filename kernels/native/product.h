@@ -21,11 +21,6 @@
 #endif
 #define PANEL (2 * LANES) /* columns of the micro-kernel */
 #define LINE 64
-#if LANES == 16 && defined(__AVX512BF16__)
-#define PAIRS 1 /* one instruction multiplies two bfloat16 numbers by two others, and adds both products */
-#else
-#define PAIRS 0
-#endif
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -92,9 +87,21 @@ INLINE void store(char *p, int bfloat16, int64_t n, floats v) {
 
 /* -- the micro-kernel --------------------------------------------------------------------------------------------- */
 
-/* Of pairs of bfloat16 numbers the even or odd ones, which are the upper half of a float32. */
-INLINE floats one_of_pairs(words pairs, int odd) {
-    return (floats)(odd ? pairs & 0xffff0000 : pairs << 16);
+/* Numbers as float32: with `part` 0 they are, with 1 and 2 they are the lower and the upper ones of bfloat16 pairs. */
+INLINE floats numbers(words v, int part) {
+    return (floats)(part == 0 ? v : part == 1 ? v << 16 : v & 0xffff0000);
+}
+
+/* One step of `accumulate`, of one part of its numbers. */
+INLINE void add_products(floats sums[ROWS][2], const char *v, int64_t v_row, words u0, words u1, int rows, int part) {
+    const floats own0 = numbers(u0, part), own1 = numbers(u1, part);
+    UNROLL for (int r = 0; r < rows; r++) {
+        float given;
+        memcpy(&given, v + r * v_row, 4);
+        const floats bits = given - (floats){0}; /* the same, of zero too: a broadcast */
+        const floats each = numbers((words)bits, part);
+        sums[r][0] += each * own0, sums[r][1] += each * own1;
+    }
 }
 
 /* To the sums of `rows` rows by one panel of columns: v u, where v has 4 bytes a step and row, one float32 or two
@@ -105,24 +112,22 @@ INLINE void accumulate(floats sums[ROWS][2], const char *v, int64_t v_row, const
         const words u0 = *(const words *)u, u1 = *(const words *)(u + 4 * LANES);
         __builtin_prefetch(u + panel, 0, 2);
         if (LANES == 16) __builtin_prefetch(u + panel + 64, 0, 2);
-        UNROLL for (int part = 0; part < 1 + (bfloat16 && !PAIRS); part++) {
-            const floats own0 = bfloat16 && !PAIRS ? one_of_pairs(u0, part) : (floats)u0;
-            const floats own1 = bfloat16 && !PAIRS ? one_of_pairs(u1, part) : (floats)u1;
-            UNROLL for (int r = 0; r < rows; r++) {
-                uint32_t given;
-                memcpy(&given, v + r * v_row, 4);
-                const words each = given - (words){0}; /* a broadcast */
-#if PAIRS
-                if (bfloat16) {
-                    sums[r][0] = (floats)_mm512_dpbf16_ps((__m512)sums[r][0], (__m512bh)each, (__m512bh)u0);
-                    sums[r][1] = (floats)_mm512_dpbf16_ps((__m512)sums[r][1], (__m512bh)each, (__m512bh)u1);
-                    continue;
-                }
-#endif
-                const floats number = bfloat16 ? one_of_pairs(each, part) : (floats)each;
-                sums[r][0] += number * own0, sums[r][1] += number * own1;
-            }
+        if (!bfloat16) {
+            add_products(sums, v, v_row, u0, u1, rows, 0);
+            continue;
         }
+#if LANES == 16 && defined(__AVX512BF16__)
+        UNROLL for (int r = 0; r < rows; r++) {
+            int given;
+            memcpy(&given, v + r * v_row, 4);
+            const __m512bh pair = (__m512bh)_mm512_set1_epi32(given);
+            sums[r][0] = (floats)_mm512_dpbf16_ps((__m512)sums[r][0], pair, (__m512bh)u0);
+            sums[r][1] = (floats)_mm512_dpbf16_ps((__m512)sums[r][1], pair, (__m512bh)u1);
+        }
+#else
+        add_products(sums, v, v_row, u0, u1, rows, 1);
+        add_products(sums, v, v_row, u0, u1, rows, 2);
+#endif
     }
 }
 

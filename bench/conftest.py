@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.machine import copy_bandwidth, describe, matmul_peak
+from bench.machine import copy_bandwidth, describe, matmul_peak, worth_timing
 from bench.tables import RUN, default_path
 from pdae_fast.engine import resolve_device
 
@@ -25,6 +25,13 @@ def pytest_addoption(parser) -> None:
 def device(request) -> torch.device:
     """CUDA when there is one, unless --bench-device says otherwise."""
     return resolve_device(request.config.getoption("--bench-device"))
+
+
+@pytest.fixture(autouse=True)
+def only_what_is_worth_timing(request, device) -> None:
+    dtype = request.node.callspec.params.get("dtype") if hasattr(request.node, "callspec") else None
+    if dtype is not None and not worth_timing([dtype], device):
+        pytest.skip(f"no instructions for {dtype} here")
 
 
 class _Peaks(dict):

@@ -11,12 +11,12 @@ import platform
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from pdae_fast import __version__
-from pdae_fast.engine.device import describe_device
+from pdae_fast.engine.device import describe_device, has_native_bfloat16
 
 from . import ROOT
 from .timing import clock, spread
@@ -39,6 +39,11 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def worth_timing(names: Iterable[str], device: torch.device) -> list[str]:
+    """``names`` without what is in bfloat16, where ``device`` has no instructions for it: the framework takes minutes."""
+    return [name for name in names if "bfloat16" not in name or has_native_bfloat16(device)]
 
 
 @contextlib.contextmanager

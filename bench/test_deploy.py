@@ -19,6 +19,7 @@ import torch
 
 from bench.baseline import Baseline
 from bench.contenders import TOLERANCE, PlanSide, check, relative
+from bench.machine import worth_timing
 from bench.networks import build, case
 from bench.tables import RUN
 from bench.timing import Alternation, clock, pedantic, rounds_within
@@ -118,11 +119,11 @@ def test_deploy(benchmark, exports, network, batch):
     baseline = Baseline(c.model, CPU)
     expected = baseline.step(c.x, *times[CHECKED], c.z)
     sides, errors = {}, {"baseline": 0.0}
-    for name in ENGINE:
+    for name in worth_timing(ENGINE, CPU):
         side = PlanSide(c, name)
         errors[name] = check(name, relative(side.step(*times[CHECKED]), expected), side.tolerance)
         sides[name] = lambda side=side: side.step(*times[TIMED])
-    for name in CONTENDERS:
+    for name in worth_timing(CONTENDERS, CPU):
         backend, _, kind = name.partition("-")
         if importlib.util.find_spec(backend) is None:
             continue

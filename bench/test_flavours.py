@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.machine import worth_timing
 from bench.networks import build, fill, inputs
 from bench.tables import RUN
 from bench.timing import Alternation, pedantic, rounds_within
@@ -48,9 +49,9 @@ SECONDS = 40.0
 def against_modules(
     benchmark: Any, device: torch.device, model: PDAE | Prior, run: Callable[[Plan], Callable[[], Tensor]], **row: Any
 ) -> None:
-    """Time ``run(plan)()`` of the fused plan in both dtypes beside the modules in float32, into the table "modules"."""
+    """Time ``run(plan)()`` of the fused plan in each dtype beside the modules in float32, into the table "modules"."""
     plans = {"modules-float32": ("eager", torch.float32)}
-    plans |= {f"fused-{name}": ("fused", getattr(torch, name)) for name in ("bfloat16", "float32")}
+    plans |= {f"fused-{name}": ("fused", getattr(torch, name)) for name in worth_timing(("bfloat16", "float32"), device)}
     runs = {name: run(build_plan(model, device, dtype, plan)) for name, (plan, dtype) in plans.items()}
     alternation = Alternation(runs, device)
     results, one_round = alternation.first()

@@ -11,6 +11,7 @@ import torch
 
 from bench.compiled import CompiledBaseline
 from bench.contenders import measure
+from bench.machine import worth_timing
 from bench.networks import case
 from bench.tables import RUN
 from bench.timing import pedantic, rounds_within
@@ -32,7 +33,7 @@ def test_step(benchmark, request, device, peaks, network, batch):
     def drive(alternation, one_round):
         return pedantic(benchmark, alternation, rounds_within(SECONDS, one_round))
 
-    rows = measure(c, CONTENDERS, extra=extra, peaks=peaks, drive=drive)
+    rows = measure(c, worth_timing(CONTENDERS, device), extra=extra, peaks=peaks, drive=drive)
     for row in rows:
         RUN.add("step", **row)
     if rows:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench.machine import worth_timing
 from bench.tables import RUN
 from bench.timing import pedantic, rounds_within
 from bench.training import USUAL, measure
@@ -35,7 +36,7 @@ def test_training(benchmark, request, device, network, batch):
     def drive(alternation, one_round):
         return pedantic(benchmark, alternation, rounds_within(SECONDS, one_round))
 
-    rows = measure(network, batch, device, names, drive=drive)
+    rows = measure(network, batch, device, worth_timing(names, device), drive=drive)
     for row in rows:
         RUN.add("training", **row)
     if rows:

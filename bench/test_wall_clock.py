@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bench.baseline import Baseline
+from bench.machine import worth_timing
 from bench.networks import build
 from bench.quality import bundled_images
 from bench.tables import RUN
@@ -53,7 +54,7 @@ def pipelines(model, device: torch.device, batch: int) -> dict[str, Pipeline]:
     return {
         f"{name}, {dtype}": Pipeline(model, recipe, device=device, dtype=dtype, batch_size=batch)
         for name, recipe in TIMED.items()
-        for dtype in DTYPES
+        for dtype in worth_timing(DTYPES, device)
     }
 
 

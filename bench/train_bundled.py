@@ -31,6 +31,7 @@ from pdae_fast import cli, convert, presets
 from pdae_fast.config import to_dict
 from pdae_fast.data.__main__ import main as make_data
 from pdae_fast.engine import resolve_device
+from pdae_fast.engine.device import has_native_bfloat16
 from pdae_fast.errors import UserError
 from pdae_fast.files import atomic_write, claim_folder, claims, make_folder
 from pdae_fast.training.command import main as train
@@ -79,7 +80,8 @@ class Run:
         words += ["--steps", str(steps), "--batch-size", str(batch), "--lr", f"{rate:g}", "--lr-schedule", "cosine"]
         words += ["--save-every", str(min(1000, max(3, steps // 10)))]
         words += [re.sub(r"^\{(.+)\}$", lambda m: str(self.folder / m[1]), word) for word in options.split()]
-        words += ["--frozen-bfloat16"] if task == "pdae" else []
+        if task in ("prior", "encoder", "pdae") and has_native_bfloat16(self.device):
+            words += ["--amp", "bfloat16", *(["--frozen-bfloat16"] if task == "pdae" else [])]
         if self.device.type == "cuda":
             words += ["--workers", "2", *(["--channels-last"] if task in ("prior", "pdae") else [])]
 
@@ -99,13 +101,13 @@ class Stage:
     words: list[str] = dataclasses.field(default_factory=list)
 
 
-IMAGES = "--no-flip --amp bfloat16 --fused-adam --ema-decay 0.999 --warmup"
+IMAGES = "--no-flip --fused-adam --ema-decay 0.999 --warmup"
 
 
 def fashion32(run: Run) -> Iterator[Stage]:
     new = "--architecture fashion32 --init-from {prior}"
     yield run.train("prior", "prior", f"--architecture fashion32 --velocity 1 {IMAGES} 200", 5000, 32, 5e-4)
-    yield run.train("encoder", "encoder", f"{new} --target features --amp bfloat16", 2000, 64, 1e-3)
+    yield run.train("encoder", "encoder", f"{new} --target features", 2000, 64, 1e-3)
     pdae = f"{new} --start-from {{encoder}} --velocity 10 {IMAGES} 200"
     yield run.train("pdae", "pdae", pdae, 5700, 32, 5e-4)
     yield from heads(run, ["--attributes", "classes"], 3000, 2500, 5300, 32)
@@ -123,7 +125,7 @@ def avatars64(run: Run) -> Iterator[Stage]:
     yield Stage("prior32to64", lambda: _enlarged(run.folder / "prior32", run.folder / "prior32to64", 64))
     yield run.train("prior", "prior", f"--init-from {{prior32to64}} --velocity 1 {IMAGES} 50", 1500, 16, 4e-4)
     new = "--architecture avatars64 --init-from {prior}"
-    target = "--target features --target-images 12000 --amp bfloat16 --holdout 0.05"
+    target = "--target features --target-images 12000 --holdout 0.05"
     yield run.train("encoder", "encoder", f"{new} {target}", 4000, 32, 1.5e-3)
     pdae = f"{new} --start-from {{encoder}} --velocity 10 {IMAGES} 100"
     yield run.train("pdae", "pdae", pdae, 6400, 16, 5e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -83,6 +84,12 @@ def has_native_bfloat16(device: torch.device) -> bool:
     capabilities = torch.cpu.get_capabilities()
     native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return bool(native) and torch.backends.mkldnn.is_available()
+
+
+def note_slow_bfloat16(device: torch.device) -> None:
+    """A line on stderr where bfloat16, which the user asked for, has no instructions of its own."""
+    if not has_native_bfloat16(device):
+        print(f"note: no instructions for bfloat16 on {describe_device(device)}: float32 is faster", file=sys.stderr)
 
 
 def has_amx() -> bool:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fake_cuda import FakeCuda
-from helpers import ON_DEVICE, tiny_pdae
+from helpers import ON_DEVICE, image_folder, tiny_pdae
+from pdae_fast import cli, reconstruct, train
 from pdae_fast.engine import build, graphs
 from pdae_fast.engine import device as devices
 from pdae_fast.engine.device import available_memory, one_at_a_time, resolve_device
@@ -120,3 +121,22 @@ def test_two_decoders_on_two_streams(cuda, monkeypatch):
     monkeypatch.setattr("pdae_fast.engine.networks.PARALLEL_PIXELS", 2 * 32 * 32 - 1)
     plan.field(z)(x, 300, True)
     assert set(ran.values()) == {cuda.default} and len(plan._side.waited) == 1
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_who_asks_for_bfloat16_hears_that_it_is_slow(tmp_path, capsys, monkeypatch, native):
+    """Where the processor has no instructions for it, and not elsewhere."""
+    devices.has_native_bfloat16.cache_clear()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native}, raising=False)
+    data, model = image_folder(tmp_path / "data", 2, 8), tmp_path / "model"
+    tiny_pdae().save_pretrained(model)
+    step = ["--steps", "1", "--device", "cpu", "--quiet"]
+    reconstruction = ["--model", str(model), "--input", str(data), "--dtype", "bfloat16", "--out", str(tmp_path / "r")]
+    training = ["pdae", "--init-from", str(model), "--data", str(data), "--amp", "bfloat16", "--batch-size", "1"]
+    try:
+        for main, argv in ((reconstruct.main, reconstruction), (train.main, [*training, "--out", str(tmp_path / "t")])):
+            assert cli.run(main, [*argv, *step]) == 0
+            said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+            assert [line.startswith("note: no instructions for bfloat16 on ") for line in said] == [True] * (not native)
+    finally:
+        devices.has_native_bfloat16.cache_clear()

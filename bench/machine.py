@@ -30,19 +30,23 @@ def child_environment(**more: str) -> dict[str, str]:
 
 
 def end_with_parent() -> None:
-    """Let this process end when the one that started it does, however that dies."""
-    parent = int(os.environ.pop(PARENT, os.getppid()))
+    """Let this process end when the one that started it does, however that dies; also where another one, which it only
+    asked to start this one, stands between them."""
+    between = os.getppid()
+    parent = int(os.environ.pop(PARENT, between))
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
+        with contextlib.suppress(ProcessLookupError):
+            while os.getppid() == between:
+                os.kill(parent, 0)
+                time.sleep(0.5)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
 def worth_timing(names: Iterable[str], device: torch.device) -> list[str]:
-    """``names`` without what is in bfloat16, where ``device`` has no instructions for it: the framework takes minutes."""
+    """``names`` without those in bfloat16 where ``device`` has no instructions for it: the framework takes minutes."""
     return [name for name in names if "bfloat16" not in name or has_native_bfloat16(device)]
 
 

@@ -51,7 +51,9 @@ def against_modules(
 ) -> None:
     """Time ``run(plan)()`` of the fused plan in each dtype beside the modules in float32, into the table "modules"."""
     plans = {"modules-float32": ("eager", torch.float32)}
-    plans |= {f"fused-{name}": ("fused", getattr(torch, name)) for name in worth_timing(("bfloat16", "float32"), device)}
+    plans |= {
+        f"fused-{name}": ("fused", getattr(torch, name)) for name in worth_timing(("bfloat16", "float32"), device)
+    }
     runs = {name: run(build_plan(model, device, dtype, plan)) for name, (plan, dtype) in plans.items()}
     alternation = Alternation(runs, device)
     results, one_round = alternation.first()

@@ -8,11 +8,7 @@ from __future__ import annotations
 import json
 import os
 
-from bench.machine import end_with_parent
-
-
-def pytest_configure() -> None:
-    end_with_parent()  # which is killed where it cannot end what it started
+from bench.gpu.watched import pytest_configure  # noqa: F401 - whoever started this is killed where it cannot end it
 
 
 def pytest_collection_modifyitems(items: list) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bench import quality, startup
-from bench.contenders import CHECKED, PlanSide, check, default_steps, measure, relative
+from bench.contenders import CHECKED, TRAJECTORY_FACTOR, PlanSide, check, default_steps, measure, relative
 from bench.machine import copy_bandwidth
 from bench.networks import case
 from bench.operations import operations, prepare, row
@@ -25,6 +25,8 @@ from bench.timing import Alternation, clock
 from pdae_fast.engine.build import FLOAT8_TOLERANCE
 from pdae_fast.engine.fused import KEPT_TRAJECTORIES
 from pdae_fast.engine.options import Rewrites
+from pdae_fast.samplers.inversion import invert_once
+from pdae_fast.samplers.solvers import SOLVERS
 
 from .cases import CaseLog, Cases, Context, NotHere
 from .paths import describe, need_xformers, variants
@@ -32,6 +34,8 @@ from .side import CommandFailed, float8_keywords, measured_peaks, need_float8, r
 
 SIDES = ("eager-bfloat16", "fused-float32", "fused-float16", "fused-bfloat16")
 CPU_SIDES = ("eager-bfloat16", "fused-float32", "fused-bfloat16")
+# f(field, x, trajectory) by name: what `Rewrites.fused_solvers` is for.
+SOLVED = {name: SOLVERS[name].decode for name in ("dpm++3m", "unipc3", "belm")} | {"x_T by one evaluation": invert_once}
 TRAJECTORIES = range(3, 15)  # steps of those that are captured one after the other: more than are kept
 
 
@@ -194,6 +198,31 @@ def rewrites(context: Context) -> Cases:
                 f"{network} batch {batch}: {label}",
                 lambda b=batch, label=label, k=keywords: _rewrite(network, b, label, k, context),
             )
+        for name in SOLVED:
+            yield f"{network} batch {batch}: {name}", lambda b=batch, name=name: _solver(network, b, name, context)
+
+
+def _solver(network: str, batch: int, name: str, context: Context) -> dict[str, Any]:
+    """Whole trajectories of a solver that looks at several steps, on the device and driven from the host."""
+    c, steps = case(network, batch, context.device), max(4, timed_steps(batch, context))
+    default = dataclasses.replace(Rewrites.for_device(c.device), fused_update=True, fused_solvers=True)
+    sides = {
+        label: PlanSide(c, "fused-bfloat16", options=options)
+        for label, options in (("default", default), ("changed", dataclasses.replace(default, fused_solvers=False)))
+    }
+    trajectory = sides["default"].schedule.decoding(steps)
+    functions = {label: functools.partial(SOLVED[name], side.field, c.x, trajectory) for label, side in sides.items()}
+    alternation = Alternation(functions, c.device)
+    results, _ = alternation.first()
+    error = relative(results["changed"], results["default"])
+    check(name, error, TRAJECTORY_FACTOR * sides["default"].tolerance)
+    alternation.run(3 if context.quick else 9, seconds=1.5)
+    times, ratio = alternation.spread("changed").scaled(1 / steps), alternation.ratio("changed", "default")
+    return {
+        "status": "INFO", "table": "rewrite", "network": network, "batch": batch,
+        "changed": f"{name}: fused_solvers off", "median_s": times.median, "ratio": ratio.median,
+        "ratio_spread": [ratio.low, ratio.high], "error": error,
+    }  # fmt: skip
 
 
 def _float8(network: str, batch: int, coded: bool, context: Context) -> dict[str, Any]:
@@ -287,8 +316,18 @@ def _memcheck(file: str, context: Context) -> dict[str, Any]:
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not context.cuda or not Path(tool).exists():
         raise NotHere("no CUDA device" if not context.cuda else "compute-sanitizer is not installed")
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "pytest", "-p", "bench"]
-    command += ["-p", "no:cacheprovider", "-q", "-x", "-k", UNALIGNED, f"tests/kernels/{file}"]
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "pytest"]
+    command += [
+        "-p",
+        "bench.gpu.watched",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+        "-x",
+        "-k",
+        UNALIGNED,
+        f"tests/kernels/{file}",
+    ]
     limit = max(10.0, context.left())
     try:
         output = run_command(command, limit)

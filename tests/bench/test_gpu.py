@@ -341,18 +341,21 @@ subprocess.Popen(sys.argv[1:], env=child_environment(), stdin=null, stdout=null,
 
 @needs_triton
 @pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
-@pytest.mark.parametrize("what", ["tests", "compilation"])
+@pytest.mark.parametrize("what", ["tests", "tests under a tool", "compilation"])
 def test_what_a_killed_phase_started_ends(tmp_path, what):
-    if what == "tests":
+    tool = []
+    if what.startswith("tests"):
         (tmp_path / "test_long.py").write_text("import time\ndef test_it():\n    time.sleep(300)\n")
         command = ["-m", "pytest", "-p", "bench.gpu.shard", "-p", "no:cacheprovider", str(tmp_path / "test_long.py")]
+        if what != "tests":
+            tool, command[3] = ["sh", "-c", '"$@"; true', "sh"], "bench.gpu.watched"
     else:
         steps = [f"celeba64:{batch}:{dtype}:True" for batch in (1, 8, 64) for dtype in ("float32", "bfloat16")]
         command = ["-m", "bench.gpu.compiling", "--arch", "90", "--processors", "132", "--until", "1e10"]
         command += ["--steps", *steps]
     own = {"VISITOR": tmp_path.name, "TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
     own |= {"SHARD": "0/1", "SHARD_LINES": str(tmp_path / "lines"), "PYTEST_ADDOPTS": ""}
-    command = [sys.executable, "-c", ORPHANED, sys.executable, *command]
+    command = [sys.executable, "-c", ORPHANED, *tool, sys.executable, *command]
     subprocess.run(command, cwd=ROOT, env={**os.environ, **own}, check=True, timeout=100)
     end = time.time() + 60
     try:

@@ -16,6 +16,7 @@ from bench.gpu.cases import CaseLog, NotHere
 from bench.gpu.phase import PHASES
 from bench.networks import TINY
 from pdae_fast.engine.cost import network_costs
+from pdae_fast.engine.fused import DeviceField
 
 
 def test_the_kernels_tests_count_as_far_as_they_came(tmp_path):
@@ -138,6 +139,15 @@ def test_what_only_a_gpu_can_tell_comes_first(tmp_path):
     assert rewrites[:2] == ["tiny batch 1: fp8, by codes", "tiny batch 1: fp8, emulated"]
     whole = list(dict(speed.rewrites(dataclasses.replace(context(tmp_path), quick=False))))
     assert whole[0] == "tiny batch 2: fp8, by codes" and whole[2] == "tiny batch 1: fp8, by codes"
+
+
+@pytest.mark.parametrize("name", speed.SOLVED)
+def test_solvers_are_timed_both_ways(tmp_path, monkeypatch, name):
+    on_device, carry = [], DeviceField._carry
+    monkeypatch.setattr(DeviceField, "_carry", lambda self, *a: on_device.append(self.plan) or carry(self, *a))
+    row = dict(speed.rewrites(context(tmp_path)))[f"tiny batch 1: {name}"]()
+    assert row["changed"] == f"{name}: fused_solvers off" and row["ratio"] > 0
+    assert len({id(plan) for plan in on_device}) == 1
 
 
 def test_processes_share_the_cases_of_a_phase(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from .. import cli
 from ..data import open_dataset
 from ..data.bundled import bundled_for
 from ..data.spec import add_crop, crop_for
-from ..engine.device import note_slow_bfloat16
+from ..engine.device import note_slow_dtype
 from ..errors import UserError
 from ..models import load_model
 from ..pipeline import Pipeline
@@ -47,8 +47,7 @@ def workbench(args: argparse.Namespace) -> Any:
     channels, size, _ = model.image_shape
     spec = args.input or [bundled_for(str(args.model), channels)]
     dataset = open_dataset(spec, size, channels, split="test", crop=crop_for(args.crop, model.config))
-    if args.dtype == "bfloat16":
-        note_slow_bfloat16(pipe.device)
+    note_slow_dtype(args.dtype, pipe.device)
     opening = (0, 1) if args.input else OPENING.get(str(args.model), (0, 1))
     return Workbench(pipe, dataset, Path(str(args.model)).name or "model", opening)
 

@@ -86,10 +86,10 @@ def has_native_bfloat16(device: torch.device) -> bool:
     return bool(native) and torch.backends.mkldnn.is_available()
 
 
-def note_slow_bfloat16(device: torch.device) -> None:
-    """A line on stderr where bfloat16, which the user asked for, has no instructions of its own."""
-    if not has_native_bfloat16(device):
-        print(f"note: no instructions for bfloat16 on {describe_device(device)}: float32 is faster", file=sys.stderr)
+def note_slow_dtype(dtype: str, device: torch.device) -> None:
+    """A line on stderr where ``dtype``, which the user asked for, is slower on ``device`` than float32."""
+    if dtype == "bfloat16" and not has_native_bfloat16(device) or dtype == "float16" and device.type == "cpu":
+        print(f"note: {dtype} is slow on {describe_device(device)}: float32 is faster", file=sys.stderr)
 
 
 def has_amx() -> bool:

@@ -23,7 +23,7 @@ from ..data import Batch, Subset, collate, open_dataset
 from ..data.bundled import bundled_for
 from ..data.spec import add_crop, crop_for
 from ..engine.cost import equivalents
-from ..engine.device import describe_device, note_slow_bfloat16
+from ..engine.device import describe_device, note_slow_dtype
 from ..errors import UserError
 from ..models import PDAE, Autoencoder, Prior, load_model
 from ..pipeline import Pipeline
@@ -105,8 +105,7 @@ def open_run(
         limit = default_limit
     if limit is not None and limit < 1:
         raise UserError(f"--limit must be at least 1, not {limit}")
-    if args.dtype == "bfloat16":
-        note_slow_bfloat16(pipe.device)
+    note_slow_dtype(args.dtype, pipe.device)
     return Run(args, model, weights, pipe, limited(dataset, limit), spec)
 
 

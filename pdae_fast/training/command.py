@@ -20,7 +20,7 @@ from ..data.attributes import class_names, file_labels
 from ..data.latents import Latents, cache_path, encode_dataset, split
 from ..data.spec import crop_for
 from ..engine import resolve_device
-from ..engine.device import note_slow_bfloat16
+from ..engine.device import note_slow_dtype
 from ..errors import UserError
 from ..files import claim_folder
 from ..models import PDAE, Autoencoder, Prior, Student, load_model
@@ -381,7 +381,7 @@ def _train(args, group: Group) -> None:
             labels = _labels(args, latents)
             task, dataset, judged = codes.classifier_task(model, latents, labels, args.holdout, args.seed)
     if group.first and (settings.amp == "bfloat16" or options.frozen_bfloat16):
-        note_slow_bfloat16(device)
+        note_slow_dtype("bfloat16", device)
     trainer = Trainer(
         task,
         dataset,

@@ -174,6 +174,4 @@ def describe(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         facts["cuda"] = str(torch.version.cuda)
         facts["capability"] = "{}.{}".format(*torch.cuda.get_device_capability(device))
-    else:
-        facts["capability"] = torch.backends.cpu.get_cpu_capability()
     return facts

@@ -93,7 +93,7 @@ def _cuda() -> str:
 def main(argv: list[str] | None = None) -> None:
     cli.parser("info", "Versions, devices, usable backends and bundled models.").parse_args(argv)
     print(", ".join(f"{name} {version}" for name, version in cli.versions().items()))
-    print(f"cpu   {describe_device(torch.device('cpu'))}, {torch.backends.cpu.get_cpu_capability()}")
+    print(f"cpu   {describe_device(torch.device('cpu'))}")
     print(f"cuda  {_cuda()}")
     device = resolve_device("auto")
     large = "bfloat16" if has_native_bfloat16(device) else "float32"

@@ -126,6 +126,7 @@ INLINE void accumulate(floats sums[ROWS][2], const char *v, int64_t v_row, const
         }
 #else
         add_products(sums, v, v_row, u0, u1, rows, 1);
+        __asm__("" ::: "memory"); /* read again: there are no registers to keep all rows' numbers in */
         add_products(sums, v, v_row, u0, u1, rows, 2);
 #endif
     }

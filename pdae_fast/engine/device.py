@@ -98,10 +98,11 @@ def has_amx() -> bool:
 
 
 def describe_device(device: torch.device) -> str:
-    """A name for reports: the GPU's, or the processor's with its thread count."""
+    """A name for reports: the GPU's, or the processor's with its vectors and thread count."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpuinfo('model name') or 'CPU'}, {torch.get_num_threads()} threads"
+    vectors = torch.backends.cpu.get_cpu_capability() + " and bfloat16" * has_native_bfloat16(device)
+    return f"{_cpuinfo('model name') or 'CPU'}, {vectors}, {torch.get_num_threads()} threads"
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -13,7 +13,7 @@ from pdae_fast import DiffAE, Pipeline, UserError
 from pdae_fast.checkpoints.attributes import CELEBA
 from pdae_fast.samplers import ddim
 
-STEP, GAPS = 1e-5, 4
+STEP, GAPS = 1e-5, 8
 
 
 def assert_near(found: torch.Tensor, name: str, key: str) -> None:

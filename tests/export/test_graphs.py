@@ -122,7 +122,7 @@ def test_each_image_gets_its_own_conditioning():
     x, step = images(1).expand(2, -1, -1, -1), torch.tensor([1])
     out = graph(x, conditioning, step)
     assert relative(out[0], out[1]) > 1e-3
-    assert relative(graph(x[:1], conditioning[1:], step), out[1:]) < 1e-6
+    assert relative(graph(x[:1], conditioning[1:], step), out[1:]) < 3e-6
 
 
 @pytest.mark.parametrize("form", NORMS)

@@ -80,7 +80,7 @@ class Run:
         words += ["--steps", str(steps), "--batch-size", str(batch), "--lr", f"{rate:g}", "--lr-schedule", "cosine"]
         words += ["--save-every", str(min(1000, max(3, steps // 10)))]
         words += [re.sub(r"^\{(.+)\}$", lambda m: str(self.folder / m[1]), word) for word in options.split()]
-        if task in ("prior", "encoder", "pdae") and has_native_bfloat16(self.device):
+        if task in ("prior", "encoder", "pdae") and (self.device.type == "cuda" or has_native_bfloat16(self.device)):
             words += ["--amp", "bfloat16", *(["--frozen-bfloat16"] if task == "pdae" else [])]
         if self.device.type == "cuda":
             words += ["--workers", "2", *(["--channels-last"] if task in ("prior", "pdae") else [])]

@@ -47,7 +47,7 @@ def workbench(args: argparse.Namespace) -> Any:
     channels, size, _ = model.image_shape
     spec = args.input or [bundled_for(str(args.model), channels)]
     dataset = open_dataset(spec, size, channels, split="test", crop=crop_for(args.crop, model.config))
-    note_slow_dtype(args.dtype, pipe.device)
+    note_slow_dtype(pipe.dtype, pipe.device)
     opening = (0, 1) if args.input else OPENING.get(str(args.model), (0, 1))
     return Workbench(pipe, dataset, Path(str(args.model)).name or "model", opening)
 

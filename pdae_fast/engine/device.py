@@ -86,10 +86,12 @@ def has_native_bfloat16(device: torch.device) -> bool:
     return bool(native) and torch.backends.mkldnn.is_available()
 
 
-def note_slow_dtype(dtype: str, device: torch.device) -> None:
-    """A line on stderr where ``dtype``, which the user asked for, is slower on ``device`` than float32."""
-    if dtype == "bfloat16" and not has_native_bfloat16(device) or dtype == "float16" and device.type == "cpu":
-        print(f"note: {dtype} is slow on {describe_device(device)}: float32 is faster", file=sys.stderr)
+def note_slow_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    """A line on stderr where ``dtype`` is slower on ``device`` than float32."""
+    native = {torch.bfloat16: has_native_bfloat16(device), torch.float16: device.type == "cuda"}
+    if not native.get(dtype, True):
+        name = str(dtype).removeprefix("torch.")
+        print(f"note: {name} is slow on {describe_device(device)}: float32 is faster", file=sys.stderr)
 
 
 def has_amx() -> bool:

@@ -105,7 +105,6 @@ def open_run(
         limit = default_limit
     if limit is not None and limit < 1:
         raise UserError(f"--limit must be at least 1, not {limit}")
-    note_slow_dtype(args.dtype, pipe.device)
     return Run(args, model, weights, pipe, limited(dataset, limit), spec)
 
 
@@ -259,7 +258,10 @@ class Cost:
 
 @contextmanager
 def progress(pipe: Pipeline, total: float, name: str, quiet: bool) -> Iterator[Callable[[int], Any]]:
-    """A bar over ``total`` network evaluations (in images) of ``pipe``; `Pipeline.with_recipe` inside shares it."""
+    """A bar over ``total`` network evaluations (in images) of ``pipe``; `Pipeline.with_recipe` inside shares it. First
+    a line where its dtype is slow."""
+    if not quiet:
+        note_slow_dtype(pipe.dtype, pipe.device)
     with tqdm(total=total, unit="eval", unit_scale=True, desc=name, disable=quiet or None) as bar:
         previous, pipe.progress = pipe.progress, bar.update
         try:

@@ -380,8 +380,8 @@ def _train(args, group: Group) -> None:
         else:
             labels = _labels(args, latents)
             task, dataset, judged = codes.classifier_task(model, latents, labels, args.holdout, args.seed)
-    if group.first and (settings.amp == "bfloat16" or options.frozen_bfloat16):
-        note_slow_dtype("bfloat16", device)
+    if not args.quiet and (settings.amp == "bfloat16" or options.frozen_bfloat16):
+        note_slow_dtype(torch.bfloat16, device)
     trainer = Trainer(
         task,
         dataset,

@@ -130,7 +130,7 @@ def test_who_asks_for_half_precision_hears_that_it_is_slow(tmp_path, capsys, mon
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native}, raising=False)
     data, model = image_folder(tmp_path / "data", 2, 8), tmp_path / "model"
     tiny_pdae().save_pretrained(model)
-    step = ["--steps", "1", "--device", "cpu", "--quiet"]
+    step = ["--steps", "1", "--device", "cpu"]
     reconstruction = ["--model", str(model), "--input", str(data), "--dtype", "bfloat16", "--out", str(tmp_path / "r")]
     training = ["pdae", "--init-from", str(model), "--data", str(data), "--amp", "bfloat16", "--batch-size", "1"]
     try:

@@ -316,18 +316,8 @@ def _memcheck(file: str, context: Context) -> dict[str, Any]:
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not context.cuda or not Path(tool).exists():
         raise NotHere("no CUDA device" if not context.cuda else "compute-sanitizer is not installed")
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "pytest"]
-    command += [
-        "-p",
-        "bench.gpu.watched",
-        "-p",
-        "no:cacheprovider",
-        "-q",
-        "-x",
-        "-k",
-        UNALIGNED,
-        f"tests/kernels/{file}",
-    ]
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "pytest", "-p"]
+    command += ["bench.gpu.watched", "-p", "no:cacheprovider", "-q", "-x", "-k", UNALIGNED, f"tests/kernels/{file}"]
     limit = max(10.0, context.left())
     try:
         output = run_command(command, limit)

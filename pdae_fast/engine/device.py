@@ -88,7 +88,11 @@ def has_native_bfloat16(device: torch.device) -> bool:
 
 def note_slow_dtype(dtype: torch.dtype, device: torch.device) -> None:
     """A line on stderr where ``dtype`` is slower on ``device`` than float32."""
-    native = {torch.bfloat16: has_native_bfloat16(device), torch.float16: device.type == "cuda"}
+    on_gpu, has_onednn = device.type == "cuda", torch.backends.mkldnn.is_available()
+    native = {
+        torch.bfloat16: has_native_bfloat16(device),
+        torch.float16: on_gpu or has_onednn and torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }
     if not native.get(dtype, True):
         name = str(dtype).removeprefix("torch.")
         print(f"note: {name} is slow on {describe_device(device)}: float32 is faster", file=sys.stderr)

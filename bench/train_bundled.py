@@ -49,8 +49,9 @@ ATTRIBUTES = (
 )
 
 
-class Stopped(Exception):
-    """The call's time is up, or somebody asks for its end."""
+class Stopped(KeyboardInterrupt):
+    """The call's time is up, or somebody asks for its end. No Exception: load_state_dict, for one, makes those its own
+    error."""
 
 
 @dataclasses.dataclass(frozen=True)

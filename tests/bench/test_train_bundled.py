@@ -108,3 +108,16 @@ def test_the_time_limit_leaves_no_handler_behind():
     with pytest.raises(train_bundled.Stopped), train_bundled.limited(0.05):
         time.sleep(5)
     assert handlers == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)]
+
+
+def test_nothing_on_its_way_takes_the_stop_for_an_error():
+    class Loading(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            if func is torch.Tensor.copy_:
+                signal.raise_signal(signal.SIGTERM)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    layer = torch.nn.Linear(2, 2)
+    with pytest.raises(train_bundled.Stopped), train_bundled.limited(60):
+        layer.load_state_dict({k: v.clone().as_subclass(Loading) for k, v in layer.state_dict().items()})

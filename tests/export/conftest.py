@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock  # which PyTorch needs
 
 from golden_rule import fill
 from helpers import TINY, images, tiny_pdae, tiny_prior
@@ -26,23 +29,33 @@ def tiny():
 
 
 def _export(tmp_path_factory, name, model, **settings):
+    """The export of ``model`` that all processes of a run of tests read."""
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     from pdae_fast.export.onnx import ExportSettings, export_onnx
 
-    out = tmp_path_factory.mktemp("export") / name
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all workers
+    out = folder / "exports" / name
+    out.parent.mkdir(exist_ok=True)
+    with FileLock(out.with_suffix(".lock")):
+        if not out.exists():
+            _write(export_onnx, model, out, ExportSettings(STEPS, ENCODE_STEPS, max_batch=MAX_BATCH, **settings))
+    return out
+
+
+def _write(export_onnx, model, out, settings):
     for seed in range(4):
         with pytest.MonkeyPatch.context() as patch:
             # Images of some seeds meet a step at which random weights amplify bfloat16's rounding beyond its bound.
             patch.setattr("secrets.randbits", lambda bits, seed=seed: seed)
             try:
-                export_onnx(model, out, ExportSettings(STEPS, ENCODE_STEPS, max_batch=MAX_BATCH, **settings))
-                break
+                return export_onnx(model, out, settings)
             except UserError:
                 if seed == 3:
                     raise
-    return out
 
 
 @pytest.fixture(scope="session")

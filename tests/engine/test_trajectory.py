@@ -126,7 +126,7 @@ def whole(plan):
 def test_linear_methods_are_those_stepped_from_the_host(both, fields):
     model, host, _ = both
     plan = FusedPlan(model, CPU, torch.float32, dataclasses.replace(ON_DEVICE, fused_solvers=True))
-    recipe, schedule = Recipe(steps=8, **fields), build_schedule(model.config.schedule)
+    recipe, schedule = Recipe(steps=20, **fields), build_schedule(model.config.schedule)
     z, x0, ticks = noise(2, model.config.latent_dim, seed=1), images(2), []
     host.evaluations.clear()
 
@@ -145,15 +145,15 @@ def test_linear_methods_are_those_stepped_from_the_host(both, fields):
     assert plan.evaluations == host.evaluations and ticks.count(plan) == ticks.count(host)
     states = {"dpm++2m": 2, "dpm++3m": 3, "unipc2": 4, "unipc3": 5, "belm": 2, "ddim": 1}[recipe.solver]
     expected = {
-        "ddim": [(2, 9), (1, 8), (1, 8)], "belm": [(2, 7), (2, 7), (2, 7), (2, 8)],
-    }.get(recipe.solver, [(1, 8), (states, 8), (states, 8)])  # fmt: skip
+        "ddim": [(2, 21), (1, 20), (1, 20)], "belm": [(2, 19), (2, 19), (2, 19), (2, 20)],
+    }.get(recipe.solver, [(1, 20), (states, 20), (states, 20)])  # fmt: skip
     assert sorted(whole(plan)) == sorted(expected)
 
 
 def test_linear_methods_of_mixtures_priors_and_kept_work(both):
     model, host, _ = both
     options, schedule = dataclasses.replace(ON_DEVICE, fused_solvers=True), build_schedule(model.config.schedule)
-    decode, down = Recipe(steps=8, solver="unipc3").method.decode, schedule.decoding(8)
+    decode, down = Recipe(steps=20, solver="unipc3").method.decode, schedule.decoding(20)
     x_T, z = noise(2, *model.image_shape), noise(3, 2, model.config.latent_dim, seed=2)
     weights = torch.tensor([[0.2, 0.5], [0.3, 0.5], [0.5, 0.0]])
     plan, prior = FusedPlan(model, CPU, torch.float32, options), tiny_prior()
@@ -164,14 +164,14 @@ def test_linear_methods_of_mixtures_priors_and_kept_work(both):
         [p.field(z[0]) for p in keeping],
     ):  # fmt: skip
         assert relative(decode(found, x_T, down), decode(expected, x_T, down)) < 1e-4
-        assert whole(found.plan) == [(5, 8)] and (5, 8) not in whole(expected.plan)
+        assert whole(found.plan) == [(5, 20)] and (5, 20) not in whole(expected.plan)
     # A clamp that the fused update does not know goes step by step.
     assert relative(*(decode(p.field(z[0]), x_T, down, clamp=0.5) for p in (plan, host))) < 1e-4
     assert len(whole(plan)) == 1
     # Other weights along the same steps are another trajectory.
     other = Recipe(solver="dpm++2m").method.decode
     assert relative(*(other(p.field(z, weights), x_T, down) for p in (plan, host))) < 1e-4
-    assert sorted(whole(plan)) == [(2, 8), (5, 8)]
+    assert sorted(whole(plan)) == [(2, 20), (5, 20)]
 
 
 def with_graphs(monkeypatch, capture, **changes):

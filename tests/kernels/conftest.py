@@ -198,6 +198,20 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def compiled(tmp_path):
+    """Runs code in a process in which Triton compiles; the lines that it prints."""
+
+    def run(code: str) -> list[str]:
+        pytest.importorskip("triton")
+        inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=inherited)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.splitlines()
+
+    return run
+
+
 MARGIN = 4096  # elements, on either side of a buffer
 
 

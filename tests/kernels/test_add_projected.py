@@ -92,6 +92,35 @@ def test_ops(given, cuda, error, shape):
     assert add_projected(*arguments)[1] is None
 
 
+COMPILE = """
+import torch
+from pdae_fast.kernels import aot
+from pdae_fast.kernels.add_projected_triton import add_projected_launches
+
+def empty(*shape, dtype):
+    layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
+
+for dtype in (torch.float32, torch.bfloat16):
+    for batch, side, c, splits in ((2, 8, 512, 1), (128, 64, 128, 4), (2, 15, 96, 1), (4, 32, 32, 8)):
+        h, x, x2 = (empty(n, c, side, side, dtype=dtype) for n in (batch, batch, batch // 2))
+        bias, partial = (empty(*s, dtype=torch.float32) for s in ((2, c), (batch, c, splits, 2)))
+        for table in (None, partial):
+            (launch,) = add_projected_launches(h, x, x2, empty(2, 2 * c, c, dtype=dtype), bias, h, table, splits)
+            for arch in aot.ARCHITECTURES:
+                usage = aot.compile_launch(launch, arch)
+                excess = usage.excess(aot.BUDGETS["add_projected_kernel"])
+                print(arch, dtype, launch.constants, usage, excess or "fits")
+"""
+
+
+@pytest.mark.slow
+def test_it_compiles(compiled):
+    """Without spills."""
+    lines = compiled(COMPILE)
+    assert len(lines) == 64 and all(line.endswith("fits") for line in lines), lines
+
+
 def test_errors():
     h, x, weight, bias = torch.zeros(4, 6, 2, 2), torch.zeros(4, 4, 2, 2), torch.zeros(2, 8, 6), torch.zeros(6)
     for arguments, words in (

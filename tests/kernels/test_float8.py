@@ -238,6 +238,37 @@ def test_norm_op(image, vector, cuda, monkeypatch, interpreted, where, given, la
     check_codes(y, truth, scale, interpreted and where == "cuda")
 
 
+COMPILE = """
+import torch
+from pdae_fast.kernels import aot
+from pdae_fast.kernels.float8_triton import conv_float8_launches
+from pdae_fast.kernels.group_norm_plan import group_norm_launches
+
+def empty(*shape, dtype=torch.float8_e4m3fn):
+    layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
+
+x, half, y = empty(8, 96, 32, 32), empty(8, 96, 16, 16), empty(8, 128, 32, 32, dtype=torch.bfloat16)
+weight, table = empty(128, 3 * 3 * 96).view(128, 3, 3, 96), lambda *shape: empty(*shape, dtype=torch.float32)
+wide = empty(8, 96, 32, 32, dtype=torch.bfloat16)
+norm = (wide, table(96), table(96), 32, 1e-5, table(8, 96), table(8, 96), True, None, table(96), x, table(8, 32),
+        table(8, 32))
+launches = [conv_float8_launches(v, weight, table(128), y)[0] for v in (x, half)]
+launches += [group_norm_launches(*norm, path, code_scale=0.5)[-1] for path in ("fused", "split")]
+for arch in (89, 90, 100):
+    for launch in launches:
+        name = launch.kernel.fn.__name__
+        usage = aot.compile_launch(launch, arch)
+        print(arch, name, usage, usage.excess(aot.BUDGETS[name]) or "fits")
+"""
+
+
+def test_it_compiles_for_what_has_fp8(compiled):
+    """Without spills, and the norms that write codes within the budget of those that do not."""
+    lines = compiled(COMPILE)
+    assert len(lines) == 12 and all(line.endswith("fits") for line in lines), lines
+
+
 def test_why_a_gpu_cannot(monkeypatch):
     monkeypatch.setattr(float8, "triton_status", lambda: (False, "no CUDA device"))
     assert float8.float8_obstacle() == "no CUDA device"

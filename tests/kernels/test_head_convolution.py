@@ -65,6 +65,33 @@ def test_ops(given, cuda, error, shape, dtype):
     torch.library.opcheck(torch.ops.pdae_fast.head_convolution.default, (x, laid_out, bias))
 
 
+COMPILE = """
+import torch
+from pdae_fast.kernels import aot
+from pdae_fast.kernels.head_convolution_triton import head_convolution_launches
+
+def empty(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+for dtype in (torch.float32, torch.bfloat16):
+    for batch, side, c, outputs in ((2, 64, 64, 3), (128, 128, 128, 3), (2, 32, 32, 1), (4, 256, 256, 6)):
+        x = empty(batch, c, side, side, dtype=dtype).to(memory_format=torch.channels_last)
+        given = empty(2, 9, c, 16, dtype=dtype), empty(2, outputs), empty(batch, outputs, side, side)
+        (launch,) = head_convolution_launches(x, *given)
+        for arch in aot.ARCHITECTURES:
+            usage = aot.compile_launch(launch, arch)
+            excess = usage.excess(aot.BUDGETS["head_kernel"])
+            print(arch, dtype, launch.constants, usage, excess or "fits")
+"""
+
+
+@pytest.mark.slow
+def test_it_compiles(compiled):
+    """Without spills."""
+    lines = compiled(COMPILE)
+    assert len(lines) == 32 and all(line.endswith("fits") for line in lines), lines
+
+
 def test_errors():
     x, weight, bias = torch.zeros(4, 8, 2, 2), head_weights(torch.zeros(2, 3, 8, 3, 3)), torch.zeros(2, 3)
     for arguments, words in (

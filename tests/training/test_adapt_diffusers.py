@@ -130,7 +130,6 @@ def test_it_reconstructs_encodes_and_edits(adapted, images, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapted", ["v_prediction"], indirect=True)
 def test_it_is_exported(adapted, tmp_path):
     pytest.importorskip("onnxruntime", reason="needs pip install 'pdae_fast[onnx]'")
     from pdae_fast.export import __main__ as export

@@ -52,13 +52,14 @@ def test_runner_on_an_export(tmp_path, request, monkeypatch, x0, fixture):
 
 
 @pytest.mark.slow
-def test_the_bundled_model_builds(tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_bundled_model_builds(tmp_path, dtype):
     """What CI builds: engines for two capabilities, and what is in them."""
     pytest.importorskip("tensorrt_rtx", reason='needs pip install "pdae_fast[tensorrt-rtx]"')
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     onnx, out = tmp_path / "onnx", tmp_path / "engines"
-    assert cli.run(main, ["onnx", "--out", str(onnx), "--dtype", "float16", "--steps", "2", "--quiet"]) == 0
+    assert cli.run(main, ["onnx", "--out", str(onnx), "--dtype", dtype, "--steps", "2", "--quiet"]) == 0
     options = [option for capability in CAPABILITIES for option in ("--capability", capability)]
     build = ["tensorrt", "--flavor", "tensorrt-rtx", "--onnx", str(onnx), "--out", str(out), "--profile", "1,4,16"]
     assert cli.run(main, [*build, *options, "--quiet"]) == 0
@@ -85,11 +86,11 @@ def test_the_bundled_model_builds(tmp_path):
             for tensor in made["graphs"][name]["inputs"] + made["graphs"][name]["outputs"]:
                 assert tensor["name"].encode() in plan
             layers = entry["layers"]
-            assert set(layers.get("convolution", {})) <= {"float16"}
+            assert set(layers.get("convolution", {})) <= {dtype}
             # Statistics of norms and the softmax of attention stay in float32 whatever the networks compute in.
             assert set(layers.get("normalization", {})) <= {"float32"} and set(layers.get("softmax", {})) <= {"float32"}
         decode = engines["decode_step"]["layers"]
-        assert decode["convolution"]["float16"] > 50 and decode["normalization"]["float32"] > 50
+        assert decode["convolution"][dtype] > 50 and decode["normalization"]["float32"] > 50
     # Weights of two bytes make smaller engines than weights of four.
     weights = sum(entry["bytes"] for entry in source["files"].values())
     assert made["graphs"]["decode_step"]["bytes"] > 0.9 * weights

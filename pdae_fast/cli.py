@@ -149,14 +149,18 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
 
     previous = signal.signal(signal.SIGTERM, terminate)
     try:
-        with claims(), warnings.catch_warnings():
-            # Commands read their images from files, and know their range.
-            warnings.simplefilter("ignore", ImageRangeWarning)
-            # A broken image is counted and named; what libraries think of the others, a user can do nothing about.
-            for library in ("PIL", r"torch\.distributed", r"torch\.nn\.parallel", r"torch\.autograd\.graph"):
-                warnings.filterwarnings("ignore", module=library)
-            main(argv)
-        sys.stdout.flush()
+        try:
+            with claims(), warnings.catch_warnings():
+                # Commands read their images from files, and know their range.
+                warnings.simplefilter("ignore", ImageRangeWarning)
+                # A broken image is counted and named; what libraries think of the others, a user can do nothing about.
+                for library in ("PIL", r"torch\.distributed", r"torch\.nn\.parallel", r"torch\.autograd\.graph"):
+                    warnings.filterwarnings("ignore", module=library)
+                main(argv)
+            sys.stdout.flush()
+        finally:
+            # How it ended is told whole: torchrun ends every process of a job when one has failed.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more when it ends
         return 141

@@ -1,6 +1,7 @@
 """Commands as a user runs them: what they leave behind, and what a mistake prints."""
 
 import dataclasses
+import io
 import json
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from helpers import TINY, TINY_FULL, image_folder, tiny_pdae, tiny_prior
-from pdae_fast import PDAE, cli, config, encode, evaluate, info, metrics, pareto, reconstruct, sample, train
+from pdae_fast import PDAE, UserError, cli, config, encode, evaluate, info, metrics, pareto, reconstruct, sample, train
 from pdae_fast.data import load_image
 from pdae_fast.training.arguments import parse
 from pdae_fast.training.command import build_model
@@ -395,6 +396,23 @@ def test_what_ends_a_command_from_outside(capsys):
 
     assert cli.run(terminated) == 143 and cli.run(interrupted) == 130
     assert capsys.readouterr().err == "interrupted; files written so far are complete\n" * 2
+
+
+@pytest.mark.parametrize("error", [UserError("seven dogs"), KeyboardInterrupt()], ids=["mistake", "interrupted"])
+def test_a_termination_while_the_end_is_told(monkeypatch, error):
+    class Terminating(io.StringIO):
+        def write(self, text):
+            signal.raise_signal(signal.SIGTERM)
+            return super().write(text)
+
+    def fails(argv):
+        raise error
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "stderr", Terminating())
+    status = cli.run(fails)
+    told = {2: "error: seven dogs\n", 130: "interrupted; files written so far are complete\n"}
+    assert sys.stderr.getvalue() == told[status] and signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.slow

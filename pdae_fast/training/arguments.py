@@ -192,6 +192,13 @@ def _encoder_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--target-images", type=int, default=10_000, metavar="N", help="images that components are fitted on"
     )
+    p.add_argument(
+        "--attributes",
+        metavar="FILE",
+        help="attributes that begin the codes, one dimension of z each; the target's codes follow, without what the "
+        "attributes tell of them: G and encoder of MODEL are taken by linear maps",
+    )
+    p.add_argument("--columns", nargs="+", metavar="NAME", help="its columns to use (default: all of them)")
     _holdout_option(p)
 
 

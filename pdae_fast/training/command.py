@@ -94,6 +94,7 @@ def _check(args) -> None:
             raise UserError(f"--target-images must be at least 1, not {args.target_images}")
         if args.target in COMPONENTS:
             target_codes.check_pca()
+        _check_attributes(args)
     elif args.task == "student":
         students.check_student(args)
     elif args.task == "recognise":
@@ -102,6 +103,13 @@ def _check(args) -> None:
         split(2, args.holdout, args.seed)
         if args.attributes != "classes":
             read_attributes(args.attributes, args.columns)
+
+
+def _check_attributes(args) -> None:
+    if args.attributes:
+        read_attributes(args.attributes, args.columns)
+    elif args.columns:
+        raise UserError("--columns chooses attributes of a file; give --attributes FILE")
 
 
 def _check_new(args) -> None:
@@ -200,6 +208,10 @@ def _encoder_task(args, device: torch.device, group: Group):
     _check_feature_label(args, model.config.unet.num_classes)
     _say_notes(args, model, [])
     data = partial(_dataset, args, model)
+    known = None
+    if args.attributes:
+        labels = file_labels(dataset.names, args.attributes, args.columns)
+        known = target_codes.known_attributes(labels, model.config.latent_dim)
     with _in_turn(group):
         options = {"cache": _cache(args), "require": args.cached_only, "quiet": args.quiet}
         encoding = options | {"batch_size": args.encode_batch_size, "device": device}
@@ -210,13 +222,16 @@ def _encoder_task(args, device: torch.device, group: Group):
             if args.target == target_codes.FEATURES:
                 T = model.config.schedule.timesteps
                 find = partial(target_codes.feature_codes, model.decoder, device=device, T=T, label=args.label)
-            options |= {"count": args.target_images, "seed": args.seed}
-            latents = find(dataset, model.config.latent_dim, **options)
-            if start is not None:
-                sources, g = _g_for_codes(args, model, start, latents, data(start), encoding)
+            components = {"count": args.target_images, "seed": args.seed}
+            latents = find(dataset, model.config.latent_dim, **options, **components)
         else:
             start = PDAE.from_pretrained(args.target)
             latents = target_codes.model_codes(model, start, args.target, data(start), **encoding)
+        if known is not None:
+            latents = target_codes.attributes_first(latents, known, options["cache"], args.cached_only)
+        if start is not None and (args.target in COMPONENTS or known is not None):
+            sources, g = _g_for_codes(args, model, start, latents, data(start), encoding)
+        elif start is not None:
             reason = warm_start.take_g(model, start)
             g = f"G is not taken from {args.target}: {reason}" if reason else f"G is that of {args.target}"
         if g and not args.quiet:
@@ -249,17 +264,20 @@ def _g_to_start_from(args, model: PDAE) -> PDAE | None:
 def _g_for_codes(
     args, model: PDAE, start: PDAE, latents: Latents, dataset: Any, encoding: dict[str, Any]
 ) -> tuple[str, str]:
-    """Give ``model`` the G of ``start`` for the codes ``latents``; a fingerprint of what decides it, and a line."""
-    flag = f"--start-from {args.start_from}"
+    """Give ``model`` the G of ``start`` for the codes ``latents``, and the encoder where its own codes are in them; a
+    fingerprint of what decides G, and a line."""
+    own = args.target not in COMPONENTS
+    name = args.target if own else args.start_from
+    flag = f"--{'target' if own else 'start-from'} {name}"
     known = target_codes.own_codes(model, start, flag, dataset, **encoding)
     if known.names != latents.names:
         raise UserError(f"{flag}: it has codes of other images than --target; expected the same of both")
     sources = weights_fingerprint(model.decoder, [weights_fingerprint(start.decoder), known.encoder])
     explained = warm_start.take_g_for_codes(model, start, latents.z, known.z)
-    return (
-        sources,
-        f"G is that of {args.start_from}, by a linear map that explains {explained:.1%} of the codes it knows",
-    )
+    what = "G"
+    if own and warm_start.take_encoder_for_codes(model, start, latents.z, known.z):
+        what = "the encoder too, G"
+    return sources, f"{what} is that of {name}, by a linear map that explains {explained:.1%} of the codes it knows"
 
 
 def _student_task(args, device: torch.device, group: Group):

@@ -1,7 +1,8 @@
 """Codes of images that are known without training: what `train encoder` learns. Not in the paper.
 
 Three kinds: principal components of the pixels, principal components of what the frozen prior's trunk makes of the
-images, and the codes of another PDAE. All come as `Latents`, kept in a file under the fingerprints of rule and images.
+images, and the codes of another PDAE. Attributes that are known of the images can come first in each. All come as
+`Latents`, kept in a file under the fingerprints of rule and images.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..data import open_dataset, stream
-from ..data.latents import Latents, data_fingerprint, encode_all, encode_dataset, kept
+from ..data.attributes import Labels
+from ..data.latents import Latents, data_fingerprint, encode_all, encode_dataset, kept, statistics
 from ..errors import UserError
 from ..models import PDAE
 from ..models.unet import UNet
@@ -119,6 +121,45 @@ def own_codes(
         raise UserError(f"{what}: its input_channel is {channels}; the model to train has {own}")
     dataset = open_dataset(data, size, channels, split="train") if isinstance(data, (str, os.PathLike)) else data
     return encode_dataset(start, dataset, cache, on_error="fail", **options)
+
+
+def known_attributes(labels: Labels, dim: int) -> Tensor:
+    """The K attributes of ``labels``, each with mean 0 and variance 1, to begin codes of ``dim`` dimensions; float64
+    [N, K]. UserError where an image has none, where all images or none have one, and for K >= ``dim``."""
+    if labels.missing:
+        raise UserError(f"{labels.report()}; codes that begin with attributes need those of every image")
+    if len(labels.columns) >= dim:
+        raise UserError(f"{len(labels.columns)} attributes leave no room in codes of {dim} dimensions")
+    for column, values in zip(labels.columns, labels.values.T, strict=True):
+        if values.min() == values.max():
+            raise UserError(f"the attribute {column} is {int(values[0])} for every image, which tells nothing")
+    values = labels.values.double()
+    return (values - values.mean(0)) / values.std(0, correction=0)
+
+
+def attributes_first(
+    latents: Latents, known: Tensor, cache: str | os.PathLike | None = None, require: bool = False
+) -> Latents:
+    """``latents`` with codes [N, D] that begin with ``known`` [N, K], see `known_attributes`.
+
+    What follows are the D - K leading principal components of the part of ``latents.z`` that no linear map of
+    ``known`` explains (float64), at their own scale: an attribute has one direction of z to itself.
+    cache, require: as `encode_dataset`.
+    """
+    rule = ["attributes", latents.encoder, hashlib.sha256(known.numpy()).hexdigest()]
+    name = hashlib.sha256(json.dumps(rule).encode()).hexdigest()[:40]
+    N, D = latents.z.shape
+
+    def make() -> Latents:
+        z = latents.z.double()
+        z -= z.mean(0)
+        z -= known @ torch.linalg.lstsq(known, z, driver="gelsd").solution
+        leading = torch.linalg.eigh(z.T @ z).eigenvectors.flip(1)[:, : D - known.shape[1]]
+        codes = torch.cat([known, z @ leading], 1).float()
+        mean, std = statistics(codes)
+        return latents._replace(z=codes, mean=mean, std=std, encoder=name)
+
+    return kept(cache, name, latents.images, make, f"{N} images with their attributes" if require else None)
 
 
 # -- principal components ----------------------------------------------------------------------------------------------

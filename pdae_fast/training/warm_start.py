@@ -101,22 +101,51 @@ def take_g_for_codes(model: PDAE, start: PDAE, z: Tensor, known: Tensor) -> floa
     (float64), so the G of ``model`` does with z what that of ``start`` does with the map's result. Returns how much of
     the variance of ``known`` the map explains, over those N images. Raises UserError where the two U-Nets differ.
     """
-    width = start.config.latent_dim
-    if known.shape[1] != width or z.shape[1] != model.config.latent_dim or len(z) != len(known):
-        raise UserError(f"codes {list(z.shape)} and {list(known.shape)} do not belong to these models")
+    _check_codes(model, start, z, known)
     if reason := g_misfit(model, start):
         raise UserError(f"its G does not fit: {reason}")
     _copy_g(model, start, but=("label_emb",))
-    z, known = z.double(), known.double()
-    mean, other = z.mean(0), known.mean(0)
-    slope = torch.linalg.lstsq(z - mean, known - other, driver="gelsd").solution  # [D, d]; the least, if not unique
+    slope, offset, explained = _affine(z, known)
     old, new = start.decoder.label_emb, model.decoder.label_emb
     with torch.no_grad():
         weight = old.weight.double().cpu()
         new.weight.copy_(weight @ slope.T)
-        new.bias.copy_(old.bias.double().cpu() + weight @ (other - mean @ slope))
-    error = known - other - (z - mean) @ slope
-    return float(1 - error.square().sum() / (known - other).square().sum())
+        new.bias.copy_(old.bias.double().cpu() + weight @ offset)
+    return explained
+
+
+def take_encoder_for_codes(model: PDAE, start: PDAE, z: Tensor, known: Tensor) -> bool:
+    """Give ``model`` the encoder of ``start``, which makes ``known`` [N, d] of N images, so that it makes of them what
+    is nearest to ``z`` [N, D]: after its last, linear layer comes the affine map of least squares (float64). Returns
+    whether it fits; where it does not, nothing changes."""
+    _check_codes(model, start, z, known)
+    *layers, new = model.encoder.sequence()
+    *others, old = start.encoder.sequence()
+    weights, own = (nn.Sequential(*part).state_dict() for part in (others, layers))
+    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in own.items()}:
+        return False
+    nn.Sequential(*layers).load_state_dict(weights)
+    slope, offset, _ = _affine(known, z)
+    with torch.no_grad():
+        new.weight.copy_(slope.T @ old.weight.double().cpu())
+        new.bias.copy_(slope.T @ old.bias.double().cpu() + offset)
+    return True
+
+
+def _check_codes(model: PDAE, start: PDAE, z: Tensor, known: Tensor) -> None:
+    widths = known.shape[1], z.shape[1]
+    if widths != (start.config.latent_dim, model.config.latent_dim) or len(z) != len(known):
+        raise UserError(f"codes {list(z.shape)} and {list(known.shape)} do not belong to these models")
+
+
+def _affine(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
+    """slope [D, d] and offset [d] of the affine map from ``x`` [N, D] to ``y`` [N, d] of least squares, float64, and
+    how much of the variance of ``y`` it explains."""
+    x, y = x.double(), y.double()
+    mean, other = x.mean(0), y.mean(0)
+    slope = torch.linalg.lstsq(x - mean, y - other, driver="gelsd").solution  # the least, if not unique
+    error = y - other - (x - mean) @ slope
+    return slope, other - mean @ slope, float(1 - error.square().sum() / (y - other).square().sum())
 
 
 def _copy_g(model: PDAE, start: PDAE, but: Sequence[str] = ()) -> None:

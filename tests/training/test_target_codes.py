@@ -9,11 +9,16 @@ from PIL import Image
 
 from helpers import TINY, TINY_FULL, Smooth, image_folder, needs_sklearn, tiny_pdae, tiny_prior
 from pdae_fast import PDAE, UserError
-from pdae_fast.data import BrokenImage, open_dataset
+from pdae_fast.data import BrokenImage, Labels, open_dataset
+from pdae_fast.data.latents import Latents, statistics
 from pdae_fast.training import target_codes
-from pdae_fast.training.target_codes import feature_codes, model_codes, pca_codes
+from pdae_fast.training.target_codes import attributes_first, feature_codes, known_attributes, model_codes, pca_codes
 
 D = TINY.latent_dim
+
+
+def make_latents(z):
+    return Latents(z, [f"{i:02d}" for i in range(len(z))], [None] * len(z), *statistics(z), "codes", "images", [])
 
 
 def white_components(fitted, flat, dim):
@@ -174,3 +179,61 @@ def test_another_models_codes_at_its_own_size_and_not_normalised(tmp_path):
 def test_a_model_whose_codes_do_not_fit(change, words):
     with pytest.raises(UserError, match=words):
         model_codes(tiny_pdae(), PDAE(dataclasses.replace(TINY, **change)), "start", "/none")
+
+
+# -- attributes first --------------------------------------------------------------------------------------------------
+
+
+def known_of(count, columns, seed=0):
+    values = torch.randint(0, 2, (count, columns), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Labels(values, [f"a{k}" for k in range(columns)], list(range(count)), [], [])
+
+
+def mixed_codes(labels, seed=0):
+    """Codes in which the attributes are entangled, with variances far apart."""
+    rng = np.random.default_rng(seed)
+    own = rng.standard_normal((len(labels.values), D)) * 2.0 ** -np.arange(D)
+    z = 3 + (own + labels.values.numpy() @ rng.standard_normal((len(labels.columns), D))) @ rng.standard_normal((D, D))
+    return make_latents(torch.from_numpy(z.astype(np.float32)))
+
+
+def test_attributes_come_first_and_nowhere_else():
+    labels = known_of(60, 3)
+    latents = mixed_codes(labels)
+    found = attributes_first(latents, known_attributes(labels, D))
+    values, z, old = (x.double().numpy() for x in (labels.values, found.z, latents.z))
+    np.testing.assert_allclose(z[:, :3], (values - values.mean(0)) / values.std(0), rtol=1e-6)
+    # What numpy's least squares leave of the codes, and its textbook components.
+    design = np.c_[values, np.ones(60)]
+    rest = old - design @ np.linalg.lstsq(design, old, rcond=None)[0]
+    _, singular, basis = np.linalg.svd(rest, full_matrices=False)
+    up_to_sign(z[:, 3:], rest @ basis[: D - 3].T)
+    assert np.abs(np.corrcoef(z.T)[:3, 3:]).max() < 1e-5
+    assert found.z.shape == old.shape and found.names == latents.names
+    torch.testing.assert_close(found.mean, found.z.mean(0), atol=1e-6, rtol=1e-4)
+
+
+def test_codes_with_attributes_are_kept_and_found_only_for_the_same(tmp_path, monkeypatch):
+    labels = known_of(60, 3)
+    latents, known = mixed_codes(labels), known_attributes(labels, D)
+    first = attributes_first(latents, known, tmp_path)
+    others = [
+        attributes_first(latents, known_attributes(known_of(60, 3, 1), D), tmp_path),
+        attributes_first(latents._replace(encoder="another"), known, tmp_path),
+    ]
+    assert len({found.encoder for found in [first, *others]}) == 3 == len(list(tmp_path.iterdir()))
+    monkeypatch.setattr(target_codes, "statistics", None)
+    assert torch.equal(attributes_first(latents, known, tmp_path, require=True).z, first.z)
+    with pytest.raises(UserError, match="no latents of these 60 images with their attributes"):
+        attributes_first(latents._replace(encoder="a third"), known, tmp_path, require=True)
+
+
+def test_attributes_that_cannot_begin_codes():
+    labels = known_of(60, 3)
+    with pytest.raises(UserError, match="1 images have no attributes .*need those of every image"):
+        known_attributes(labels._replace(missing=["007.png"]), D)
+    with pytest.raises(UserError, match="3 attributes leave no room in codes of 3 dimensions"):
+        known_attributes(labels, 3)
+    labels.values[:, 1] = 1
+    with pytest.raises(UserError, match="the attribute a1 is 1 for every image"):
+        known_attributes(labels, D)

@@ -29,7 +29,14 @@ from pdae_fast.training import Trainer, TrainSettings, warm_start
 from pdae_fast.training.objective import encoder_loss
 from pdae_fast.training.target_codes import feature_codes, pca_codes
 from pdae_fast.training.tasks import EncoderTask, ImagesWithRows
-from pdae_fast.training.warm_start import encoder_task, evaluate, predicting, take_g, take_g_for_codes
+from pdae_fast.training.warm_start import (
+    encoder_task,
+    evaluate,
+    predicting,
+    take_encoder_for_codes,
+    take_g,
+    take_g_for_codes,
+)
 
 D = TINY.latent_dim
 
@@ -123,6 +130,21 @@ def test_a_g_for_other_codes_must_be_of_the_same_shape():
         take_g_for_codes(tiny_pdae(), PDAE(other), codes(20), codes(20, 1))
     with pytest.raises(UserError, match="do not belong to these models"):
         take_g_for_codes(tiny_pdae(), tiny_pdae(), codes(20), codes(20)[:, :3])
+
+
+def test_an_encoder_for_other_codes_makes_them():
+    """Where the new codes are an affine function of its own; of another width it is left as it was."""
+    start, model = tiny_pdae(dataclasses.replace(TINY, latent_dim=7)).eval(), tiny_pdae().eval()
+    known = codes(40)[:, :7] * 3 + 1
+    slope = torch.randn(7, D, generator=torch.Generator().manual_seed(1))
+    assert take_encoder_for_codes(model, start, known @ slope - 2, known)
+    with torch.no_grad():
+        expected = start.encoder(images(4)) @ slope - 2
+        torch.testing.assert_close(model.encoder(images(4)), expected, rtol=1e-4, atol=1e-4)
+    other = PDAE.from_prior(tiny_prior(), latent_dim=D, encoder_channel=64)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    assert not take_encoder_for_codes(other, start, known @ slope, known)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
 
 
 # -- the task ----------------------------------------------------------------------------------------------------------
@@ -330,6 +352,40 @@ def test_codes_of_the_priors_features_with_a_g_that_knew_others(places, capsys):
     assert "other decoder weights" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("target", ["same", "pca"])
+def test_codes_that_begin_with_attributes(places, capsys, target):
+    """The codes of a model, so that its encoder and G go on with them; and components."""
+    if target == "pca":
+        pytest.importorskip("sklearn")
+    rows = "".join(
+        f"{path.name},{i % 2},{i // 3 % 2}\n" for i, path in enumerate(sorted((places / "images").iterdir()))
+    )
+    (places / "attributes.csv").write_text(f"image,hat,beard\n{rows}")
+    chosen = ("--attributes", places / "attributes.csv", "--columns", "beard", "--steps", 1, "--lr", 1e-9)
+    options = ("--target", places / "same" if target == "same" else target, *chosen)
+    assert run(*command(places, *options)) == 0
+    printed = capsys.readouterr().out
+    found = PDAE.from_pretrained(places / "out").eval()
+    (file,) = (path for path in (places / "latents").iterdir() if str(path) in printed)
+    z = torch.load(file)["z"]
+    assert torch.equal(z[:, 0].sign(), torch.tensor([1.0 if i // 3 % 2 else -1.0 for i in range(30)]))
+    if target == "same":
+        assert f"the encoder too, G is that of {places / 'same'}, by a linear map that explains " in printed
+        start = PDAE.from_pretrained(places / "same").eval()
+        dataset = open_dataset(places / "images", 32, 1)
+        x = torch.stack([sample.image for sample in dataset])
+        # An encoder through least squares: its error says nothing of what it could not know, nor of its own mean.
+        with torch.no_grad():
+            error = (z - found.encoder(x)).double()
+            design = np.c_[start.encoder(x).double().numpy(), np.ones(30)]
+        assert np.abs(design.T @ error.numpy()).max() < 1e-3
+    assert run(*command(places, *options, "--resume", "--quiet")) == 0
+    (places / "attributes.csv").write_text(f"image,hat,beard\n{rows.replace(',1,0', ',1,1')}")
+    capsys.readouterr()
+    assert run(*command(places, *options, "--resume", "--quiet")) == 2
+    assert "other target codes" in capsys.readouterr().err
+
+
 def test_a_g_of_another_shape_is_said(places, capsys):
     other = dataclasses.replace(TINY, unet=dataclasses.replace(TINY.unet, channel_multiplier=(1, 2)))
     PDAE(other).save_pretrained(places / "other")
@@ -429,6 +485,8 @@ MISTAKES = [
     (["--data", "{places}/empty"], "no images"),
     (["--holdout", "1"], "holdout must be a fraction"),
     (["--cached-only"], "no latents of these 30 images"),
+    (["--columns", "hat"], "give --attributes FILE"),
+    (["--attributes", "/none.csv"], "/none.csv"),
     (["--flip"], "unrecognized arguments: --flip"),
     (["--init-from", ""], "train encoder needs a pre-trained prior"),
 ]

@@ -1,8 +1,8 @@
 """Train the bundled models anew, in calls of a few minutes: `python -m bench.train_bundled --minutes 9 --resume DIR`.
 
-Every call goes on where the last one stopped, or was killed, until both models are whole: prior, encoder, PDAE,
-classifier, latent DPM, then G alone, each by `python -m pdae_fast.train` with the settings of the model cards, and at
-last `python -m pdae_fast.convert` to DIR/NAME/model. A model that was trained in many calls is, bit for bit, the one of
+Every call goes on where the last one stopped, or was killed, until both models are whole: prior, encoder, PDAE, the
+encoder again where attributes are to begin z, classifier, latent DPM, then G alone, each by `python -m
+pdae_fast.train` with the settings of the model cards, and at last `python -m pdae_fast.convert` to DIR/NAME/model. A model that was trained in many calls is, bit for bit, the one of
 a single call on the same machine (on the CPU). Where the cards tell of detours (codes of 128 dimensions, whitened ones)
 this takes the straight way, which the bundled weights did not. Exit status 0 when all is done, 3 when there is more.
 
@@ -145,10 +145,16 @@ def tiny(run: Run) -> Iterator[Stage]:
 
 
 def heads(run: Run, attributes: list[str], classifier: int, latent: int, g: int, batch: int) -> Iterator[Stage]:
-    """What follows the PDAE: classifier and latent DPM on its codes, then G alone, and the model that is bundled."""
-    few = run.model == "tiny"
+    """What follows the PDAE: its encoder with the attributes of a file first in z, classifier and latent DPM on the
+    codes, then G alone, and the model that is bundled."""
+    few, start = run.model == "tiny", "pdae"
     codes, hidden = 8 if few else 512, "--hidden 32 --layers 3" if few else "--hidden 512 --layers 8"
-    options = "--init-from {pdae} --ema-decay 0.99"
+    if attributes[1] != "classes":
+        architecture = "{tiny.json}" if few else run.model
+        start, options = "known", f"--architecture {architecture} --init-from {{pdae}} --holdout 0.05 --ema-decay 0.999"
+        words = ["--target", str(run.folder / "pdae"), *attributes]
+        yield run.train("encoder", start, options, 6 if few else 4000, 4 if few else 32, 1.5e-3, words=words)
+    options = f"--init-from {{{start}}} --ema-decay 0.99"
     yield run.train("classifier", "classified", options, classifier, codes, 3e-3, words=attributes)
     options = f"--init-from {{classified}} {hidden} --warmup 50 --ema-decay 0.999"
     yield run.train("latent", "full", options, latent, max(1, codes // 2), 1e-3)

@@ -86,8 +86,10 @@ def test_every_stage_is_a_command_of_the_project(model, device, tmp_path):
         if stage.words:
             args = parse(stage.words)
             assert Path(args.out) == run.folder / stage.name and args.device == device
-            needed = [getattr(args, name, None) for name in ("init_from", "start_from", "architecture")]
+            needed = [getattr(args, name, None) for name in ("init_from", "start_from", "architecture", "target")]
             for path in filter(None, needed):
+                if path == "features":
+                    continue
                 if Path(path).parent == run.folder:
                     assert Path(path).name in made
                 else:

@@ -256,7 +256,7 @@ def test_the_command_serves_the_bundled_avatars():
 
 @pytest.mark.parametrize(
     ("model", "image", "attribute", "reach"),
-    [("avatars64", "data-10", "sunglasses", 0.3), ("fashion32", "data-13", "Trouser", 0.8)],
+    [("avatars64", "data-10", "sunglasses", 0.4), ("fashion32", "data-13", "Trouser", 0.8)],
 )
 def test_bundled_models_open_with_an_edit_that_arrives(model, image, attribute, reach):
     bench = command.workbench(command.parser().parse_args(["--model", model, "--device", "cpu"]))

@@ -2,9 +2,10 @@
 
 Every call goes on where the last one stopped, or was killed, until both models are whole: prior, encoder, PDAE, the
 encoder again where attributes are to begin z, classifier, latent DPM, then G alone, each by `python -m
-pdae_fast.train` with the settings of the model cards, and at last `python -m pdae_fast.convert` to DIR/NAME/model. A model that was trained in many calls is, bit for bit, the one of
-a single call on the same machine (on the CPU). Where the cards tell of detours (codes of 128 dimensions, whitened ones)
-this takes the straight way, which the bundled weights did not. Exit status 0 when all is done, 3 when there is more.
+pdae_fast.train` with the settings of the model cards, and at last `python -m pdae_fast.convert` to DIR/NAME/model. A
+model that was trained in many calls is, bit for bit, the one of a single call on the same machine (on the CPU). Where
+the cards tell of detours (codes of 128 dimensions, whitened ones) this takes the straight way, which the bundled
+weights did not. Exit status 0 when all is done, 3 when there is more.
 
 On a machine without network, carry the folder of Debian's package dataset-fashion-mnist (its four idx files) along and
 name it, `--fashion fashion-mnist:DIR`. avatars64 draws its data by the wheels of dicebear-core, dicebear-styles and

@@ -13,7 +13,7 @@ from pdae_fast.schedule import build_schedule
 
 NAMES = ("improved-plain", "improved-cosine4000", "guided-512", "guided-class")
 SCHEDULE = build_schedule(ScheduleConfig())
-STEP, GAPS = 1e-5, 4
+STEP, GAPS = 1e-5, 8
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -43,10 +43,12 @@ def test_trajectories(case):
 
 
 def test_every_step_from_the_recorded_state(case):
-    _, g, pipe, field = case
+    name, g, pipe, field = case
     states = [g["decode.x_T"], *g["decode.states"]]
+    # What was recorded is float32 too, and on another processor: as far from float64 as its last state at least.
+    near = STEP + about(name)["float64_gap"]["decode.x_0"]["max_abs"]
     for step, before, after in zip(pipe.schedule.decoding(len(states) - 1, spacing="strided"), states, states[1:]):  # noqa: B905
-        torch.testing.assert_close(ddim.integrate(field, before, (step,)), after, atol=STEP, rtol=STEP)
+        torch.testing.assert_close(ddim.integrate(field, before, (step,)), after, atol=near, rtol=STEP)
 
 
 def test_loops(case):

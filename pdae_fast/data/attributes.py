@@ -64,8 +64,8 @@ def read_attributes(path: str | os.PathLike, columns: Sequence[str] | None = Non
 
     A value above 0 is positive, anything else (-1, 0) negative.
     columns: attributes to read, in this order; by default every column of numbers. A column of words (a category)
-    may be named as "hair_color=black", one attribute, or as "hair_color", one attribute for each of its values
-    in alphabetical order.
+    may be named as "hair_color=black" or "mouth=smile+tongue" (either of them), one attribute, or as "hair_color",
+    one attribute for each of its values in alphabetical order.
     Raises UserError naming the file, and the line where there is one, for anything else: a wrong number of rows or
     values, an image twice, an unknown column; in a column that is read, an empty cell, and NaN or infinity among
     numbers.
@@ -234,15 +234,16 @@ def _choose(
             names.append(column)
             chosen.append((place, _flags(path, column, values[place])))
             continue
-        if name not in header or (value and value not in values[header.index(name)]):
-            known = header if name not in header else sorted(values[header.index(name)])
-            raise UserError(f"{path}: no attribute {column}; there are {', '.join(known)}")
+        known = values[header.index(name)] if name in header else {}
+        words = [value] if value in known else value.split("+")
+        if name not in header or (value and not known.keys() >= set(words)):
+            raise UserError(f"{path}: no attribute {column}; there are {', '.join(sorted(known) or header)}")
+        if "" in known:
+            raise UserError(f"{path}, line {known['']}: no {name}; expected a word in every row")
         place = header.index(name)
-        if "" in values[place]:
-            raise UserError(f"{path}, line {values[place]['']}: no {name}; expected a word in every row")
-        for word in [value] if value else sorted(values[place]):
-            names.append(f"{name}={word}")
-            chosen.append((place, {other: int(other == word) for other in values[place]}))
+        for group in [words] if value else [[word] for word in sorted(known)]:
+            names.append(f"{name}={'+'.join(group)}")
+            chosen.append((place, {word: int(word in group) for word in known}))
     return names, chosen
 
 

@@ -72,6 +72,12 @@ def test_columns_and_categories(table):
         read_attributes(path, ["shoes"])
     with pytest.raises(UserError, match="no attribute hair_color=blue; there are black, none, red"):
         read_attributes(path, ["hair_color=blue"])
+    found = read_attributes(path, ["hair_color=red+black"])
+    assert found.columns == ["hair_color=red+black"] and found.values.tolist() == [[0], [1], [1]]
+    with pytest.raises(UserError, match=r"no attribute hair_color=red\+; there are black, none, red"):
+        read_attributes(path, ["hair_color=red+"])
+    spelt = read_attributes(table("image,c\n1.png,x+y\n2.png,x\n3.png,y\n"), ["c=x+y"])
+    assert spelt.values.tolist() == [[1], [0], [0]]
     with pytest.raises(UserError, match="no column holds numbers; name the columns to use: c"):
         read_attributes(table("image,c\n1.png,x\n"))
 

@@ -46,7 +46,7 @@ INTERRUPTED = (130, 143)  # exit statuses of the project's commands
 MARGIN_SECONDS, MARGIN_SHARE = 20.0, 0.1
 ATTRIBUTES = (
     "eyeglasses sunglasses eyepatch beard moustache hat long_hair bald black_hair brown_hair blond_hair gray_hair "
-    "pale_skin dark_skin smiling mouth_open eyes_closed jacket graphic_shirt dark_background"
+    "pale_skin dark_skin smiling mouth=smile+tongue mouth_open eyes_closed jacket graphic_shirt dark_background"
 )
 
 

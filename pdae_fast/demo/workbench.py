@@ -50,8 +50,10 @@ SHOWN, POOL = 32, 128  # images that the page offers; images that few-shot takes
 
 PREVIEW = Recipe(steps=5, spacing="quadratic", iterations=2)  # while a slider moves
 # The first sliders, as far as a classifier has them: those that the bundled one moves most visibly.
-FIRST = ("sunglasses", "beard", "long_hair", "dark_skin", "hat", "dark_background", "eyeglasses", "jacket", "pale_skin",
-         "gray_hair", "blond_hair", "brown_hair", "black_hair", "bald", "moustache", "Trouser")  # fmt: skip
+FIRST = (
+    "sunglasses", "mouth=smile+tongue", "beard", "long_hair", "dark_skin", "hat", "dark_background", "eyeglasses",
+    "jacket", "pale_skin", "gray_hair", "blond_hair", "brown_hair", "black_hair", "bald", "moustache", "Trouser",
+)  # fmt: skip
 # A slider goes as far as asks for so many logits of a middling attribute: farther on images fall apart.
 REACH_LOGITS = 20
 

@@ -23,7 +23,9 @@ from .true_edits import CHANGED, Edit, Truth, against_truth, find_edits, load_pa
 
 SCALES = (-0.3, -0.15, 0.15, 0.3)
 # Shown when nothing was asked for, as far as a classifier has them (CelebA's and the avatars' names).
-FAVOURITES = ("smiling", "eyeglasses", "beard", "male", "young", "blond_hair", "dark_skin", "hat")
+FAVOURITES = (
+    "mouth=smile+tongue", "smiling", "eyeglasses", "beard", "male", "young", "blond_hair", "dark_skin", "hat",
+)  # fmt: skip
 DEFAULT_ATTRIBUTES = 4
 COMPARED_STEPS = 4
 

@@ -8,7 +8,7 @@ const make = (tag, values = {}, ...inner) => {
   element.append(...inner);
   return element;
 };
-const words = (name) => name.replaceAll("_", " ");
+const words = (name) => name.replaceAll("_", " ").replace("=", ": ").replaceAll("+", " or ");
 const signed = (x, digits) => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(digits);
 
 // -- what is computed ----------------------------------------------------------------------------------------------
